@@ -1,0 +1,1 @@
+"""The control plane under Ray: controller, gangs of ranks, gateway, router, monitor."""

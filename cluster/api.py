@@ -1,0 +1,88 @@
+"""The routes. All work is in `service.py`."""
+
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from cluster.answer import Answer
+from cluster.errors import Unavailable, install_handlers
+from cluster.middleware import Edge
+from cluster.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from cluster.service import Service
+
+
+def build_app(service: Service) -> FastAPI:
+    """The OpenAI-compatible server of one model, for any ASGI server."""
+    app = FastAPI(title="Stepladder", version=service.config.version, redirect_slashes=False)
+    app.add_middleware(Edge, api_key=service.config.api_key, max_body_bytes=service.config.max_body_bytes)
+    install_handlers(app)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_tokenizer(app, service)
+    _add_operations(app, service)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        return Answer(service, http.state.request_id, partial(service.chat, body))
+
+    @app.post("/v1/completions")
+    async def completion(body: CompletionRequest, http: Request) -> Response:
+        return Answer(service, http.state.request_id, partial(service.completion, body))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    config = service.config
+    card = {
+        "id": config.model_name,
+        "object": "model",
+        "created": config.created,
+        "owned_by": "stepladder",
+        "max_model_len": config.max_model_len,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        return await service.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        return await service.detokenize(body)
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process is alive."""
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Requests are welcome."""
+        if not service.ready:
+            raise Unavailable("no engine is ready, or this server is draining", retry_after=2)
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": service.config.version}

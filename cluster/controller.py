@@ -1,0 +1,83 @@
+"""The controller actor: named, detached, restartable. Its thread supervises; its methods only leave notes.
+
+Its durable state is the journal in the run directory; the rest it learns again from live processes.
+"""
+
+import logging
+import os
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.config import Deployment
+from cluster.monitor import Monitor, open_monitor
+from cluster.supervisor import Status, Supervisor
+from workers.actors import configure_logging
+
+log = logging.getLogger(__name__)
+
+
+def namespace(deployment_name: str) -> str:
+    """The Ray namespace of a deployment; all its actors live there."""
+    return f"stepladder/{deployment_name}"
+
+
+CONTROLLER = "controller"
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
+class ControllerActor:
+    """The actor around a `Supervisor`. When the deployment has ended it removes itself."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        configure_logging()
+        self._me: ActorHandle = ray.get_runtime_context().current_actor
+        self._supervisor = Supervisor(deployment, _monitor(deployment))
+        threading.Thread(target=self._run, daemon=True, name="supervisor").start()
+
+    def heartbeat(self) -> Status:
+        """The driver's sign of life, answered with the state of things."""
+        self._supervisor.driver_alive()
+        return self._supervisor.status()
+
+    def status(self) -> Status:
+        return self._supervisor.status()
+
+    def shut_down(self) -> None:
+        """Drain, remove everything, end."""
+        self._supervisor.shut_down()
+
+    def _run(self) -> None:
+        try:
+            self._supervisor.run()
+        except Exception:
+            log.exception("the controller broke; Ray restarts it and it adopts what lives")
+            os._exit(1)
+        ray.kill(self._me, no_restart=True)
+
+
+def _monitor(deployment: Deployment) -> Monitor:
+    folder, wanted = Path(deployment.run_dir), deployment.monitor
+    shown = {key: value for key, value in asdict(deployment).items() if key not in ("secret", "gateway")}
+    return open_monitor(folder, wanted.wandb, wanted.project, folder.name, shown)
+
+
+def start_controller(deployment: Deployment) -> ActorHandle:
+    """Start the deployment's controller.
+
+    Raises:
+        ValueError: a deployment of this name is running.
+    """
+    space = namespace(deployment.name)
+    try:
+        ray.get_actor(CONTROLLER, namespace=space)
+    except ValueError:
+        return ControllerActor.options(  # type: ignore[attr-defined]
+            name=CONTROLLER, namespace=space, lifetime="detached"
+        ).remote(deployment)
+    raise ValueError(
+        f"a deployment named {deployment.name!r} is already running in this Ray cluster; stop it or choose another `name`"
+    )

@@ -1,0 +1,133 @@
+"""Errors in OpenAI's shape, {"error": {message, type, param, code}}: the only shape this server answers errors in."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+
+class ApiError(Exception):
+    """An answer that is an error; also raised after the 200 of a stream, where it becomes a last event.
+
+    Args:
+        message: one sentence for the client.
+        param: the request field that it is about.
+        code: a word that programs can test for; the class's own if not given.
+        retry_after: seconds after which another try makes sense.
+    """
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.param, self.retry_after = message, param, retry_after
+        self.code = code or self.code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
+
+    def response(self) -> Response:
+        # ASCII only: the message may quote a lone surrogate of the request, which UTF-8 cannot hold
+        return Response(json.dumps(self.body), self.status, self.headers, "application/json")
+
+
+class BadRequest(ApiError):
+    status, type = 400, "invalid_request_error"
+
+
+class Unauthorized(ApiError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class NotFound(ApiError):
+    status, type = 404, "invalid_request_error"
+
+
+class BodyTooLarge(ApiError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class Overloaded(ApiError):
+    """The engines' queues are full: 429."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class Unavailable(ApiError):
+    """There is no engine, or this server is draining: 503."""
+
+    status, type, code = 503, "server_error", "service_unavailable"
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's shape, including FastAPI's 422 (as 400) and unknown routes."""
+
+    async def own(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error.errors()[0]).response()
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _from_http(request, error)
+
+    app.add_exception_handler(ApiError, own)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def from_validation(error: Mapping[str, Any]) -> BadRequest:
+    """One of pydantic's errors as a 400 that names the field."""
+    kind, context = error["type"], error.get("ctx", {})
+    param = context.get("param") or _path(error["loc"])
+    match kind:
+        case "json_invalid":
+            return BadRequest(f"the body is not valid JSON: {context['error']}", code="invalid_json")
+        case "unsupported_parameter":
+            return BadRequest(error["msg"], param=param, code=kind)
+        case "extra_forbidden":
+            return BadRequest(f"unknown parameter: {param!r}", param=param, code="unknown_parameter")
+        case "missing" if param is None:
+            return BadRequest("the body is empty; send a JSON object")
+        case "missing":
+            return BadRequest(f"{param} is required", param=param, code="missing_required_parameter")
+        case "value_error":
+            return BadRequest(str(context["error"]), param=param, code="invalid_value")
+    return BadRequest(f"{param or 'the body'}: {error['msg']}", param=param, code="invalid_value")
+
+
+def _from_http(request: Request, error: HTTPException) -> Response:
+    """Starlette's own refusals: an unknown path, a wrong method, a body that cannot be read (and why)."""
+    if isinstance(error.__cause__, ApiError):
+        return error.__cause__.response()
+    where = f"{request.method} {request.url.path}"
+    sentence = {404: f"there is no {where}", 405: f"{where} is not allowed; use another method"}
+    answer = ApiError(sentence.get(error.status_code, str(error.detail)))
+    answer.status = error.status_code
+    answer.type = "invalid_request_error" if error.status_code < 500 else answer.type
+    response = answer.response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _path(location: Sequence[str | int]) -> str | None:
+    """("body", "messages", 0, "content") -> "messages[0].content"."""
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location[1:]]
+    return "".join(steps).lstrip(".") or None

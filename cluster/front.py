@@ -1,0 +1,103 @@
+"""The gateway as the controller sees it: it starts, is adopted, answers, and is replaced on the same port."""
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+
+from cluster.config import Deployment
+from cluster.gang import kill_process
+from cluster.gateway import GatewayActor
+from cluster.router import Endpoint
+from workers.actors import Place
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Front:
+    """One gateway. life: which actor of this name it is; port: where it listens, 0 until it first has."""
+
+    deployment: Deployment
+    name: str
+    life: int = 0
+    port: int = 0
+    actor: ActorHandle | None = None
+    place: Place | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+    _table: list[Endpoint] | None = None
+
+    @property
+    def url(self) -> str:
+        host = self.deployment.gateway.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def start(self) -> None:
+        """A new actor on the same port as before.
+
+        Raises:
+            ValueError: the port is taken, or the tokenizer unusable. RayError, GetTimeoutError: the process died.
+        """
+        self.life += 1
+        self._table = None
+        self.actor = GatewayActor.options(  # type: ignore[attr-defined]
+            name=self._actor_name, lifetime="detached"
+        ).remote(self.deployment, self._actor_name)
+        seconds = self.deployment.cluster.start_seconds
+        self.place = ray.get(self.actor.where.remote(), timeout=seconds)
+        self.port = ray.get(self.actor.start.remote(self.port or self.deployment.gateway.port), timeout=seconds)
+
+    def adopt(self) -> bool:
+        """Take over the gateway that an earlier controller left running."""
+        try:
+            self.actor = ray.get_actor(self._actor_name)
+            self.place = ray.get(self.actor.where.remote(), timeout=self.deployment.cluster.hang_seconds)
+        except (ValueError, RayError, GetTimeoutError):
+            return False
+        return self.alive()
+
+    def alive(self) -> bool:
+        """Whether it answers; collects its figures."""
+        if self.actor is None:
+            return False
+        try:
+            self.stats = ray.get(self.actor.ping.remote(), timeout=self.deployment.cluster.hang_seconds)
+        except (RayError, GetTimeoutError) as error:
+            log.error("%s does not answer: %s", self._actor_name, (str(error).splitlines() or ["timeout"])[0])
+            return False
+        return True
+
+    def show(self, table: list[Endpoint]) -> None:
+        """Tell it which engines there are, if that has changed."""
+        if self.actor is not None and table != self._table:
+            with suppress(RayError, GetTimeoutError):
+                ray.get(self.actor.update.remote(table), timeout=self.deployment.cluster.hang_seconds)
+                self._table = table
+
+    def touch(self) -> None:
+        """A sign of life to it, without waiting for an answer."""
+        if self.actor is not None:
+            self.actor.ping.remote()
+
+    def drain(self, seconds: float) -> None:
+        """Let it finish what is in flight, then end it."""
+        if self.actor is not None:
+            with suppress(RayError, GetTimeoutError):
+                ray.get(self.actor.drain.remote(seconds), timeout=seconds + 10)
+        self.kill()
+
+    def kill(self) -> None:
+        if self.actor is not None:
+            with suppress(RayError):
+                ray.kill(self.actor)
+        if self.place is not None:
+            kill_process(self.place)
+        self.actor, self.place = None, None
+
+    @property
+    def _actor_name(self) -> str:
+        return f"{self.deployment.name}/{self.name}/{self.life}"

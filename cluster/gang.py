@@ -1,0 +1,152 @@
+"""A gang: the ranks of one tensor-parallel group in their placement group. It starts, lives and dies as a whole."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from cluster import placement
+from cluster.config import Deployment
+from cluster.router import Endpoint
+from cluster.waiting import wait_for
+from parallel.shards import Shard
+from workers.actors import Place, RankActor
+from workers.rank import RankConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Gang:
+    """One generation of one engine's ranks.
+
+    Attributes:
+        name: the engine's name; generation: which life of it this is.
+        ranks: rank actors, rank 0 first. places: where each of them runs.
+        address: where rank 0 takes requests.
+    """
+
+    deployment: Deployment
+    name: str
+    generation: int
+    ranks: list[ActorHandle] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    address: str | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """Name of the placement group."""
+        return f"{self.deployment.name}/{self.generation}/{self.name}"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        assert self.address
+        return Endpoint(self.name, self.generation, self.address)
+
+    def start(self, go: Callable[[], bool]) -> None:
+        """Place the ranks, load the model, begin serving.
+
+        Raises:
+            ValueError: the model or the configuration cannot work; trying again would not help.
+            TimeoutError, RayError: no room, or a process died.
+        """
+        cluster, tp = self.deployment.cluster, self.deployment.layout.tp
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
+        group = placement.place(self.group, bundle, tp, cluster.strategy, cluster.start_seconds, go)
+        actors = [self._actor(group, index) for index in range(tp)]
+        places = wait_for([a.where.remote() for a in actors], cluster.start_seconds, go)
+        order = sorted(range(tp), key=lambda i: places[i].node)  # ranks of one node lie side by side
+        self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
+        configs = [self._config(rank) for rank in range(tp)]
+        (port,) = wait_for([self.ranks[0].open_store.remote(configs[0])], cluster.start_seconds, go)
+        loads = [a.load.remote(c, self.places[0].host, port) for a, c in zip(self.ranks, configs, strict=True)]
+        self.address = wait_for(loads, cluster.start_seconds, go)[0]
+        wait_for([a.start.remote() for a in self.ranks], cluster.start_seconds, go)
+
+    def adopt(self) -> bool:
+        """Take over the ranks that an earlier controller left running; False unless all of them answer."""
+        try:
+            actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.deployment.layout.tp)]
+            places = ray.get([a.where.remote() for a in actors], timeout=self.deployment.cluster.hang_seconds)
+        except (ValueError, RayError):
+            return False
+        if any(place.rank is None for place in places):
+            return False
+        order = sorted(range(len(places)), key=lambda i: places[i].rank)
+        self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
+        self.address = self.places[0].address
+        return self.address is not None and self.alive()
+
+    def alive(self) -> bool:
+        """Whether every rank answers and its loop runs; collects their counters."""
+        try:
+            answers = ray.get([a.ping.remote() for a in self.ranks], timeout=self.deployment.cluster.hang_seconds)
+        except GetTimeoutError:
+            log.error("%s: a rank has not answered for %.0f s", self.group, self.deployment.cluster.hang_seconds)
+            return False
+        except RayError as error:
+            log.error("%s: a rank died: %s", self.group, str(error).splitlines()[0])
+            return False
+        self.stats = answers[0]
+        return all(answer["loop_runs"] for answer in answers)
+
+    def stop(self) -> None:
+        """Let the ranks leave their loops, then remove everything."""
+        with suppress(RayError):
+            ray.get([a.stop.remote() for a in self.ranks[:1]], timeout=2)
+        self.kill()
+
+    def kill(self) -> None:
+        """End every process and give the resources back, also of ranks that hang (a stopped process ignores Ray)."""
+        for actor, place in zip(self.ranks, self.places, strict=False):
+            with suppress(RayError):
+                ray.kill(actor)
+            kill_process(place)
+        placement.remove(self.group)
+
+    def _actor(self, group: Any, index: int) -> ActorHandle:
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        gpu = self.deployment.cluster.device == "cuda"
+        return RankActor.options(  # type: ignore[attr-defined]
+            name=f"{self.group}/{index}",
+            lifetime="detached",
+            scheduling_strategy=strategy,
+            num_gpus=1 if gpu else 0,
+            runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}} if gpu else None,
+        ).remote(self.group, self.deployment.cluster.orphan_seconds)
+
+    def _config(self, rank: int) -> RankConfig:
+        place = self.places[rank]
+        return RankConfig(
+            model=self.deployment.model.path,
+            shard=Shard(rank, len(self.ranks)),
+            prefix=self.group,
+            host=place.host,
+            ranks_here=sum(other.node == place.node for other in self.places),
+            device=self.deployment.cluster.device,
+            secret=self.deployment.secret,
+            collective_seconds=self.deployment.cluster.collective_seconds,
+            engine=self.deployment.engine,
+        )
+
+
+def kill_process(place: Place) -> None:
+    """SIGKILL, from a task on the process's own node, without waiting for it."""
+    here = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    _kill.options(scheduling_strategy=here).remote(place.pid, place.born)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int, born: float) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.create_time() == born:
+            process.kill()

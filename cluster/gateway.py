@@ -1,0 +1,110 @@
+"""The gateway actor: the HTTP app under uvicorn, with the router inside, in one event loop."""
+
+import asyncio
+import logging
+import os
+import socket
+from contextlib import closing
+from dataclasses import asdict
+from importlib.metadata import version
+from time import monotonic
+from typing import Any
+
+import ray
+import uvicorn
+
+from cluster.api import build_app
+from cluster.config import Deployment
+from cluster.router import Endpoint, Router
+from cluster.service import Service, ServiceConfig
+from parallel.spec import ModelSpec
+from workers.actors import Place, configure_logging
+from workers.rank import resolve
+from workers.text import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: Ray and the controller decide when this process ends."""
+
+    def capture_signals(self) -> Any:
+        return closing(_Nothing())
+
+
+class _Nothing:
+    def close(self) -> None:
+        pass
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000)
+class GatewayActor:
+    """One HTTP endpoint of a deployment. It ends itself when no controller has been heard for too long."""
+
+    def __init__(self, deployment: Deployment, name: str) -> None:
+        configure_logging()
+        self._deployment, self._name = deployment, name
+        self._heard = monotonic()
+
+    async def where(self) -> Place:
+        return Place.here()
+
+    async def start(self, port: int) -> int:
+        """Listen; returns the port, chosen by the system if `port` is 0.
+
+        Raises:
+            ValueError: the model's tokenizer or limits are unusable, or the port is taken.
+        """
+        deployment = self._deployment
+        directory = resolve(deployment.model.path)
+        spec = ModelSpec.load(directory)
+        config = ServiceConfig(
+            model_name=deployment.model.name,
+            max_model_len=deployment.engine.limits(spec).max_model_len,
+            vocab_size=spec.vocab_size,
+            version=version("stepladder"),
+            api_key=deployment.gateway.api_key,
+        )
+        self._router = Router(self._name, deployment.secret, silence=deployment.cluster.hang_seconds * 3)
+        self._service = Service(self._router, Tokenizer(directory), config)
+        listener = _listen(deployment.gateway.host, port)
+        app = build_app(self._service)
+        self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._watching = asyncio.create_task(self._watch())
+        return listener.getsockname()[1]
+
+    async def update(self, table: list[Endpoint]) -> None:
+        """The engines there are now."""
+        await self._router.update(table)
+
+    async def ping(self) -> dict[str, Any]:
+        """A sign of life for both sides, with the figures since the last one."""
+        self._heard = monotonic()
+        for stats in self._router.stats:
+            self._service.metrics.update_engine(asdict(stats))
+        return {"ready": self._router.ready(), **self._service.snapshot(), "serve/replays": self._router.replays}
+
+    async def drain(self, seconds: float) -> None:
+        """Admit nothing more; return when all is answered or `seconds` are over, having closed what was left."""
+        await self._service.drain(seconds)
+        self._server.should_exit = True
+        await self._serving
+        await self._router.close()
+
+    async def _watch(self) -> None:
+        orphan_seconds = self._deployment.cluster.orphan_seconds
+        while monotonic() - self._heard < orphan_seconds:
+            await asyncio.sleep(orphan_seconds / 10)
+        log.error("no controller for %.0f s; ending this gateway", orphan_seconds)
+        os._exit(1)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ValueError(f"gateway.host {host} port {port}: {error.strerror}; gateway.port=0 takes a free one") from None
+    return listener

@@ -1,0 +1,45 @@
+"""Several asynchronous generators as one."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all streams as they come. The first error ends it; closing it closes all streams."""
+    if len(streams) == 1:  # the common case costs no task and no queue
+        async with aclosing(streams[0]) as items:
+            async for item in items:
+                yield item
+        return
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue(maxsize=len(streams))
+    pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
+    running = len(pumps)
+    try:
+        while running:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                running -= 1
+            else:
+                yield event[0]
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(stream: AsyncGenerator[T, None], queue: "asyncio.Queue[tuple[T] | Exception | None]") -> None:
+    """Items as 1-tuples, then None at the end or the error."""
+    try:
+        async with aclosing(stream) as items:
+            async for item in items:
+                await queue.put((item,))
+    except Exception as error:
+        await queue.put(error)
+    else:
+        await queue.put(None)

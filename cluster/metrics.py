@@ -1,0 +1,140 @@
+"""Prometheus metrics under vLLM's names with the prefix `stepladder:`, measured where the client is served.
+
+Intervals are differences of this process's `time.monotonic()`, so TTFT includes tokenization and queueing. Names and
+buckets: https://docs.vllm.ai/en/latest/design/metrics.html.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from time import monotonic
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from cluster.window import Window
+
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_BETWEEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TOKENS = tuple(mantissa * 10**power for power, mantissa in product(range(6), (1, 2, 5)))
+
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", _FIRST),
+    "inter_token_latency_seconds": ("Between two outputs of a sequence; an output may hold several tokens.", _BETWEEN),
+    "request_time_per_output_token_seconds": ("TPOT: (last - first token) / (tokens - 1).", _BETWEEN),
+    "e2e_request_latency_seconds": ("From arrival to the last token.", _WHOLE),
+    "request_prompt_tokens": ("Prompt tokens of a sequence.", _TOKENS),
+    "request_generation_tokens": ("Generated tokens of a sequence.", _TOKENS),
+}
+# field of EngineStats -> metric
+_ENGINE_GAUGES = {
+    "running": ("num_requests_running", "Sequences in the running batch."),
+    "waiting": ("num_requests_waiting", "Sequences that wait for a place."),
+    "kv_usage": ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1."),
+}
+_ENGINE_COUNTERS = {
+    "preemptions": ("num_preemptions", "Sequences that gave their KV blocks back and were recomputed."),
+    "steps": ("engine_steps", "Steps run."),
+}
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry, self.window = CollectorRegistry(), Window()
+        self._model_name = model_name
+        self._histograms = {
+            name: Histogram(f"stepladder:{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
+                model_name
+            )
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of sequences that got a token.")
+        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self._success = Counter(
+            "stepladder:request_success",
+            "Sequences that ended, by why; abort: the client left, error: refused or failed.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "stepladder:num_requests_in_flight",
+            "HTTP requests being answered here.",
+            ["model_name"],
+            registry=self.registry,
+        ).labels(model_name)
+        labels = ["model_name", "engine"]
+        self._gauges = {
+            field: Gauge(f"stepladder:{name}", text, labels, registry=self.registry)
+            for field, (name, text) in _ENGINE_GAUGES.items()
+        }
+        self._counters = {
+            field: Counter(f"stepladder:{name}", text, labels, registry=self.registry)
+            for field, (name, text) in _ENGINE_COUNTERS.items()
+        }
+        self._seen: dict[tuple[str, str], float] = {}
+
+    def observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
+
+    def ended(self, reason: str) -> None:
+        self._success.labels(self._model_name, reason).inc()
+
+    def update_engine(self, stats: Mapping[str, float], engine: str = "0") -> None:
+        """Take over the fields of an engine's `EngineStats`. A counter that went back means a restarted engine."""
+        for field, gauge in self._gauges.items():
+            gauge.labels(self._model_name, engine).set(stats[field])
+        for field, counter in self._counters.items():
+            before, now = self._seen.get((engine, field), 0.0), stats[field]
+            counter.labels(self._model_name, engine).inc(now - before if now >= before else now)
+            self._seen[engine, field] = now
+
+    def remove_engine(self, engine: str) -> None:
+        """Forget the gauges of an engine that is gone; its counters stay, as counters must."""
+        for gauge in self._gauges.values():
+            gauge.remove(self._model_name, engine)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"stepladder:{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)
+
+
+class SequenceMeter:
+    """The clock of one sequence, read at every output."""
+
+    def __init__(self, metrics: Metrics, arrived: float, num_prompt_tokens: int) -> None:
+        self._metrics, self._arrived, self._num_prompt_tokens = metrics, arrived, num_prompt_tokens
+        self._first = self._last = arrived
+        self._num_tokens = 0
+
+    def output(self, num_tokens: int) -> None:
+        """The engine has sent this many tokens, now."""
+        now, metrics = monotonic(), self._metrics
+        if self._num_tokens:
+            metrics.observe("inter_token_latency_seconds", now - self._last)
+        else:
+            metrics.observe("time_to_first_token_seconds", now - self._arrived)
+            metrics.window.first_token(now - self._arrived)
+            metrics.prompt_tokens.inc(self._num_prompt_tokens)
+            self._first = now
+        self._last = now
+        self._num_tokens += num_tokens
+        metrics.generation_tokens.inc(num_tokens)
+        metrics.window.token(num_tokens)
+
+    def end(self, reason: str) -> None:
+        """It has ended, for this reason. Latencies of unfinished sequences would mislead and are not counted."""
+        metrics = self._metrics
+        metrics.ended(reason)
+        if reason not in ("stop", "length"):
+            return
+        per_token = (self._last - self._first) / (self._num_tokens - 1) if self._num_tokens > 1 else None
+        metrics.window.finished(per_token)
+        if per_token is not None:
+            metrics.observe("request_time_per_output_token_seconds", per_token)
+        metrics.observe("e2e_request_latency_seconds", self._last - self._arrived)
+        metrics.observe("request_prompt_tokens", self._num_prompt_tokens)
+        metrics.observe("request_generation_tokens", self._num_tokens)

@@ -1,0 +1,139 @@
+"""Where figures go: a JSONL file always, Weights & Biases where it is wanted and works.
+
+Whoever logs has already aggregated: one row every few seconds or steps, never one per token or request.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+LOG = logging.getLogger(__name__)
+CLOCKS = {  # what W&B plots each family of figures over; serving, training and drafters have clocks of their own
+    "serve/*": "serve/seconds",
+    "engine/*": "serve/seconds",
+    "spec/*": "serve/seconds",
+    "train/*": "train/step",
+    "drafter/*": "drafter/version",
+}
+INIT_SECONDS = 20.0
+FINISH_SECONDS = 30.0
+
+
+class Monitor(Protocol):
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One row of figures under namespaced names ("train/loss"). Never raises because a service is away."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_monitor(directory: Path, wandb: str, project: str, name: str, config: Mapping[str, Any]) -> Monitor:
+    """The monitor of one job.
+
+    Args:
+        directory: absolute; holds metrics.jsonl and W&B's own folder.
+        wandb: "online", "offline" or "disabled".
+        project, name: of the W&B run.
+        config: shown beside the run; no secrets.
+    """
+    jsonl = JsonlMonitor(directory / "metrics.jsonl")
+    if wandb == "disabled":
+        return jsonl
+    return Monitors(jsonl, WandbMonitor(directory, wandb, project, name, config))
+
+
+class Monitors:
+    """Every row to each of `monitors`."""
+
+    def __init__(self, *monitors: Monitor) -> None:
+        self._monitors = monitors
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for monitor in self._monitors:
+            monitor.log(row)
+
+    def close(self) -> None:
+        for monitor in self._monitors:
+            monitor.close()
+
+
+class JsonlMonitor:
+    """One JSON object per line, with the Unix time; rows of an earlier run in the same file stay."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbMonitor:
+    """One W&B run, kept by one process of the job.
+
+    A missing key, a missing network or any other failure of W&B is a warning: online falls back to offline (a run
+    directory that `wandb sync` sends later), and a failure after that ends the logging, not the work.
+
+    Args:
+        directory: absolute, since a Ray job's working directory is temporary; W&B writes to `directory`/wandb.
+        mode: "online" or "offline"; offline needs no network.
+    """
+
+    def __init__(self, directory: Path, mode: str, project: str, name: str, config: Mapping[str, Any]) -> None:
+        assert directory.is_absolute()
+        self._run: Any = None
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                self._run = _start(directory, attempt, project, name, config)
+                return
+            except Exception as error:  # W&B promises no common base class
+                LOG.warning("W&B in mode %s does not start (%s)", attempt, _one_line(error))
+        LOG.warning("figures go to metrics.jsonl only")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(dict(row))
+        except Exception as error:
+            LOG.warning("W&B fails (%s); figures go to metrics.jsonl only from here", _one_line(error))
+            self._run = None
+
+    def close(self) -> None:
+        """Finish the run; an upload that takes longer than 30 s is left to `wandb sync`."""
+        if self._run is not None:
+            finish = threading.Thread(target=_finish, args=(self._run,), daemon=True)
+            finish.start()
+            finish.join(FINISH_SECONDS)
+            self._run = None
+
+
+def _start(directory: Path, mode: str, project: str, name: str, config: Mapping[str, Any]) -> Any:
+    import wandb  # half a second, and only who wants it pays
+
+    settings = wandb.Settings(console="off", init_timeout=INIT_SECONDS, login_timeout=1, silent=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(project=project, name=name, mode=mode, dir=str(directory), config=dict(config), settings=settings)  # type: ignore[arg-type]
+    for clock in set(CLOCKS.values()):
+        run.define_metric(clock)
+    for names, clock in CLOCKS.items():
+        run.define_metric(names, step_metric=clock)
+    return run
+
+
+def _finish(run: Any) -> None:
+    try:
+        run.finish()
+    except Exception as error:
+        LOG.warning("W&B did not finish (%s); send the run with `wandb sync`", _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

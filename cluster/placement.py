@@ -1,0 +1,46 @@
+"""Placement groups by name. All are detached: one owned by the controller would die with it and take its ranks along."""
+
+from collections.abc import Callable
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from cluster.waiting import wait_for
+
+
+def place(name: str, bundle: dict[str, float], count: int, strategy: str, seconds: float, go: Callable[[], bool]) -> PlacementGroup:
+    """Reserve `count` equal bundles under `name`.
+
+    Raises:
+        TimeoutError: the cluster had no room for that long; the group is gone again.
+    """
+    group = ray.util.placement_group([bundle] * count, strategy=strategy, name=name, lifetime="detached")
+    try:
+        wait_for([group.ready()], seconds, go)
+    except BaseException as error:
+        ray.util.remove_placement_group(group)
+        if isinstance(error, TimeoutError):
+            free = {key: value for key, value in ray.available_resources().items() if key in bundle}
+            raise TimeoutError(
+                f"the cluster had no room for {count} x {bundle} within {seconds:.0f} s (free now: {free}); add nodes "
+                f"or lower layout.tp"
+            ) from None
+        raise
+    return group
+
+
+def names(prefix: str) -> list[str]:
+    """Names of the placement groups that still hold or want resources and begin with `prefix`."""
+    return [
+        group["name"]
+        for group in placement_group_table().values()
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED"
+    ]
+
+
+def remove(name: str) -> None:
+    """Give a group's resources back; whatever runs in it is killed. A group that is gone already is no error."""
+    try:
+        ray.util.remove_placement_group(ray.util.get_placement_group(name))
+    except ValueError:
+        return

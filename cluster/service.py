@@ -1,0 +1,246 @@
+"""Between HTTP and engines: requests become token ids, tokens become text and chunks. Knows no HTTP library."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from time import time
+from typing import Any, Protocol
+
+import msgspec
+
+from cluster.errors import BadRequest, NotFound, Unavailable
+from cluster.generation import Chat, Choice, Completion, Format, Generation
+from cluster.inflight import InFlight, InFlightRequest
+from cluster.merge import merge
+from cluster.metrics import Metrics, SequenceMeter
+from cluster.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generating,
+    StreamOptions,
+    TokenizeRequest,
+)
+from workers.core import Output, Request
+from workers.text import TextStream, Tokenizer
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
+TOKENIZE_INLINE = 4096  # characters, about a millisecond; longer texts are tokenized in a thread
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+class Backend(Protocol):
+    """The engines, as a server sees them."""
+
+    def generate(self, request: Request) -> AsyncIterator[Output]:
+        """The outputs of this request, until one has a finish reason. An async generator; closing it aborts.
+
+        Raises:
+            Unavailable: there is no engine. Overloaded: the queues are full. ValueError: no engine can ever serve it.
+        """
+        ...
+
+    def ready(self) -> bool:
+        """Whether a request sent now would find an engine."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What one server serves.
+
+    Attributes:
+        model_name: what clients call the model.
+        max_model_len: prompt and output together, in tokens; that of the engines.
+        vocab_size: token ids from 0 to this are the model's.
+        version: of Stepladder.
+        api_key: bearer token that requests need; None lets everybody in.
+        max_choices: prompts times n of one HTTP request.
+        max_body_bytes: of one HTTP request.
+        created: when the model came to be, in Unix seconds.
+    """
+
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    version: str
+    api_key: str | None = field(default=None, repr=False)
+    max_choices: int = 128
+    max_body_bytes: int = 16 << 20
+    created: int = field(default_factory=lambda: int(time()))
+
+
+class Service:
+    """One model behind the OpenAI protocol; used from one event loop."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, config: ServiceConfig) -> None:
+        self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
+        self.metrics.in_flight.set_function(lambda: len(self.in_flight))
+        self._backend, self._tokenizer = backend, tokenizer
+
+    @property
+    def ready(self) -> bool:
+        return not self.in_flight.draining and self._backend.ready()
+
+    async def drain(self, seconds: float) -> None:
+        """Admit no more requests; return when all have ended, at the latest after `seconds`."""
+        await self.in_flight.drain(seconds)
+
+    def snapshot(self) -> dict[str, float]:
+        """Figures since the last snapshot, for the monitor."""
+        return self.metrics.window.snapshot() | {"serve/running": float(len(self.in_flight))}
+
+    async def chat(self, body: ChatRequest, http: InFlightRequest) -> Generation:
+        """Raises BadRequest or NotFound, as `completion` does."""
+        self.check_model(body.model)
+        prompt = await self._encode_chat(body.messages)
+        asked = body.max_completion_tokens or body.max_tokens
+        return self._generation(Chat(), body, http, [prompt], "messages", asked, self.config.max_model_len)
+
+    async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Generation:
+        """A prompt of token ids is taken as it is."""
+        self.check_model(body.model)
+        if len(body.prompts) * body.n > self.config.max_choices:
+            raise BadRequest(
+                f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
+            )
+        prompts = [await self._encode(p, special=True) if isinstance(p, str) else p for p in body.prompts]
+        asked, default = body.max_tokens, COMPLETION_MAX_TOKENS
+        return self._generation(Completion(), body, http, prompts, "prompt", asked, default)
+
+    async def run(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer."""
+        async with aclosing(self._texts(generation)) as texts:
+            async for _ in texts:
+                pass
+        return generation.body()
+
+    async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
+        async with aclosing(self._texts(generation)) as texts:
+            async for choice, text in texts:
+                if chunks := generation.chunks(choice, text):
+                    yield b"".join(map(event, chunks))
+        yield (event(generation.usage_chunk()) if generation.options.include_usage else b"") + DONE
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            self.check_model(body.model)
+        if body.messages is not None:
+            tokens = await self._encode_chat(body.messages, special=bool(body.add_special_tokens))
+        else:
+            assert body.prompt is not None
+            tokens = await self._encode(body.prompt, special=body.add_special_tokens is not False)
+        return {"count": len(tokens), "max_model_len": self.config.max_model_len, "tokens": tokens, "token_strs": None}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        """Special tokens are written out, so that it undoes `tokenize`."""
+        if body.model is not None:
+            self.check_model(body.model)
+        self._check_ids(body.tokens, "tokens")
+        return {"prompt": await asyncio.to_thread(self._tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
+
+    def check_model(self, name: str) -> None:
+        if name != self.config.model_name:
+            sentence = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
+            raise NotFound(sentence, param="model", code="model_not_found")
+
+    async def _encode(self, text: str, special: bool) -> list[int]:
+        if len(text) <= TOKENIZE_INLINE:
+            return self._tokenizer.encode(text, special)
+        return await asyncio.to_thread(self._tokenizer.encode, text, special)
+
+    async def _encode_chat(self, messages: list[Any], special: bool = False) -> list[int]:
+        """Chat templates write special tokens themselves."""
+        try:
+            text = self._tokenizer.chat([message.for_template() for message in messages])
+        except ValueError as error:
+            raise BadRequest(str(error), param="messages") from None
+        return await self._encode(text, special)
+
+    def _generation(
+        self,
+        format: Format,
+        body: Generating,
+        http: InFlightRequest,
+        prompts: list[list[int]],
+        param: str,
+        asked: int | None,
+        default: int,
+    ) -> Generation:
+        """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
+        choices: list[Choice] = []
+        for prompt in prompts:
+            max_tokens = self._max_tokens(prompt, param, asked, default)
+            for nth in range(body.n):
+                params, index = body.params(max_tokens, nth), len(choices)
+                request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
+                choices.append(Choice(index, request, TextStream(self._tokenizer, params.stop)))
+        options = body.stream_options or StreamOptions()
+        num_prompt_tokens = sum(map(len, prompts))
+        return Generation(http.id, http.arrived, body.model, format, choices, num_prompt_tokens, body.stream, options)
+
+    def _max_tokens(self, prompt: list[int], param: str, asked: int | None, default: int) -> int:
+        """How many tokens may follow a prompt: as many as asked for, else the default as far as the context goes."""
+        self._check_ids(prompt, param)
+        room = self.config.max_model_len - len(prompt)
+        if room < max(asked or 1, 1):
+            sentence = (
+                f"this model's context is {self.config.max_model_len} tokens, but the prompt has {len(prompt)} and "
+                f"{asked or 'at least 1'} may be generated; shorten the prompt or lower max_tokens"
+            )
+            raise BadRequest(sentence, param=param, code="context_length_exceeded")
+        return asked or min(default, room)
+
+    def _check_ids(self, tokens: list[int], param: str) -> None:
+        if not tokens:
+            raise BadRequest(f"{param} is empty; it must come to at least one token", param=param, code="invalid_value")
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            sentence = f"{param} holds a token id outside of 0 to {self.config.vocab_size - 1}, the model's vocabulary"
+            raise BadRequest(sentence, param=param, code="invalid_value")
+
+    def _texts(self, generation: Generation) -> AsyncGenerator[tuple[Choice, str], None]:
+        """(choice, its new text) for every output of the engines."""
+        return merge([self._choice_texts(choice, generation.arrived) for choice in generation.choices])
+
+    async def _choice_texts(self, choice: Choice, arrived: float) -> AsyncGenerator[tuple[Choice, str], None]:
+        meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"
+        try:
+            async with aclosing(self._outputs(choice.request)) as outputs:
+                async for output in outputs:
+                    before = choice.num_tokens
+                    text = choice.take(output)
+                    meter.output(choice.num_tokens - before)
+                    yield choice, text
+                    if choice.finish_reason:
+                        ended = choice.finish_reason
+                        return
+        except (asyncio.CancelledError, GeneratorExit):
+            ended = choice.finish_reason or "abort"
+            raise
+        finally:
+            meter.end(ended)
+
+    async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
+        """The backend's outputs; an end without a reason, or for the engine's own reasons, is an error."""
+        try:
+            async with aclosing(self._backend.generate(request)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    if output.finish_reason == "abort":
+                        break
+                    yield output
+                    if output.finish_reason:
+                        return
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+        raise Unavailable("the engine gave up on this request; try again", retry_after=1)
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encode_json(data) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"

@@ -1,0 +1,28 @@
+"""Waiting for Ray results in slices, so that whoever waits can also be told to stop."""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import ray
+
+
+class Cancelled(Exception):
+    """Whoever waited was told to stop."""
+
+
+def wait_for(refs: list[Any], seconds: float, go: Callable[[], bool] = lambda: True) -> list[Any]:
+    """All results, in order; the first failure is raised as soon as it is there.
+
+    Raises:
+        TimeoutError: not all were there within `seconds`. Cancelled: `go` turned False.
+    """
+    deadline, missing = monotonic() + seconds, list(refs)
+    while missing:
+        if not go():
+            raise Cancelled
+        if monotonic() > deadline:
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        done, missing = ray.wait(missing, num_returns=1, timeout=min(0.5, seconds))
+        ray.get(done)
+    return ray.get(refs)

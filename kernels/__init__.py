@@ -1,0 +1,1 @@
+"""Device code and, for each kernel, the plain-torch definition it must equal."""

@@ -1,0 +1,96 @@
+"""Serve a model under Ray: `ray job submit --working-dir . -- python -m launch.serve model=demo layout.tp=2`.
+
+This process is the driver: it starts the controller, tells it every second that it is alive, and prints what a person
+wants to know. The controller does the rest. On SIGTERM (`ray job stop`) the deployment drains and is removed, and so
+it is when this process just dies.
+"""
+
+import logging
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import hydra
+import ray
+from omegaconf import DictConfig, OmegaConf
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+
+from cluster.config import Deployment
+from cluster.controller import namespace, start_controller
+from cluster.supervisor import Status
+from launch.build import build
+
+HEARTBEAT_SECONDS = 1.0
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="serve")
+def main(config: DictConfig) -> None:
+    try:
+        deployment = deployment_of(config)
+        sys.exit(serve(deployment))
+    except ValueError as error:
+        sys.exit(f"stepladder: {error}")
+
+
+def deployment_of(config: DictConfig) -> Deployment:
+    """The configuration, resolved and checked, with a fresh secret.
+
+    Raises:
+        ValueError: an option that does not exist or cannot be.
+    """
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    deployment = build(Deployment, {**values, "secret": secrets.token_hex(32)})
+    if not Path(deployment.run_dir).is_absolute():
+        raise ValueError(f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary")
+    return deployment
+
+
+def serve(deployment: Deployment) -> int:
+    """Run until the deployment has ended, or only until it is ready if it is detached. Returns the exit code."""
+    if not ray.is_initialized():
+        ray.init(namespace=namespace(deployment.name), log_to_driver=False, logging_level=logging.WARNING)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which installs handlers of its own
+        signal.signal(number, lambda *_: stop.set())
+    controller = start_controller(deployment)
+    print(f"figures and journal in {deployment.run_dir}", flush=True)
+    return _watch(controller, deployment, stop)
+
+
+def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Event) -> int:
+    """Heartbeats until the controller is gone; prints what changes."""
+    seen: Status | None = None
+    told = False
+    while True:
+        if stop.wait(0.2 if told else HEARTBEAT_SECONDS) and not told:
+            controller.shut_down.remote()
+            told = True
+        try:
+            status: Status = ray.get(controller.heartbeat.remote(), timeout=deployment.cluster.hang_seconds)
+        except (GetTimeoutError, ActorUnavailableError):
+            continue  # it is busy or restarting; Ray tells when it is gone for good
+        except RayActorError:
+            return 0 if told else 1
+        if status != seen:
+            _tell(status, seen)
+            seen = status
+        if status.phase == "failed":
+            controller.shut_down.remote()
+            return 1
+        if status.phase == "ready" and deployment.detach:
+            return 0
+
+
+def _tell(status: Status, before: Status | None) -> None:
+    if before is None or (status.phase, status.detail) != (before.phase, before.detail):
+        print(f"stepladder {status.phase}: {status.detail}", flush=True)
+    if status.phase == "ready" and (before is None or before.url != status.url or before.phase == "starting"):
+        print(f"STEPLADDER_READY {status.url}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

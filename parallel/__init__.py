@@ -1,0 +1,1 @@
+"""The sharded model: mesh, residual stream, modules, checkpoint loading."""

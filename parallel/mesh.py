@@ -1,0 +1,162 @@
+"""One rank's tensor-parallel group. The only place that chooses a communication backend: NCCL on CUDA, gloo on CPU.
+
+Groups are objects, made from a store; there is no default group and no global state. So several generations, or
+several ranks as threads of one test, live in one process.
+"""
+
+from datetime import timedelta
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.meter import ReduceMeter
+from parallel.residual import Done, Pending
+from parallel.shards import Shard
+
+
+class _Reducing:
+    """An all-reduce under way on `tensor`."""
+
+    def __init__(self, work: dist.Work, tensor: Tensor) -> None:
+        self.work, self.tensor = work, tensor
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.tensor
+
+
+class Mesh(Protocol):
+    """What the executor and the model ask of a group; `SingleRank` and `Group` do it."""
+
+    shard: Shard
+    device: torch.device
+    meter: ReduceMeter
+
+    def all_reduce(self, partial: Tensor) -> Pending:
+        """Start the sum of `partial` over the ranks, in place. Every rank calls in the same order."""
+        ...
+
+    def gather(self, columns: Tensor) -> Tensor | None:
+        """Equal [R, C] parts joined to [R, C * ranks] on rank 0; None elsewhere."""
+        ...
+
+    def broadcast(self, values: list[int] | None) -> list[int]:
+        """Rank 0's integers, on every rank; the others pass None and wait."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group, once; the others' collectives fail. Not while this rank is in a collective itself."""
+        ...
+
+
+class SingleRank:
+    """A group of one: nothing to do."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.shard, self.device, self.meter = Shard(0, 1), torch.device(device), ReduceMeter()
+
+    def all_reduce(self, partial: Tensor) -> Pending:
+        return Done(partial)
+
+    def gather(self, columns: Tensor) -> Tensor | None:
+        return columns
+
+    def broadcast(self, values: list[int] | None) -> list[int]:
+        assert values is not None
+        return values
+
+    def close(self) -> None:
+        pass
+
+
+class Group:
+    """A real group of ranks.
+
+    Args:
+        store: shared by all ranks, with a prefix of their own (the deployment's generation).
+        shard: this rank's place.
+        device: CUDA ranks reduce with NCCL on its own stream, CPU ranks with gloo.
+        host: the address of this machine that the others can reach.
+        timeout: how long a collective may take before it fails.
+    """
+
+    FIRST = 1024  # integers in the first message of a broadcast; most plans need no second
+
+    def __init__(
+        self,
+        store: dist.Store,
+        shard: Shard,
+        device: torch.device | str = "cpu",
+        host: str = "127.0.0.1",
+        timeout: timedelta = timedelta(seconds=30),
+    ) -> None:
+        self.shard, self.device, self.meter = shard, torch.device(device), ReduceMeter()
+        self._control = _gloo(dist.PrefixStore("control", store), shard, host, timeout)
+        self._tensors = self._control
+        if self.device.type == "cuda":
+            self._tensors = _nccl(dist.PrefixStore("tensors", store), shard, timeout)
+
+    def all_reduce(self, partial: Tensor) -> Pending:
+        pending = _Reducing(self._tensors.allreduce([partial]), partial)
+        return self.meter.watch(pending, pending.work) if self.meter.on else pending
+
+    def gather(self, columns: Tensor) -> Tensor | None:
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        parts = [torch.empty_like(columns) for _ in range(self.shard.size)] if self.shard.rank == 0 else []
+        self._tensors.gather([parts] if parts else [], [columns.contiguous()], options).wait()
+        return torch.cat(parts, dim=-1) if parts else None
+
+    def broadcast(self, values: list[int] | None) -> list[int]:
+        first = torch.zeros(self.FIRST, dtype=torch.int64)
+        if values is not None:
+            head = torch.tensor([len(values), *values[: self.FIRST - 1]])
+            first[: len(head)] = head
+        self._broadcast(first)
+        total = int(first[0])
+        if total < self.FIRST:
+            return first[1 : total + 1].tolist()
+        rest = torch.empty(total - self.FIRST + 1, dtype=torch.int64)
+        if values is not None:
+            rest.copy_(torch.tensor(values[self.FIRST - 1 :]))
+        self._broadcast(rest)
+        return first[1:].tolist() + rest.tolist()
+
+    def close(self) -> None:
+        if self.device.type == "cuda":
+            self._tensors.abort()
+        # Gloo's abort does nothing: its sockets close, and the peers' collectives fail, when the object goes.
+        del self._control, self._tensors
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        self._control.broadcast(tensor, 0).wait()
+
+
+def join(
+    store: dist.Store | None,
+    shard: Shard,
+    device: torch.device | str = "cpu",
+    host: str = "127.0.0.1",
+    timeout: timedelta = timedelta(seconds=30),
+) -> Mesh:
+    """The mesh of one rank; a group of one needs no store."""
+    if shard.size == 1:
+        return SingleRank(device)
+    assert store is not None
+    return Group(store, shard, device, host, timeout)
+
+
+def _gloo(store: dist.Store, shard: Shard, host: str, timeout: timedelta) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._threads = 2  # two reduces are in flight at most
+    return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, shard.rank, shard.size, options))
+
+
+def _nccl(store: dist.Store, shard: Shard, timeout: timedelta) -> dist.ProcessGroup:
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, shard.rank, shard.size, options))

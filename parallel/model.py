@@ -1,0 +1,54 @@
+"""The transformer of one rank: embedding, blocks on the residual stream, final norm, head."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rope import rope_frequencies, rope_table
+from parallel.context import Context
+from parallel.modules import Attention, FeedForward, RMSNorm, VocabParallel
+from parallel.residual import Block, Done, Reduce, run_blocks
+from parallel.shards import Shard
+from parallel.spec import ModelSpec
+from parallel.wiring import wiring
+
+MODULES = {"attention": Attention, "ffn": FeedForward}
+
+
+class Transformer(nn.Module):
+    """One rank's shard of the model. It knows its shard and how to start a reduce, nothing else of the cluster.
+
+    Args:
+        spec: the whole model's shapes and wiring.
+        shard: this rank's place.
+        reduce: starts the all-reduce of a partial sum; the default is right for one rank.
+    """
+
+    def __init__(self, spec: ModelSpec, shard: Shard = Shard(), reduce: Reduce = Done) -> None:  # noqa: B008
+        super().__init__()
+        self.spec, self.shard, self.reduce = spec, shard, reduce
+        self.embedding = VocabParallel(spec, "model.embed_tokens.weight", shard)
+        self.modules_of_blocks = nn.ModuleList()
+        self.blocks: list[Block] = []
+        for plan in wiring(spec):
+            modules = [MODULES[name](spec, plan.layer, shard) for name in plan.modules]
+            self.modules_of_blocks.extend(modules)
+            self.blocks.append(Block(plan.lag, modules))
+        self.norm = RMSNorm(spec, "model.norm.weight")
+        self.head = self.embedding if spec.tie_embeddings else VocabParallel(spec, "lm_head.weight", shard)
+        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, torch.device("cpu"))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return next(m.num_kv_heads for m in self.modules_of_blocks if isinstance(m, Attention))
+
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """Final hidden states, normalised: [T] int64 -> [T, hidden]."""
+        x = self.reduce(self.embedding.embed(tokens)).wait()
+        context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype)
+        return self.norm(run_blocks(self.blocks, x, context, self.reduce))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's columns of the logits: [R, hidden] -> [R, padded vocabulary / ranks]."""
+        return self.head.logits(hidden)

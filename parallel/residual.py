@@ -1,0 +1,91 @@
+"""The residual stream: blocks read it with a lag and add contributions that may still be on their way.
+
+x_0 + c_1 + c_2 + ..., folded in strictly in order and out of place, so that every schedule and every side that holds
+a copy rounds alike. With lag 1 this is Ladder Residual (Zhang et al. 2501.06589): x_{k+1} = AR(h_{k+1}(x_{k-1})) + x_k.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """A tensor on its way: an all-reduce under way, a message from another pool, or a finished tensor."""
+
+    def wait(self) -> Tensor:
+        """The tensor, when it is there. On CUDA the current stream waits, not the host."""
+        ...
+
+
+class Done:
+    """A contribution that has already arrived."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def wait(self) -> Tensor:
+        return self.tensor
+
+
+Reduce = Callable[[Tensor], Pending]
+"""Starts the all-reduce of this rank's partial sum, which it may overwrite."""
+
+
+def immediate(reduce: Reduce) -> Reduce:
+    """The same reduce, waited for at once: what a model without overlap does, and the oracle for overlap."""
+    return lambda partial: Done(reduce(partial).wait())
+
+
+class ResidualStream:
+    """The stream of one batch: x [tokens, hidden] and the contributions not yet folded in."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._late: deque[tuple[Pending, ...]] = deque()
+
+    def input(self, lag: int) -> Tensor:
+        """The stream without its `lag` newest contributions [tokens, hidden]; waits for the older ones only."""
+        while len(self._late) > lag:
+            first, *rest = self._late.popleft()
+            total = first.wait()
+            for part in rest:
+                total = total + part.wait()
+            self._x = self._x + total
+        return self._x
+
+    def add(self, *parts: Pending) -> None:
+        """Append one contribution, its parts summed in the order given."""
+        self._late.append(parts)
+
+    def settle(self) -> Tensor:
+        """Everything added: what the final norm reads."""
+        return self.input(0)
+
+
+class Block:
+    """Modules that read one input and share one reduce.
+
+    Args:
+        lag: how many of the newest contributions this block does not see.
+        modules: each maps (x [tokens, hidden], step context) to this rank's partial sum [tokens, hidden].
+    """
+
+    def __init__(self, lag: int, modules: Iterable[Callable[[Tensor, Any], Tensor]]) -> None:
+        self.lag = lag
+        self.modules = tuple(modules)
+
+    def __call__(self, x: Tensor, context: Any) -> Tensor:
+        total = self.modules[0](x, context)
+        for module in self.modules[1:]:
+            total = total + module(x, context)
+        return total
+
+
+def run_blocks(blocks: Iterable[Block], x: Tensor, context: Any, reduce: Reduce) -> Tensor:
+    """The whole model between embedding and final norm: [tokens, hidden] -> [tokens, hidden]."""
+    stream = ResidualStream(x)
+    for block in blocks:
+        stream.add(reduce(block(stream.input(block.lag), context)))
+    return stream.settle()

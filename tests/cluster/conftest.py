@@ -1,0 +1,46 @@
+"""One server per tiny model for all tests that do not harm it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stepladder import LLM
+from tests.cluster.models import write_cycle, write_random
+from tests.cluster.serving import Server, serve
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(scope="session")
+def cycle_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cycle(tmp_path_factory.mktemp("cycle"))
+
+
+@pytest.fixture(scope="session")
+def llm(random_model: Path) -> LLM:
+    """The same model as `server`'s, without HTTP."""
+    return LLM(str(random_model), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def server(random_model: Path) -> Iterator[Server]:
+    with serve(random_model) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cycle(cycle_model: Path) -> Iterator[Server]:
+    """Greedy text is CYCLE again and again, and never ends by itself."""
+    with serve(cycle_model, {"max_model_len": 8000}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bundled(cycle_model: Path) -> Iterator[Server]:
+    """The same with up to 5 tokens per output, as speculation brings them."""
+    with serve(cycle_model, {"max_model_len": 500}, tokens_per_output=5) as server:
+        yield server

@@ -1,0 +1,156 @@
+"""Clients that leave, engines that fail, servers that drain, and what the metrics say about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.metrics import Metrics
+from tests.cluster.serving import Server, eventually, serve
+
+pytestmark = pytest.mark.timeout(60)
+LONG: dict[str, Any] = {"model": "org/tiny", "prompt": "a", "temperature": 0, "max_tokens": 7000}
+
+
+def samples(server: Server) -> dict[str, float]:
+    """name{label values} -> value."""
+    families = text_string_to_metric_families(httpx.get(server.url + "/metrics").text)
+    found = {}
+    for sample in (sample for family in families for sample in family.samples):
+        labels = [value for name, value in sample.labels.items() if name != "model_name"]
+        assert sample.labels["model_name"] == "org/tiny"
+        found[" ".join([sample.name.removeprefix("stepladder:"), *labels])] = sample.value
+    return found
+
+
+def next_event(lines: Any) -> dict[str, Any]:
+    return json.loads(next(line for line in lines if line).removeprefix("data: "))
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b", "c"]])
+def test_a_client_that_leaves_its_stream(cycle: Server, prompt: Any) -> None:
+    with httpx.stream("POST", cycle.url + "/v1/completions", json={**LONG, "prompt": prompt, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        assert all(next_event(lines)["choices"] for _ in range(4))
+        assert cycle.running == len(prompt)
+    eventually(lambda: cycle.running == 0)
+    eventually(lambda: len(cycle.service.in_flight) == 0)
+
+
+def test_a_client_that_does_not_wait(cycle: Server) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(cycle.url + "/v1/completions", json=LONG, timeout=0.3)
+    eventually(lambda: cycle.running == 0 and len(cycle.service.in_flight) == 0)
+    aborted = samples(cycle)["request_success_total abort"]
+    assert aborted >= 1
+
+
+def test_an_engine_that_fails(cycle_model: Path) -> None:
+    with serve(cycle_model, {"max_model_len": 8000}) as server:
+        stream = server.client().completions.create(**LONG, stream=True)
+        assert next(stream).choices
+
+        def broken(plan: Any) -> Any:
+            raise RuntimeError("the device is gone")
+
+        server.backend.engine.executor.run = broken  # type: ignore[method-assign]
+        with pytest.raises(openai.APIError, match="the engine has failed"):
+            list(stream)
+        eventually(lambda: not server.backend.ready())
+        for answer in (httpx.get(server.url + "/ready"), server.post("/v1/completions", LONG)):
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "2"
+            assert answer.json()["error"]["code"] == "service_unavailable"
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert samples(server)["request_success_total error"] == 2
+
+
+def test_drain_waits(cycle_model: Path) -> None:
+    with serve(cycle_model) as server:
+        assert httpx.get(server.url + "/ready").status_code == 200
+        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "max_tokens": 300, "stream": True}) as s:
+            lines = s.iter_lines()
+            next_event(lines)
+            drained = server.start(server.service.drain(30))
+            eventually(lambda: httpx.get(server.url + "/ready").status_code == 503)
+            answer = server.post("/v1/completions", LONG)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert httpx.get(server.url + "/health").status_code == 200
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+        drained.result(timeout=10)
+        assert server.running == 0
+
+
+def test_drain_ends_what_takes_too_long(cycle_model: Path) -> None:
+    with serve(cycle_model, {"max_model_len": 8000}) as server:
+        stream = server.client().completions.create(**LONG, stream=True)
+        next(stream)
+        server.start(server.service.drain(0.2)).result(timeout=10)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        eventually(lambda: server.running == 0)
+
+
+def test_request_ids(cycle: Server) -> None:
+    url = cycle.url + "/v1/completions"
+    body, header = {**LONG, "stream": True}, {"X-Request-Id": "trace-1"}
+    with httpx.stream("POST", url, json=body, headers=header) as first:
+        lines = first.iter_lines()
+        one = next_event(lines)["id"]
+        assert [s.request.id for s in cycle.backend.engine.scheduler.running] == ["trace-1-0"]
+        with httpx.stream("POST", url, json=body, headers=header) as second:
+            more = second.iter_lines()
+            other = next_event(more)["id"]
+            assert first.headers["x-request-id"] == second.headers["x-request-id"] == "trace-1"
+            assert one == "cmpl-trace-1" != other, "the same id twice at a time is two requests"
+    assert len(httpx.get(cycle.url + "/health").headers["x-request-id"]) == 32
+    bad = httpx.get(cycle.url + "/version", headers={"X-Request-Id": "a b"})
+    assert bad.status_code == 400 and bad.headers["x-request-id"] != "a b"
+    eventually(lambda: cycle.running == 0)
+
+
+def test_metrics_and_snapshot(random_model: Path) -> None:
+    with serve(random_model) as server:
+        client = server.client()
+        client.completions.create(model="org/tiny", prompt=["ab", "cde"], max_tokens=10, extra_body={"ignore_eos": True})
+        found = samples(server)
+        assert found["prompt_tokens_total"] == 5 and found["generation_tokens_total"] == 20
+        assert found["request_success_total length"] == 2
+        for name, count in (
+            ("time_to_first_token_seconds", 2),
+            ("inter_token_latency_seconds", 18),
+            ("request_time_per_output_token_seconds", 2),
+            ("e2e_request_latency_seconds", 2),
+        ):
+            assert found[f"{name}_count"] == count and found[f"{name}_sum"] > 0
+        assert found["request_generation_tokens_sum"] == 20 and found["num_requests_in_flight"] == 0
+        figures = server.service.snapshot()
+        assert figures["serve/requests_finished"] == 2 and figures["serve/running"] == 0
+        assert 0 < figures["serve/ttft_ms_p50"] <= figures["serve/ttft_ms_p99"]
+        assert 0 < figures["serve/tpot_ms_p50"] <= figures["serve/tpot_ms_p99"]
+        assert figures["serve/tokens_per_s"] > 0
+        again = server.service.snapshot()
+        assert again["serve/requests_finished"] == 0 and "serve/ttft_ms_p50" not in again
+
+
+def test_engine_metrics() -> None:
+    metrics = Metrics("m")
+
+    def value(name: str, engine: str) -> float | None:
+        return metrics.registry.get_sample_value(f"stepladder:{name}", {"model_name": "m", "engine": engine})
+
+    stats = {"running": 3, "waiting": 2, "kv_usage": 0.5, "preemptions": 4, "steps": 100}
+    metrics.update_engine(stats)
+    metrics.update_engine({**stats, "steps": 110}, engine="0")
+    metrics.update_engine({**stats, "running": 1}, engine="1")
+    assert (value("num_requests_running", "0"), value("num_requests_running", "1")) == (3, 1)
+    assert value("kv_cache_usage_perc", "0") == 0.5
+    assert (value("engine_steps_total", "0"), value("num_preemptions_total", "0")) == (110, 4)
+    metrics.update_engine({**stats, "steps": 7, "preemptions": 0})
+    assert (value("engine_steps_total", "0"), value("num_preemptions_total", "0")) == (117, 4), "it was restarted"
+    metrics.remove_engine("0")
+    assert value("num_requests_running", "0") is None and value("engine_steps_total", "0") == 117

@@ -1,0 +1,106 @@
+"""Attention against a loop over tokens and heads in fp64."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.attention import causal_attention
+from parallel.context import KVCache, PagedSequences
+from parallel.spec import ModelSpec
+
+
+def one_query(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [H, D] over keys, values [L, K, D]: softmax(q k / sqrt(D)) v, head by head."""
+    heads, dim = q.shape
+    shared = heads // keys.shape[1]
+    rows = []
+    for head in range(heads):
+        scores = (keys[:, head // shared] @ q[head]) / dim**0.5
+        weights = (scores - scores.max()).exp()
+        rows.append((weights / weights.sum()) @ values[:, head // shared])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
+def test_causal_attention(heads: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    batch, length, dim = 3, 7, 5
+    q = torch.randn(batch * length, heads, dim, dtype=torch.float64)
+    k, v = torch.randn(2, batch * length, kv_heads, dim, dtype=torch.float64)
+    got = causal_attention(q, k, v, batch)
+    for row in range(batch * length):
+        first = row - row % length
+        want = one_query(q[row], k[first : row + 1], v[first : row + 1])
+        torch.testing.assert_close(got[row], want, rtol=0, atol=1e-12)
+
+
+def spec_of(heads: int, kv_heads: int) -> ModelSpec:
+    return ModelSpec(
+        vocab_size=1,
+        hidden_size=1,
+        intermediate_size=1,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=6,
+        max_position=1,
+        dtype=torch.float64,
+    )
+
+
+def check_paged(shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_size: int, seed: int) -> None:
+    """`shapes`: (start, length) of each sequence of one step; the positions before start are in the cache already."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = [-(-(start + length) // block_size) for start, length in shapes]
+    order = random.Random(seed).sample(range(sum(needed) + 3), sum(needed) + 3)
+    tables = [[order.pop() for _ in range(n)] for n in needed]
+    cache = KVCache(spec_of(heads, kv_heads), kv_heads, sum(needed) + 3, block_size)
+    cache.keys.normal_(0, 30, generator=generator)  # what others left behind; it would show
+    cache.values.normal_(0, 30, generator=generator)
+    before = cache.keys.clone()
+    contexts = [torch.randn(2, s + n, kv_heads, 6, dtype=torch.float64, generator=generator) for s, n in shapes]
+    for table, (start, _), context in zip(tables, shapes, contexts, strict=True):
+        for position in range(start):
+            slot = table[position // block_size] * block_size + position % block_size
+            cache.keys[1, slot], cache.values[1, slot] = context[0, position], context[1, position]
+    q = torch.randn(sum(n for _, n in shapes), heads, 6, dtype=torch.float64, generator=generator)
+    k, v = (torch.cat([c[i, s:] for c, (s, _) in zip(contexts, shapes, strict=True)]) for i in (0, 1))
+    step = PagedSequences(cache, [s for s, _ in shapes], [n for _, n in shapes], tables)
+    got = step.attend(1, q, k, v)
+    row = 0
+    for (start, length), context in zip(shapes, contexts, strict=True):
+        for position in range(start, start + length):
+            want = one_query(q[row], context[0, : position + 1], context[1, : position + 1])
+            torch.testing.assert_close(got[row], want, rtol=0, atol=1e-11)
+            assert int(step.positions[row]) == position
+            row += 1
+    assert torch.equal(cache.keys[0], before[0]), "another layer's cache was written"
+    untouched = set(range(cache.keys.shape[1])) - {b * block_size + i for t in tables for b in t for i in range(block_size)}
+    assert torch.equal(cache.keys[1, sorted(untouched)], before[1, sorted(untouched)]), "a free block was written"
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 13), st.sampled_from((1, 1, 2, 5))), min_size=1, max_size=5),
+    st.sampled_from(((4, 4), (6, 2), (4, 1))),
+    st.integers(1, 5),
+    st.integers(0, 2**31),
+)
+def test_paged_attention_of_any_ragged_batch(
+    shapes: list[tuple[int, int]], heads: tuple[int, int], block_size: int, seed: int
+) -> None:
+    check_paged(shapes, *heads, block_size, seed)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(0, 9)], [(0, 1)], [(6, 1)], [(4, 5)], [(3, 1), (8, 1), (0, 1)], [(0, 4), (0, 4)], [(0, 7), (5, 1), (2, 3), (9, 1)]],
+    ids=["prefill", "first token", "decode", "chunk", "decode batch", "equal prefills", "mixed"],
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_paged_attention_of_every_kind_of_step(shapes: list[tuple[int, int]], heads: int, kv_heads: int) -> None:
+    check_paged(shapes, heads, kv_heads, 4, seed=1)

@@ -1,0 +1,65 @@
+"""The noise is Gumbel, independent from key to key, and a function of the key alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kernels.noise import gumbel
+
+RARE = 1e-4  # the keys are fixed, so these tests cannot flicker; a good generator stays far above this
+
+KEYS = {
+    "positions of one seed": (torch.zeros(400, dtype=torch.int64), torch.arange(400)),
+    "small seeds": (torch.arange(400), torch.full((400,), 17)),
+    "negative seeds": (-torch.arange(400) - 1, torch.full((400,), 17)),
+    "seeds that differ above 32 bits": (torch.arange(400) << 32, torch.full((400,), 17)),
+    "seed and position together": (torch.arange(400), torch.arange(400)),
+}
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_distribution(keys: str) -> None:
+    noise = gumbel(*KEYS[keys], 500)
+    assert noise.shape == (400, 500) and noise.dtype == torch.float32 and noise.isfinite().all()
+    values = noise.flatten().numpy()
+    assert stats.kstest(values, "gumbel_r").pvalue > RARE
+    assert stats.kstest(np.exp(-np.exp(-values.astype(np.float64))), "uniform").pvalue > RARE
+    for row in (noise[0], noise[-1], noise[:, 0], noise[:, -1]):
+        assert stats.kstest(row.numpy(), "gumbel_r").pvalue > RARE
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_keys_are_independent(keys: str) -> None:
+    """Correlations of neighbouring keys, of far keys and of neighbouring tokens are those of independent draws."""
+    u = torch.exp(-torch.exp(-gumbel(*KEYS[keys], 500).double())) - 0.5
+    pairs = [(u[:-1], u[1:]), (u[:-64], u[64:]), (u[:, :-1], u[:, 1:]), (u[:-1, :-1], u[1:, 1:])]
+    pairs += [((u[:-1] > 0.4).double(), (u[1:] > 0.4).double())]  # the tails decide which token wins
+    for a, b in pairs:
+        correlation = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]
+        assert abs(float(correlation)) < 4.5 / a.numel() ** 0.5
+    between_rows = torch.corrcoef(u).fill_diagonal_(0).abs()
+    assert float(between_rows.max()) < 6.5 / 500**0.5
+    assert float(torch.corrcoef(u.T).fill_diagonal_(0).abs().max()) < 6.5 / 400**0.5
+
+
+def test_keys_do_not_repeat() -> None:
+    """Within a request never, and between requests as rarely as 32 bits of key allow."""
+    seeds, positions = torch.meshgrid(torch.arange(-64, 64), torch.arange(128), indexing="ij")
+    noise = gumbel(seeds.flatten(), positions.flatten(), 8).view(128, 128, 8)
+    for index in (0, 1, 64, 127):
+        assert len(torch.unique(noise[index], dim=0)) == 128, "one seed, two positions"
+        assert len(torch.unique(noise[:, index], dim=0)) == 128, "one position, two seeds"
+    assert len(torch.unique(noise.view(-1, 8), dim=0)) >= 128 * 128 - 4
+
+
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**20)), min_size=1, max_size=6))
+def test_a_key_has_the_same_noise_in_every_batch(keys: list[tuple[int, int]]) -> None:
+    seeds, positions = torch.tensor(keys, dtype=torch.int64).T
+    batch = gumbel(seeds, positions, 50)
+    for row, (seed, position) in enumerate(keys):
+        alone = gumbel(torch.tensor([seed]), torch.tensor([position]), 50)[0]
+        assert torch.equal(batch[row], alone)
+        assert torch.equal(gumbel(seeds, positions, 80)[row, :50], alone), "depends on the size of the vocabulary"

@@ -1,0 +1,89 @@
+"""The bundled model is what its model card says, and the recipe refuses what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from transformers import AutoConfig
+
+from launch.corpus import primed_xz_bits_per_byte, standard_library
+from launch.demo import DemoRecipe, model_bits_per_byte, run
+from launch.train import recipe_of
+from parallel.checkpoint import load_weights
+from parallel.model import Transformer
+from parallel.modules import kv_heads_of
+from parallel.shards import Shard
+from parallel.spec import ModelSpec
+
+DEMO = Path(__file__).parents[2] / "launch" / "demo_model"
+
+
+def recipe(*overrides: str) -> DemoRecipe:
+    with initialize_config_module("launch.conf", version_base=None):
+        return recipe_of(compose("train", [*overrides]))[0]
+
+
+def test_the_bundled_model_beats_primed_xz_on_held_out_documents() -> None:
+    corpus = standard_library()
+    sample = [d for d in corpus.held_out if 2_000 <= len(d.text) <= 10_000]
+    assert len(sample) >= 8
+    model = Transformer(ModelSpec.load(DEMO))
+    load_weights(model, DEMO)
+    assert model_bits_per_byte(model, DEMO, sample) < primed_xz_bits_per_byte(corpus.train, sample)
+
+
+def test_the_bundled_model_is_a_ladder_that_four_ranks_can_share() -> None:
+    spec = ModelSpec.load(DEMO)
+    assert all(spec.is_ladder(layer) for layer in range(spec.num_layers))
+    for ranks in (1, 2, 4):
+        assert Transformer(spec, Shard(0, ranks)).num_kv_heads == len(kv_heads_of(spec, Shard(0, ranks)))
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12e6
+    assert AutoConfig.from_pretrained(DEMO).num_hidden_layers == spec.num_layers
+
+
+def test_training_json_says_what_was_measured() -> None:
+    figures = json.loads((DEMO / "training.json").read_text())
+    assert figures["held_out_bits_per_byte"] < figures["primed_xz_bits_per_byte"]
+    assert figures["tokens_seen"] == recipe("run_dir=/r").train.steps * recipe("run_dir=/r").train.batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.contexts=[256,2048]", "train.contexts has 2048, more than model.max_position (1024)"),
+        ("train.batch_tokens=1000", "train.contexts has 256; it must divide train.batch_tokens (1000)"),
+        ("train.warmup=0.5", "train.warmup and train.decay are shares of the run"),
+        ("train.precision=fp8", "train.precision is 'fp8'; it must be bf16 or fp32"),
+        ("train.tokens=many", "train.tokens is 'many': expected `int`"),
+        ("+train.momentum=1", "train.momentum is not an option"),
+        ("model.residual=laddr", "residual is 'laddr'; it must be one of"),
+        ("monitor.wandb=on", "monitor.wandb is"),
+        ("threads=0", "threads is 0; it must be at least 1"),
+        ("name=twinz", "name is 'twinz'; the recipes are"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        recipe("run_dir=/r", override)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_recipe_writes_a_model_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of four small steps over a tenth of the library, from configuration to training.json."""
+    whole = standard_library()
+    small = type(whole)(whole.train[::10], whole.held_out[:3])
+    monkeypatch.setattr("launch.demo.standard_library", lambda: small)
+    shape = ["model.vocab_size=400", "model.hidden_size=32", "model.head_dim=8", "model.intermediate_size=32"]
+    size = ["model.num_layers=2", "train.tokens=2048", "train.batch_tokens=512", "train.contexts=[64,128]"]
+    run(recipe(f"run_dir={tmp_path}", "train.log_every=2", *shape, *size))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/step"] for row in rows] == [2, 4]
+    figures = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert figures["data_sha256"] == small.sha256
+    assert 1 < figures["held_out_bits_per_byte"] < 8
+    model = Transformer(ModelSpec.load(tmp_path / "model"))
+    load_weights(model, tmp_path / "model")
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())

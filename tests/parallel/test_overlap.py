@@ -1,0 +1,106 @@
+"""The oracle of overlap: real asynchronous handles and reduces waited for at once are bitwise equal."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.checkpoint import load_weights
+from parallel.context import KVCache, PagedSequences
+from parallel.mesh import Mesh
+from parallel.model import Transformer
+from parallel.residual import Pending, Reduce, immediate
+from parallel.spec import ModelSpec
+from tests.ranks import run_ranks
+
+WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [
+    ("standard", None),
+    ("ladder", None),
+    ("parallel", None),
+    ("ladder-parallel", None),
+    ("ladder", (1, 2)),
+    ("ladder", (0, 2)),
+    ("ladder-parallel", (1,)),
+]
+
+
+@torch.inference_mode()
+def prefill_and_decode(spec: ModelSpec, path: Path, mesh: Mesh, reduce: Reduce) -> list[Tensor]:
+    """Final hidden states of one prefill step of three prompts and of three decode steps."""
+    model = Transformer(spec, mesh.shard, reduce)
+    load_weights(model, path)
+    cache = KVCache(spec, model.num_kv_heads, 24, 4)
+    tables = [list(range(i * 8, i * 8 + 8)) for i in range(3)]
+    draw = torch.Generator().manual_seed(4)
+    outputs, starts, lengths = [], [0, 0, 0], [11, 5, 20]
+    for _ in range(4):
+        tokens = torch.randint(0, spec.vocab_size, (sum(lengths),), generator=draw)
+        outputs.append(model(tokens, PagedSequences(cache, starts, lengths, tables)))
+        starts, lengths = [s + n for s, n in zip(starts, lengths, strict=True)], [1, 1, 1]
+    return outputs
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_overlapped_reduces_are_bitwise_equal_to_immediate_ones(tp: int, untied: Path) -> None:
+    base = ModelSpec.load(untied)
+    wirings = WIRINGS if tp == 2 else WIRINGS[1:2]
+
+    def rank_main(mesh: Mesh) -> list[tuple[list[Tensor], list[Tensor]]]:
+        specs = [replace(base, residual=residual, ladder_layers=layers) for residual, layers in wirings]
+        return [
+            (
+                prefill_and_decode(spec, untied, mesh, mesh.all_reduce),
+                prefill_and_decode(spec, untied, mesh, immediate(mesh.all_reduce)),
+            )
+            for spec in specs
+        ]
+
+    ranks = run_ranks(tp, rank_main)
+    for wiring, results in zip(wirings, zip(*ranks, strict=True), strict=True):
+        first = results[0][0]
+        for overlapped, waited in results:  # on every rank
+            for step, (a, b, c) in enumerate(zip(overlapped, waited, first, strict=True)):
+                assert torch.equal(a, b), f"{wiring}, step {step}"
+                assert torch.equal(a, c), f"{wiring}, step {step}: the ranks' streams differ"
+
+
+class _Noted:
+    def __init__(self, pending: Pending, note: Callable[[], None]) -> None:
+        self.pending, self.note = pending, note
+
+    def wait(self) -> Tensor:
+        self.note()
+        return self.pending.wait()
+
+
+@pytest.mark.parametrize(("residual", "lag"), [("standard", 0), ("ladder", 1), ("parallel", 0), ("ladder-parallel", 1)])
+def test_a_reduce_is_waited_for_exactly_lag_blocks_later(residual: str, lag: int, untied: Path) -> None:
+    """Order of events on real handles: with lag 1, block k+1 is computed and its reduce issued before k is waited for."""
+    spec = replace(ModelSpec.load(untied), residual=residual)
+
+    def rank_main(mesh: Mesh) -> list[tuple[str, int]]:
+        events: list[tuple[str, int]] = []
+
+        def reduce(partial: Tensor) -> Pending:
+            number = sum(kind == "issue" for kind, _ in events)
+            events.append(("issue", number))
+            return _Noted(mesh.all_reduce(partial), lambda: events.append(("wait", number)))
+
+        model = Transformer(spec, mesh.shard, reduce)
+        load_weights(model, untied)
+        cache = KVCache(spec, model.num_kv_heads, 4, 4)
+        with torch.inference_mode():
+            model(torch.arange(3), PagedSequences(cache, [0], [3], [[0]]))
+        return events
+
+    events = run_ranks(2, rank_main)[0]
+    last = len(events) // 2 - 1  # 0 is the embedding's reduce
+    assert events.index(("wait", 0)) == 1
+    for number in range(1, last - lag):
+        assert events.index(("wait", number)) == events.index(("issue", number + lag)) + 1
+    assert sorted(events) == sorted((kind, n) for kind in ("issue", "wait") for n in range(last + 1))
+    issued = [events[:i].count(("issue", n)) for i, (kind, n) in enumerate(events) if kind == "wait"]
+    assert all(issued), "waited for before it was issued"

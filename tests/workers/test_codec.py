@@ -1,0 +1,64 @@
+"""A plan survives the wire unchanged."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.mesh import Group, Mesh
+from tests.ranks import run_ranks
+from workers.codec import decode, encode
+from workers.core import Sample, StepPlan
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+SAMPLES = st.builds(
+    Sample,
+    row=st.integers(0, 2**31),
+    position=st.integers(0, 2**31),
+    seed=INT64,
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1, exclude_min=True),
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    sequences = draw(st.integers(0, 5))
+    lengths = draw(st.lists(st.integers(0, 6), min_size=sequences, max_size=sequences))
+    return StepPlan(
+        tokens=draw(st.lists(INT64, min_size=sum(lengths), max_size=sum(lengths))),
+        starts=draw(st.lists(st.integers(0, 2**40), min_size=sequences, max_size=sequences)),
+        lengths=lengths,
+        block_tables=draw(st.lists(st.lists(INT64, max_size=5), min_size=sequences, max_size=sequences)),
+        samples=draw(st.lists(SAMPLES, max_size=5)),
+    )
+
+
+@given(plans())
+def test_decode_inverts_encode(plan: StepPlan) -> None:
+    values = encode(plan)
+    assert torch.tensor(values, dtype=torch.int64).tolist() == values, "every value must fit one int64"
+    assert decode(values) == plan
+
+
+def test_the_empty_plan() -> None:
+    assert decode(encode(StepPlan())) == StepPlan()
+
+
+def test_extremes() -> None:
+    samples = [Sample(0, 1, seed, t, p) for seed in (-(2**63), -1, 0, 2**63 - 1) for t, p in ((0.0, 1.0), (2, 5e-324))]
+    plan = StepPlan([2**63 - 1, -(2**63), -1], [0], [3], [[]], samples)
+    assert decode(encode(plan)) == plan
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_broadcast_around_the_first_message(tp: int) -> None:
+    first = Group.FIRST
+    messages = [list(range(-n, n, 2))[:n] for n in (0, 1, first - 2, first - 1, first, first + 1, 2 * first + 7)]
+    messages.append([-(2**63), 2**63 - 1, -1])
+    messages.append([-1])
+
+    def rank_main(mesh: Mesh) -> list[list[int]]:
+        return [mesh.broadcast(m if mesh.shard.rank == 0 else None) for m in messages]
+
+    assert run_ranks(tp, rank_main) == [messages] * tp

@@ -1,0 +1,111 @@
+"""The whole engine (scheduler, paged cache, sampler, ranks) against `generate` of `transformers`."""
+
+from pathlib import Path
+
+import pytest
+
+from parallel.mesh import Mesh, SingleRank
+from parallel.spec import ModelSpec
+from tests.llama import oracle_greedy, read_llama
+from tests.ranks import run_ranks
+from workers.core import Request, SamplingParams
+from workers.engine import Engine
+from workers.executor import Executor
+from workers.scheduler import SchedulerConfig
+
+COUNT = 64
+
+
+def serve(engine: Engine, requests: list[Request], apart: int = 2) -> dict[str, list[int]]:
+    """Run until all is done; a request arrives every `apart` steps."""
+    tokens: dict[str, list[int]] = {r.id: [] for r in requests}
+    arrivals, step = list(requests), 0
+    while arrivals or engine.has_work:
+        if arrivals and step % apart == 0:
+            engine.add(arrivals.pop(0))
+        for output in engine.step():
+            tokens[output.id].extend(output.tokens)
+        step += 1
+    engine.scheduler.check_integrity()
+    return tokens
+
+
+def lead_or_follow(mesh: Mesh, path: Path, config: SchedulerConfig, requests: list[Request]) -> dict[str, list[int]]:
+    executor = Executor(ModelSpec.load(path), str(path), mesh, config.num_blocks, config.block_size)
+    if mesh.shard.rank:
+        executor.follow()
+        return {}
+    tokens = serve(Engine(config, executor), requests)
+    executor.stop()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def greedy(untied: Path, tied: Path, prompts: list[list[int]]) -> dict[Path, list[list[int]]]:
+    """What transformers says, per checkpoint and prompt."""
+    return {path: [oracle_greedy(read_llama(path), p, COUNT) for p in prompts] for path in (untied, tied)}
+
+
+@pytest.mark.parametrize(
+    ("tp", "checkpoint"), [(1, "untied"), (1, "tied"), (2, "untied"), (2, "tied"), (4, "untied")]
+)
+def test_greedy_tokens_equal_generate(
+    tp: int,
+    checkpoint: str,
+    prompts: list[list[int]],
+    greedy: dict[Path, list[list[int]]],
+    request: pytest.FixtureRequest,
+) -> None:
+    path = request.getfixturevalue(checkpoint)
+    config = SchedulerConfig(max_sequences=6, max_step_tokens=12, max_model_len=128, num_blocks=90, block_size=4)
+    params = SamplingParams(max_tokens=COUNT, temperature=0.0)
+    requests = [Request(id=str(i), prompt=tuple(p), params=params) for i, p in enumerate(prompts)]
+    got = run_ranks(tp, lambda mesh: lead_or_follow(mesh, path, config, requests))[0]
+    assert [got[r.id] for r in requests] == greedy[path]
+    assert all(len(set(tokens)) > 8 for tokens in greedy[path]), "the oracle's text is degenerate and proves little"
+
+
+def test_sampled_tokens_do_not_depend_on_batch_chunks_ranks_preemption_or_replay(
+    untied: Path, prompts: list[list[int]]
+) -> None:
+    """A request's tokens are a function of prompt, parameters and seed alone; so is a continuation of them."""
+    requests = [
+        Request(id=str(i), prompt=tuple(p), params=SamplingParams(max_tokens=20, temperature=0.9, top_p=0.8, seed=-i))
+        for i, p in enumerate(prompts)
+    ]
+    wide = SchedulerConfig(max_sequences=1, max_step_tokens=64, max_model_len=64, num_blocks=16, block_size=4)
+    narrow = SchedulerConfig(max_sequences=4, max_step_tokens=5, max_model_len=64, num_blocks=20, block_size=4)
+    spec = ModelSpec.load(untied)
+    alone = serve(Engine(wide, Executor(spec, str(untied), SingleRank(), 16, 4)), requests)
+    crowded = Engine(narrow, Executor(spec, str(untied), SingleRank(), 20, 4))
+    assert serve(crowded, requests, apart=1) == alone
+    assert crowded.stats.preemptions > 0
+    replays = [Request(id=r.id, prompt=r.prompt, params=r.params, output=tuple(alone[r.id][:7])) for r in requests]
+    again = run_ranks(2, lambda mesh: lead_or_follow(mesh, untied, narrow, replays))[0]
+    assert {key: alone[key][:7] + tokens for key, tokens in again.items()} == alone
+
+
+def test_stats_count_what_happened(untied: Path) -> None:
+    config = SchedulerConfig(max_sequences=2, max_step_tokens=8, max_model_len=64, num_blocks=16, block_size=4)
+    engine = Engine(config, Executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
+    for index in range(3):
+        params = SamplingParams(max_tokens=4, temperature=0.0)
+        engine.add(Request(id=str(index), prompt=(1, 2, 3), params=params))
+    engine.step()
+    assert (engine.stats.running, engine.stats.waiting) == (2, 1)
+    assert engine.stats.kv_usage == pytest.approx(2 / 16)
+    while engine.has_work:
+        engine.step()
+    engine.heartbeat()
+    stats = engine.stats
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.running, stats.kv_usage) == (9, 12, 0, 0.0)
+
+
+def test_abort_frees_everything(untied: Path) -> None:
+    config = SchedulerConfig(max_sequences=1, max_step_tokens=4, max_model_len=64, num_blocks=16, block_size=4)
+    engine = Engine(config, Executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
+    for name in ("running", "waiting"):
+        engine.add(Request(id=name, prompt=(1,) * 9, params=SamplingParams()))
+    engine.step()
+    assert engine.abort("running") and engine.abort("waiting") and not engine.abort("running")
+    assert not engine.has_work and engine.scheduler.blocks.num_free == 16

@@ -1,0 +1,181 @@
+"""Text that grows token by token equals text decoded at once, and shows nothing of a stop string."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from tests.tokenizers_of import write_byte_fallback, write_byte_level
+from workers.text import TextStream, Tokenizer
+
+TEXT = st.text(max_size=40) | st.text("aSTOPstop é日😀\ufffd\n", max_size=40)
+STOPS = st.lists(st.text("aSTOPs é日😀", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_byte_level(tmp_path_factory.mktemp("byte_level")))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_byte_fallback(tmp_path_factory.mktemp("byte_fallback")))
+
+
+def chunked(tokens: list[int], sizes: list[int]) -> list[list[int]]:
+    """Tokens as steps bring them: one, or several when drafted ones are accepted."""
+    chunks, at = [], 0
+    for size in sizes:
+        chunks.append(tokens[at : at + size])
+        at += size
+    return [*chunks, *([token] for token in tokens[at:])]
+
+
+def push_all(stream: TextStream, tokens: list[int], sizes: list[int]) -> str:
+    """Everything shown, in one string. What is shown grows, and `text` always begins with it."""
+    shown = ""
+    for chunk in chunked(tokens, sizes):
+        shown += stream.push(chunk)
+        assert stream.text.startswith(shown)
+    shown += stream.push([], finished=True)
+    assert stream.text == shown
+    return shown
+
+
+SIZES = st.lists(st.integers(0, 4), max_size=6)
+
+
+@given(text=TEXT, sizes=SIZES)
+def test_any_text_comes_out_whole(byte_level: Tokenizer, text: str, sizes: list[int]) -> None:
+    tokens = byte_level.encode(text)
+    assert push_all(TextStream(byte_level), tokens, sizes) == byte_level.decode(tokens) == text
+
+
+@given(tokens=st.lists(st.integers(0, 319), max_size=30), sizes=SIZES)
+def test_any_tokens_come_out_as_decoded_at_once(byte_level: Tokenizer, tokens: list[int], sizes: list[int]) -> None:
+    """Also broken characters, and special tokens in between."""
+    assert push_all(TextStream(byte_level), tokens, sizes) == byte_level.decode(tokens)
+
+
+@given(text=TEXT, sizes=SIZES)
+def test_byte_fallback_text_comes_out_whole(byte_fallback: Tokenizer, text: str, sizes: list[int]) -> None:
+    tokens = byte_fallback.encode(text)
+    assert push_all(TextStream(byte_fallback), tokens, sizes) == byte_fallback.decode(tokens)
+
+
+@given(text=TEXT, stop=STOPS, sizes=SIZES, which=st.sampled_from(("byte_level", "byte_fallback")))
+def test_stop_strings(
+    request: pytest.FixtureRequest, text: str, stop: tuple[str, ...], sizes: list[int], which: str
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    tokens = tokenizer.encode(text)
+    stream, shown = TextStream(tokenizer, stop), ""
+    for chunk in chunked(tokens, sizes):
+        shown += stream.push(chunk)
+        assert not any(s in shown for s in stop)
+        ends = [shown[-n:] for n in range(1, len(shown) + 1)]
+        assert stream.stopped or not any(s.startswith(end) for s in stop for end in ends), "a beginning was shown"
+    shown += stream.push([], finished=True)
+    whole = tokenizer.decode(tokens)
+    assert stream.stopped == any(s in whole for s in stop)
+    assert stream.text == shown == text_before_stop(tokenizer, tokens, stop)
+    if len(stop) == 1:
+        assert shown == whole.split(stop[0])[0]
+
+
+def text_before_stop(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...]) -> str:
+    """Decode ever longer beginnings; the first that holds a stop string is cut at the earliest one in it."""
+    for count in range(len(tokens) + 1):
+        text = tokenizer.decode(tokens[:count])
+        if count < len(tokens) and text.endswith("\ufffd"):
+            continue
+        if any(s in text for s in stop):
+            return min((text.split(s)[0] for s in stop), key=len)
+    return tokenizer.decode(tokens)
+
+
+def test_stop_string_across_tokens(byte_level: Tokenizer) -> None:
+    tokens = byte_level.encode("xSTOPy")
+    assert len(tokens) > 2
+    stream = TextStream(byte_level, ("STOP",))
+    shown = [stream.push([token]) for token in tokens]
+    assert "".join(shown) == "x" and stream.stopped and stream.push([], finished=True) == ""
+
+
+def test_a_beginning_of_a_stop_string_is_shown_once_it_cannot_become_one(byte_level: Tokenizer) -> None:
+    stream = TextStream(byte_level, ("STOP",))
+    assert stream.push(byte_level.encode("abST")) == "ab"
+    assert stream.push(byte_level.encode("x")) == "STx"
+    assert stream.push(byte_level.encode("S")) == ""
+    assert stream.push([], finished=True) == "S" and not stream.stopped
+
+
+def test_half_a_character_is_held_back(byte_level: Tokenizer) -> None:
+    tokens = [byte_level.fast.token_to_id(piece) for piece in "ðŁĺĢ"]  # the four bytes of 😀 in GPT-2's alphabet
+    stream = TextStream(byte_level)
+    assert [stream.push([token]) for token in tokens] == ["", "", "", "😀"]
+    broken = TextStream(byte_level)
+    assert broken.push(tokens[:3]) == "" and broken.push([], finished=True) == "\ufffd"
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('no role ' + m['role']) }}{% endif %}\n"
+    "    <|user|>{{ m['role'] + ': ' + m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant: {% endif %}"
+)
+
+
+def test_chat_equals_transformers(tmp_path: Path) -> None:
+    path = write_byte_level(tmp_path, chat_template=CHATML, bos_token="<|user|>", eos_token={"content": "<|end|>"})
+    messages = [{"role": "user", "content": "hi <b>'there'</b> & you"}, {"role": "assistant", "content": "日本"}]
+    oracle = PreTrainedTokenizerFast(
+        tokenizer_file=str(path / "tokenizer.json"), bos_token="<|user|>", eos_token="<|end|>", chat_template=CHATML
+    )
+    want = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer(path).chat(messages) == want
+
+
+def test_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """Where transformers 5 saves it."""
+    path = write_byte_level(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=CHATML)
+    tokenizer.save_pretrained(path)
+    assert (path / "chat_template.jinja").exists()
+    assert "<|user|>user: hi<|end|>" in Tokenizer(path).chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "sentence"),
+    [
+        (None, [], "this model has no chat template"),
+        (CHATML, [{"role": "tool", "content": ""}], "refuses these messages: no role tool"),
+        (CHATML, [{"role": "user", "content": None}], "the chat template refuses these messages"),
+        (CHATML, [{"role": "user", "content": [{"type": "text"}]}], "the chat template refuses these messages"),
+        (CHATML, [{"role": "user"}], "the chat template refuses these messages"),
+        ("{% if %}", [], "the chat template refuses these messages"),
+        ("{{ messages.__class__.__mro__ }}", [], "the chat template refuses these messages"),
+        ("{{ messages[0]['content'].missing.deeper }}", [{"content": "a"}], "the chat template refuses these messages"),
+    ],
+)
+def test_chat_errors_are_sentences(
+    tmp_path: Path, template: str | None, messages: list[dict[str, object]], sentence: str
+) -> None:
+    path = write_byte_level(tmp_path, **({"chat_template": template} if template else {}))
+    with pytest.raises(ValueError, match=sentence):
+        Tokenizer(path).chat(messages)
+
+
+def test_unreadable_tokenizers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(tmp_path)
+    write_byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({})[:-1])
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,1 @@
+"""What runs on a rank: vocabulary, scheduler, KV blocks, engine, executor, sampler, trainer."""

@@ -1,0 +1,110 @@
+"""Ray actors around ranks. Ray places and owns the process; it is not in the token path."""
+
+import logging
+import os
+import threading
+from time import monotonic
+from typing import Any, NamedTuple
+
+import psutil
+import ray
+import torch
+
+from workers.rank import Rank, RankConfig
+
+log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a process of ours runs. `born` (seconds since the epoch) guards against a reused pid."""
+
+    node: str
+    host: str
+    pid: int
+    born: float
+    rank: int | None
+    address: str | None
+
+    @staticmethod
+    def here(rank: int | None = None, address: str | None = None) -> "Place":
+        node, host = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        return Place(node, host, os.getpid(), psutil.Process().create_time(), rank, address)
+
+
+@ray.remote(num_cpus=0, concurrency_groups={"ctl": 2})
+class RankActor:
+    """One rank. The loop runs in a thread of its own; `ctl` answers while it does.
+
+    A rank that has heard no controller for `orphan_seconds` ends itself, and its gang's placement group with it.
+    """
+
+    def __init__(self, group: str, orphan_seconds: float) -> None:
+        configure_logging()
+        self._group, self._orphan_seconds = group, orphan_seconds
+        self._heard = monotonic()
+        self._rank: Rank | None = None
+        self._running = False
+        threading.Thread(target=self._watch, daemon=True, name="orphan-watch").start()
+
+    def where(self) -> Place:
+        """This process's place in the cluster, and in its group once it has loaded."""
+        return Place.here(*((self._rank.config.shard.rank, self._rank.address) if self._rank else (None, None)))
+
+    def open_store(self, config: RankConfig) -> int:
+        """Rank 0: the port of the group's rendezvous."""
+        self._rank = Rank(_on_this_device(config))
+        return self._rank.open_store()
+
+    def load(self, config: RankConfig, store_host: str, store_port: int) -> str | None:
+        """Join the group, read the weights; rank 0 returns its engine's address."""
+        self._rank = self._rank or Rank(_on_this_device(config))
+        return self._rank.load(store_host, store_port)
+
+    def start(self) -> None:
+        """Begin the loop."""
+        self._running = True
+        threading.Thread(target=self._run, daemon=True, name="rank-loop").start()
+
+    @ray.method(concurrency_group="ctl")
+    def ping(self) -> dict[str, Any]:
+        """A sign of life for both sides: whether the loop runs, and its counters."""
+        self._heard = monotonic()
+        return {"loop_runs": self._running, **(self._rank.stats() if self._rank and self._running else {})}
+
+    @ray.method(concurrency_group="ctl")
+    def stop(self) -> None:
+        """Ask the loop to end."""
+        if self._rank:
+            self._rank.stop()
+
+    def _run(self) -> None:
+        """A broken group cannot be repaired from inside: end the process, so that everybody notices at once."""
+        assert self._rank
+        try:
+            self._rank.run()
+        except BaseException:
+            log.exception("the rank's loop broke; ending the process")
+            os._exit(1)
+        self._running = False
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(self._orphan_seconds / 10):
+            if monotonic() - self._heard > self._orphan_seconds:
+                log.error("no controller for %.0f s; ending this rank and its group", self._orphan_seconds)
+                try:
+                    ray.util.remove_placement_group(ray.util.get_placement_group(self._group))
+                finally:
+                    os._exit(1)
+
+
+def configure_logging() -> None:
+    """Ray leaves the root logger of a worker silent below WARNING."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def _on_this_device(config: RankConfig) -> RankConfig:
+    """All GPUs of the machine stay visible, so that ranks can reach each other's memory; take the one Ray gave us."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(ray.get_runtime_context().get_accelerator_ids()["GPU"][0]))
+    return config

@@ -1,0 +1,77 @@
+"""Requests in, tokens out: one scheduler and one executor. It knows tokens, nothing of text, HTTP or Ray."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from workers.core import Output, Request, StepPlan, StepResult
+from workers.scheduler import Scheduler, SchedulerConfig
+
+
+class Runs(Protocol):
+    """What an engine needs of an executor."""
+
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+@dataclass
+class EngineStats:
+    """Counters since start, and the present state of the queues."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+
+
+@dataclass
+class Engine:
+    """Continuous batching over one group of ranks; `step` is the whole of it."""
+
+    config: SchedulerConfig
+    executor: Runs
+    stats: EngineStats = field(default_factory=EngineStats)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.config)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of the requests that wait for a place."""
+        return sum(len(sequence.tokens) for sequence in self.scheduler.waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError if it can never be served."""
+        self.scheduler.add(request)
+        self.stats.prompt_tokens += len(request.prompt)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request, between steps; False if it is not here."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[Output]:
+        """Run one step and return what it did for each sequence that got a token."""
+        plan = self.scheduler.schedule()
+        result = self.executor.run(plan)
+        outputs = self.scheduler.commit(result)
+        self._count(outputs)
+        return outputs
+
+    def heartbeat(self) -> None:
+        """When idle: tell the other ranks that this one is alive, and check that nothing leaked."""
+        self.executor.run(StepPlan())
+        self.scheduler.check_integrity()
+
+    def _count(self, outputs: list[Output]) -> None:
+        s, stats = self.scheduler, self.stats
+        stats.steps += 1
+        stats.generation_tokens += sum(len(o.tokens) for o in outputs)
+        stats.preemptions = s.num_preemptions
+        stats.running, stats.waiting = len(s.running), len(s.waiting)
+        stats.kv_usage = 1 - s.blocks.num_free / s.blocks.num_blocks
