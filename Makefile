@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint clean
 
 demo: .venv/demo.stamp
-	$(BIN)/python -m launch.demo
+	$(BIN)/python -m launch.quickstart
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -1,8 +1,8 @@
 """Stepladder's public face: `LLM` generates text in one process, without Ray; `python -m launch.serve` serves it.
 
-    from stepladder import LLM, SamplingParams
-    llm = LLM("launch/demo_model")
-    print(llm.generate(["def main():"], SamplingParams(max_tokens=64, temperature=0.0))[0].text)
+from stepladder import LLM, SamplingParams
+llm = LLM("launch/demo_model")
+print(llm.generate(["def main():"], SamplingParams(max_tokens=64, temperature=0.0))[0].text)
 """
 
 from collections.abc import Iterator

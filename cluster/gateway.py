@@ -106,5 +106,5 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise ValueError(f"gateway.host {host} port {port}: {error.strerror}; gateway.port=0 takes a free one") from None
+        raise ValueError(f"gateway {host}:{port}: {error.strerror}; gateway.port=0 takes a free one") from None
     return listener

@@ -1,4 +1,4 @@
-"""Placement groups by name. All are detached: one owned by the controller would die with it and take its ranks along."""
+"""Placement groups by name. All are detached: one owned by the controller would die with it, and its ranks too."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,9 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from cluster.waiting import wait_for
 
 
-def place(name: str, bundle: dict[str, float], count: int, strategy: str, seconds: float, go: Callable[[], bool]) -> PlacementGroup:
+def place(
+    name: str, bundle: dict[str, float], count: int, strategy: str, seconds: float, go: Callable[[], bool]
+) -> PlacementGroup:
     """Reserve `count` equal bundles under `name`.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time

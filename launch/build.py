@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import msgspec
 
@@ -28,7 +28,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def _value(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind) and isinstance(value, Mapping):
-        return build(kind, value, where + ".")  # type: ignore[type-var]
+        return build(cast(type, kind), value, where + ".")
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

@@ -37,7 +37,7 @@ class PrivateRay:
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -65,7 +65,12 @@ class PrivateRay:
         command = [str(ray), "start", "--head", "--block", *(f"{key}={value}" for key, value in options.items())]
         self._log = (self._folder / "start.log").open("w+")
         self._process = subprocess.Popen(
-            command, env=self.env, stdout=self._log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=self.env,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             self._wait_until_up()
@@ -117,6 +122,10 @@ class PrivateRay:
         tail = Path(self._log.name).read_text()[-2000:]
         raise RuntimeError(f"a private Ray did not come up within {self._seconds:.0f} s; the end of its log:\n{tail}")
 
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Live processes of this cluster whose title begins with `name`, such as "ray::RankActor"."""
+        return [p for p in self._processes() if _title(p).startswith(name)]
+
     def _processes(self) -> list[psutil.Process]:
         """Everything below the head process, and whatever of its session names our folder."""
         try:
@@ -124,8 +133,17 @@ class PrivateRay:
         except psutil.NoSuchProcess:
             ours = []
         folder = str(self._folder)
-        strays = [p for p in psutil.process_iter(["cmdline"]) if any(folder in part for part in p.info["cmdline"] or [])]
+        strays = [
+            p for p in psutil.process_iter(["cmdline"]) if any(folder in part for part in p.info["cmdline"] or [])
+        ]
         return list({p.pid: p for p in [*ours, *strays]}.values())
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _free_port() -> int:

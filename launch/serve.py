@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 import ray
@@ -41,11 +42,12 @@ def deployment_of(config: DictConfig) -> Deployment:
     Raises:
         ValueError: an option that does not exist or cannot be.
     """
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(values, dict)
+    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     deployment = build(Deployment, {**values, "secret": secrets.token_hex(32)})
     if not Path(deployment.run_dir).is_absolute():
-        raise ValueError(f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary")
+        raise ValueError(
+            f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary"
+        )
     return deployment
 
 

@@ -29,7 +29,10 @@ class Checkpoint:
         file = self._files.get(piece.name)
         if file is None:
             raise ValueError(f"{self.directory} has no tensor {piece.name}")
-        tensor = file.get_slice(piece.name)
+        try:
+            tensor = file.get_slice(piece.name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.directory}: {piece.name} cannot be read: {error}") from None
         shape = tuple(tensor.get_shape())
         if shape != piece.shape:
             raise ValueError(f"{self.directory}: {piece.name} has shape {shape}, but config.json says {piece.shape}")
@@ -39,7 +42,10 @@ class Checkpoint:
         """Tensor name -> file name."""
         index = self.directory / "model.safetensors.index.json"
         if index.exists():
-            return json.loads(index.read_text())["weight_map"]
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is not an index of weights: {error!r}; copy the checkpoint again") from None
         files = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self.directory} has no .safetensors file")

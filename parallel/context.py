@@ -70,10 +70,12 @@ class PagedSequences:
     ) -> None:
         self.cache = cache
         self.device = cache.keys.device
-        contexts = [_slots(table, s + n, cache.block_size) for s, n, table in zip(starts, lengths, block_tables)]
-        positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths)]
+        contexts = [
+            _slots(table, s + n, cache.block_size) for s, n, table in zip(starts, lengths, block_tables, strict=True)
+        ]
+        positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
         self.positions = torch.cat(positions).to(self.device)
-        self.slots = torch.cat([c[s:] for c, s in zip(contexts, starts)]).to(self.device)
+        self.slots = torch.cat([c[s:] for c, s in zip(contexts, starts, strict=True)]).to(self.device)
         self.groups = self._groups(positions, contexts)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def join(
 
 
 def _gloo(store: dist.Store, shard: Shard, host: str, timeout: timedelta) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 2  # two reduces are in flight at most

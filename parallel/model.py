@@ -23,6 +23,8 @@ class Transformer(nn.Module):
         reduce: starts the all-reduce of a partial sum; the default is right for one rank.
     """
 
+    frequencies: Tensor
+
     def __init__(self, spec: ModelSpec, shard: Shard = Shard(), reduce: Reduce = Done) -> None:  # noqa: B008
         super().__init__()
         self.spec, self.shard, self.reduce = spec, shard, reduce
@@ -35,7 +37,7 @@ class Transformer(nn.Module):
             self.blocks.append(Block(plan.lag, modules))
         self.norm = RMSNorm(spec, "model.norm.weight")
         self.head = self.embedding if spec.tie_embeddings else VocabParallel(spec, "lm_head.weight", shard)
-        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, torch.device("cpu"))
+        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, torch.get_default_device())
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     @property

@@ -109,7 +109,8 @@ def kv_heads_of(spec: ModelSpec, shard: Shard) -> range:
         return shard.split(spec.num_kv_heads, "num_key_value_heads")
     if shard.size % spec.num_kv_heads:
         raise ValueError(
-            f"num_key_value_heads is {spec.num_kv_heads}, which {shard.size} ranks cannot replicate evenly; change layout.tp"
+            f"num_key_value_heads is {spec.num_kv_heads}, which {shard.size} ranks cannot replicate evenly; "
+            f"change layout.tp"
         )
     head = shard.rank * spec.num_kv_heads // shard.size
     return range(head, head + 1)

@@ -19,7 +19,9 @@ class Shard(NamedTuple):
             ValueError: `total` is not a multiple of the group's size.
         """
         if total % self.size:
-            raise ValueError(f"{what} is {total}, which {self.size} tensor-parallel ranks cannot share; change layout.tp")
+            raise ValueError(
+                f"{what} is {total}, which {self.size} tensor-parallel ranks cannot share; change layout.tp"
+            )
         part = total // self.size
         return range(self.rank * part, (self.rank + 1) * part)
 

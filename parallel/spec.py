@@ -37,16 +37,22 @@ class ModelSpec:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a positive integer")
         if self.residual not in RESIDUALS:
             raise ValueError(f"residual is {self.residual!r}; it must be one of {', '.join(RESIDUALS)}")
         if self.ladder_layers is not None and not self.residual.startswith("ladder"):
             raise ValueError(f"ladder_layers needs residual: ladder or ladder-parallel, not {self.residual!r}")
         for layer in self.ladder_layers or ():
             if not 0 <= layer < self.num_layers:
-                raise ValueError(f"ladder_layers names layer {layer}, but the model has layers 0..{self.num_layers - 1}")
+                raise ValueError(
+                    f"ladder_layers names layer {layer}, but the model has layers 0..{self.num_layers - 1}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads ({self.num_kv_heads})"
+                f"num_attention_heads ({self.num_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})"
             )
 
     @property
@@ -72,11 +78,13 @@ class ModelSpec:
             raise ValueError(f"{path} does not exist; model.path must be a Hugging Face model directory") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} is not a JSON object; it must be a Hugging Face model configuration")
         try:
             return cls.from_config(config)
         except KeyError as error:
             raise ValueError(f"{path} lacks the field {error}") from None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod

@@ -1,10 +1,10 @@
 """From a checkpoint's `residual` to the list of blocks; the wiring *is* that list.
 
-    standard          [attention] lag 0, [ffn] lag 0
-    ladder            [attention] lag 1, [ffn] lag 1      (Zhang et al. 2501.06589)
-    parallel          [attention, ffn] lag 0              (PaLM, 2204.02311 §2)
-    ladder-parallel   [attention, ffn] lag 1
-    hybrid            `ladder_layers` of a ladder wiring have lag 1, the other layers lag 0
+standard          [attention] lag 0, [ffn] lag 0
+ladder            [attention] lag 1, [ffn] lag 1      (Zhang et al. 2501.06589)
+parallel          [attention, ffn] lag 0              (PaLM, 2204.02311 §2)
+ladder-parallel   [attention, ffn] lag 1
+hybrid            `ladder_layers` of a ladder wiring have lag 1, the other layers lag 0
 """
 
 from typing import NamedTuple

@@ -1,6 +1,8 @@
 """One thread per rank, no deadline per example, and the checkpoints that several tests read."""
 
+import os
 import random
+import secrets
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.llama import SMALL, write_llama
 
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # Ray reads them once, when imported
 torch.set_num_threads(1)
 settings.register_profile(
     "stepladder", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True

@@ -52,7 +52,7 @@ def oracle_logits(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
 def oracle_greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
     """What `generate` continues the prompt with."""
     ids = torch.tensor([prompt])
-    out = model.generate(
+    out = model.generate(  # type: ignore[misc]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()

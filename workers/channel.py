@@ -1,4 +1,4 @@
-"""The engine's end of the wire to the gateways: a ZeroMQ ROUTER that talks only to holders of the deployment's secret."""
+"""The engine's end of the wire to the gateways: a ZeroMQ ROUTER that admits only holders of the deployment's secret."""
 
 from collections import defaultdict
 
@@ -101,4 +101,3 @@ class _Only:
 
     def callback(self, domain: str, key: bytes) -> bool:
         return key == self._public
-

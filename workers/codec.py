@@ -17,9 +17,7 @@ def encode(plan: StepPlan) -> list[int]:
     """The plan as integers."""
     flat = [block for table in plan.block_tables for block in table]
     samples = [
-        value
-        for s in plan.samples
-        for value in (s.row, s.position, s.seed, _bits(s.temperature), _bits(s.top_p))
+        value for s in plan.samples for value in (s.row, s.position, s.seed, _bits(s.temperature), _bits(s.top_p))
     ]
     header = [len(plan.tokens), len(plan.starts), len(plan.samples), len(flat)]
     return [*header, *plan.tokens, *plan.starts, *plan.lengths, *map(len, plan.block_tables), *flat, *samples]

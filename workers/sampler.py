@@ -18,7 +18,9 @@ def sample(logits: Tensor, wanted: list[Sample]) -> list[int]:
         return logits.argmax(-1).tolist()
     temperature = torch.tensor([s.temperature for s in wanted], device=logits.device)[:, None]
     logits = logits.float()
-    scores = (logits - logits.amax(-1, keepdim=True)) / temperature.where(temperature > 0, 1.0)  # at most 0: no overflow
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature.where(
+        temperature > 0, 1.0
+    )  # at most 0: no overflow
     if any(s.top_p < 1 and s.temperature > 0 for s in wanted):
         scores = _keep_top_p(scores, torch.tensor([s.top_p for s in wanted], device=logits.device)[:, None])
     seeds = torch.tensor([s.seed for s in wanted], device=logits.device)

@@ -23,7 +23,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} cannot be read: {error}") from None
         self._config = _read_json(Path(directory) / "tokenizer_config.json")
-        self._template = self._config.get("chat_template")
+        self._template = _chat_template(Path(directory), self._config)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
@@ -48,7 +48,7 @@ class Tokenizer:
             return environment.from_string(self._template).render(
                 messages=messages, add_generation_prompt=True, **special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
 
@@ -109,7 +109,21 @@ class TextStream:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """From a file of its own (transformers 5), or from the configuration: one, or several with names."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text()
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        return next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    return found
 
 
 def _content(token: str | dict[str, Any] | None) -> str:

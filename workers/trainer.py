@@ -56,7 +56,7 @@ class TrainConfig:
         for length in self.contexts:
             if length < 1 or self.batch_tokens % length:
                 raise ValueError(
-                    f"train.contexts has {length}, which does not divide batch_tokens ({self.batch_tokens})"
+                    f"train.contexts has {length}; it must divide train.batch_tokens ({self.batch_tokens})"
                 )
         if self.steps < len(self.contexts) or not self.contexts:
             raise ValueError(f"train.tokens is {self.tokens}; every one of train.contexts needs at least one step")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,6 +16,7 @@ import pydantic
 import uvicorn
 
 from cluster.api import build_app
+from cluster.listening import listen
 from cluster.service import Service, ServiceConfig
 from stepladder import LLM
 from tests.cluster.local_backend import LocalBackend
@@ -35,10 +35,11 @@ class Server:
         scheduler = self.backend.engine.scheduler
         return len(scheduler.running) + len(scheduler.waiting)
 
-    def client(self, **options: Any) -> openai.OpenAI:
+    def client(self, **options: Any) -> Any:
+        """An `openai.OpenAI`; untyped, since bodies here are plain dictionaries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
 
-    def async_client(self) -> openai.AsyncOpenAI:
+    def async_client(self) -> Any:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
@@ -65,8 +66,10 @@ def serve(path: Path, llm_options: dict[str, int] | None = None, **options: Any)
     backend_options = {k: options.pop(k) for k in ("max_in_flight", "tokens_per_output") if k in options}
     backend, tokenizer = LocalBackend(engine, **backend_options), Tokenizer(path)
     limits = {"max_model_len": engine.config.max_model_len, "vocab_size": tokenizer.fast.get_vocab_size()}
-    service = Service(backend, tokenizer, ServiceConfig(**{"model_name": "org/tiny", "version": "1", **limits, **options}))
-    listening = socket.create_server(("127.0.0.1", 0))
+    service = Service(
+        backend, tokenizer, ServiceConfig(**{"model_name": "org/tiny", "version": "1", **limits, **options})
+    )
+    listening = listen("127.0.0.1")
     server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning", lifespan="off"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=[server.serve(sockets=[listening])])

@@ -3,18 +3,19 @@
 import asyncio
 from typing import Any
 
+import httpx
 import openai.types as oai
 import openai.types.chat as oai_chat
 import pytest
 
 from stepladder import LLM, SamplingParams
-from tests.cluster.models import CYCLE, TEMPLATE
+from tests.cluster.models import CYCLE
 from tests.cluster.serving import Server, strict
 from workers.text import TextStream
 
 pytestmark = pytest.mark.timeout(60)
-GREEDY = {"model": "org/tiny", "temperature": 0}
-HELLO = {**GREEDY, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 24}
+GREEDY: dict[str, Any] = {"model": "org/tiny", "temperature": 0}
+HELLO: dict[str, Any] = {**GREEDY, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 24}
 
 
 def text(server: Server, **body: Any) -> str:
@@ -207,4 +208,9 @@ def test_an_answer_can_be_sent_back_with_its_null_fields(server: Server) -> None
     message = client.chat.completions.create(**{**HELLO, "max_tokens": 4}).choices[0].message
     again = [*HELLO["messages"], message, {"role": "user", "content": "and?", "name": "me"}]
     assert client.chat.completions.create(**{**HELLO, "messages": again}).choices[0].finish_reason
-    assert "raise_exception" in TEMPLATE
+
+
+def test_routes_are_described(server: Server) -> None:
+    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/metrics"} <= paths.keys()
+    assert httpx.get(server.url + "/version").json() == {"version": "1"}

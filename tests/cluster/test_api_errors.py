@@ -165,13 +165,14 @@ def test_api_key(random_model: Path) -> None:
     with serve(random_model, api_key="sécret") as server:
         for path in ("/health", "/ready", "/metrics"):
             assert httpx.get(server.url + path).status_code == 200
-        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sécret".encode()}):
+        wrong: list[Any] = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sécret".encode()}]
+        for header in wrong:
             check(httpx.get(server.url + "/v1/models", headers=header), 401, None, "invalid_api_key")
             check(httpx.post(server.url + CHAT, content="{", headers=header), 401, None)
             check(httpx.get(server.url + "/nowhere", headers=header), 401, None)
         with pytest.raises(openai.AuthenticationError):
             server.client(api_key="other").models.list()
-        right = {"Authorization": "Bearer sécret".encode()}
+        right: Any = {"Authorization": "Bearer sécret".encode()}
         assert httpx.post(server.url + CHAT, json=BODIES[CHAT], headers=right).status_code == 200
 
 

@@ -1,6 +1,8 @@
 """Clients that leave, engines that fail, servers that drain, and what the metrics say about it."""
 
+import asyncio
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.listening import listen
 from cluster.metrics import Metrics
 from tests.cluster.serving import Server, eventually, serve
 
@@ -71,7 +74,9 @@ def test_an_engine_that_fails(cycle_model: Path) -> None:
 def test_drain_waits(cycle_model: Path) -> None:
     with serve(cycle_model) as server:
         assert httpx.get(server.url + "/ready").status_code == 200
-        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "max_tokens": 300, "stream": True}) as s:
+        with httpx.stream(
+            "POST", server.url + "/v1/completions", json={**LONG, "max_tokens": 300, "stream": True}
+        ) as s:
             lines = s.iter_lines()
             next_event(lines)
             drained = server.start(server.service.drain(30))
@@ -116,7 +121,9 @@ def test_request_ids(cycle: Server) -> None:
 def test_metrics_and_snapshot(random_model: Path) -> None:
     with serve(random_model) as server:
         client = server.client()
-        client.completions.create(model="org/tiny", prompt=["ab", "cde"], max_tokens=10, extra_body={"ignore_eos": True})
+        client.completions.create(
+            model="org/tiny", prompt=["ab", "cde"], max_tokens=10, extra_body={"ignore_eos": True}
+        )
         found = samples(server)
         assert found["prompt_tokens_total"] == 5 and found["generation_tokens_total"] == 20
         assert found["request_success_total length"] == 2
@@ -154,3 +161,27 @@ def test_engine_metrics() -> None:
     assert (value("engine_steps_total", "0"), value("num_preemptions_total", "0")) == (117, 4), "it was restarted"
     metrics.remove_engine("0")
     assert value("num_requests_running", "0") is None and value("engine_steps_total", "0") == 117
+
+
+def test_small_packets_are_not_held_back() -> None:
+    async def accepted() -> int:
+        nodelay: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nodelay.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=listen("127.0.0.1")) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.close()
+            return await nodelay
+
+    assert asyncio.run(accepted()) == 1
+
+
+def test_a_port_that_is_taken() -> None:
+    taken = listen("127.0.0.1")
+    taken.listen()
+    with pytest.raises(ValueError, match="in use"):
+        listen("127.0.0.1", taken.getsockname()[1])
+    taken.close()

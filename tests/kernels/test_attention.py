@@ -79,7 +79,9 @@ def check_paged(shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_
             assert int(step.positions[row]) == position
             row += 1
     assert torch.equal(cache.keys[0], before[0]), "another layer's cache was written"
-    untouched = set(range(cache.keys.shape[1])) - {b * block_size + i for t in tables for b in t for i in range(block_size)}
+    untouched = set(range(cache.keys.shape[1])) - {
+        b * block_size + i for t in tables for b in t for i in range(block_size)
+    }
     assert torch.equal(cache.keys[1, sorted(untouched)], before[1, sorted(untouched)]), "a free block was written"
 
 
@@ -98,7 +100,15 @@ def test_paged_attention_of_any_ragged_batch(
 
 @pytest.mark.parametrize(
     "shapes",
-    [[(0, 9)], [(0, 1)], [(6, 1)], [(4, 5)], [(3, 1), (8, 1), (0, 1)], [(0, 4), (0, 4)], [(0, 7), (5, 1), (2, 3), (9, 1)]],
+    [
+        [(0, 9)],
+        [(0, 1)],
+        [(6, 1)],
+        [(4, 5)],
+        [(3, 1), (8, 1), (0, 1)],
+        [(0, 4), (0, 4)],
+        [(0, 7), (5, 1), (2, 3), (9, 1)],
+    ],
     ids=["prefill", "first token", "decode", "chunk", "decode batch", "equal prefills", "mixed"],
 )
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 
 from launch.corpus import primed_xz_bits_per_byte, standard_library
@@ -21,7 +21,7 @@ DEMO = Path(__file__).parents[2] / "launch" / "demo_model"
 
 
 def recipe(*overrides: str) -> DemoRecipe:
-    with initialize_config_module("launch.conf", version_base=None):
+    with initialize_config_dir(str(DEMO.with_name("conf")), version_base=None):
         return recipe_of(compose("train", [*overrides]))[0]
 
 

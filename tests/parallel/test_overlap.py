@@ -78,7 +78,7 @@ class _Noted:
 
 @pytest.mark.parametrize(("residual", "lag"), [("standard", 0), ("ladder", 1), ("parallel", 0), ("ladder-parallel", 1)])
 def test_a_reduce_is_waited_for_exactly_lag_blocks_later(residual: str, lag: int, untied: Path) -> None:
-    """Order of events on real handles: with lag 1, block k+1 is computed and its reduce issued before k is waited for."""
+    """Order of events on real handles: with lag 1, the reduce of block k+1 is issued before that of k is waited for."""
     spec = replace(ModelSpec.load(untied), residual=residual)
 
     def rank_main(mesh: Mesh) -> list[tuple[str, int]]:

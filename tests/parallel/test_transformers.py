@@ -87,6 +87,13 @@ def test_logits_equal_transformers_in_prefill_chunks_and_decode(
             assert (got - want).abs().max() <= bound, f"chunks of {chunk}"
 
 
+def test_everything_is_made_on_the_default_device(untied: Path) -> None:
+    """The executor builds the model under its rank's device; nothing may stay behind on the CPU."""
+    with torch.device("meta"):
+        model = Transformer(ModelSpec.load(untied))
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 @torch.inference_mode()
 def test_whole_sequences_equal_transformers(untied: Path) -> None:
     tokens = torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(3))
@@ -100,10 +107,22 @@ def test_whole_sequences_equal_transformers(untied: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "tp", "sentence"),
     [
-        ({"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3}, 2, "num_attention_heads is 3, which 2 tensor-parallel"),
+        (
+            {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3},
+            2,
+            "num_attention_heads is 3, which 2 tensor-parallel",
+        ),
         ({"intermediate_size": 50}, 4, "intermediate_size is 50, which 4 tensor-parallel"),
-        ({"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3}, 4, "num_key_value_heads is 3, which 4 ranks cannot"),
-        ({"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3}, 2, "num_key_value_heads is 3, which 2 tensor-parallel"),
+        (
+            {"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3},
+            4,
+            "num_key_value_heads is 3, which 4 ranks cannot",
+        ),
+        (
+            {"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3},
+            2,
+            "num_key_value_heads is 3, which 2 tensor-parallel",
+        ),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(tmp_path: Path, fields: dict[str, int], tp: int, sentence: str) -> None:

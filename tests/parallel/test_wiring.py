@@ -6,6 +6,8 @@ carry of the authors' Hugging Face model, (attn_out, mlp_out) = (stream after at
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def modules_of(model: Transformer, context: WholeSequences) -> tuple[list[Module
     attention = sorted((m for m in model.modules_of_blocks if isinstance(m, Attention)), key=lambda m: m.layer)
     ffn = [m for m in model.modules_of_blocks if isinstance(m, FeedForward)]
     assert len(attention) == len(ffn) == LAYERS
-    return [lambda x, m=m: m(x, context) for m in attention], [lambda x, m=m: m(x, context) for m in ffn]
+    return [partial(m, context=context) for m in attention], [partial(m, context=context) for m in ffn]
 
 
 def standard(x: Tensor, attention: list[Module], ffn: list[Module]) -> Tensor:
@@ -137,7 +139,7 @@ def test_wirings_are_different_functions() -> None:
     outputs = [model(tokens, WholeSequences(1, 9)) for model in models]
     for i, one in enumerate(outputs):
         assert all((one - other).abs().max() > 1e-3 for other in outputs[:i])
-    # layer 0 reads the embedding either way, so [0] changes only what its FFN sees, and nothing where both are one block
+    # layer 0 reads the embedding either way: [0] changes only what its FFN sees, nothing where both are one block
     assert torch.equal(build("ladder-parallel", [0])(tokens, WholeSequences(1, 9)), outputs[2])
 
 
@@ -154,7 +156,7 @@ def test_the_lag_never_rises_by_more_than_one() -> None:
         for ladder_layers in (None, *HYBRIDS) if residual.startswith("ladder") else (None,):
             model = build(residual, ladder_layers)
             lags = [plan.lag for plan in wiring(model.spec)]
-            assert all(b - a <= 1 for a, b in zip(lags, lags[1:], strict=False))
+            assert all(b - a <= 1 for a, b in pairwise(lags))
             assert [block.lag for block in model.blocks] == lags
 
 

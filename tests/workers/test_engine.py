@@ -46,9 +46,7 @@ def greedy(untied: Path, tied: Path, prompts: list[list[int]]) -> dict[Path, lis
     return {path: [oracle_greedy(read_llama(path), p, COUNT) for p in prompts] for path in (untied, tied)}
 
 
-@pytest.mark.parametrize(
-    ("tp", "checkpoint"), [(1, "untied"), (1, "tied"), (2, "untied"), (2, "tied"), (4, "untied")]
-)
+@pytest.mark.parametrize(("tp", "checkpoint"), [(1, "untied"), (1, "tied"), (2, "untied"), (2, "tied"), (4, "untied")])
 def test_greedy_tokens_equal_generate(
     tp: int,
     checkpoint: str,
@@ -59,9 +57,10 @@ def test_greedy_tokens_equal_generate(
     path = request.getfixturevalue(checkpoint)
     config = SchedulerConfig(max_sequences=6, max_step_tokens=12, max_model_len=128, num_blocks=90, block_size=4)
     params = SamplingParams(max_tokens=COUNT, temperature=0.0)
-    requests = [Request(id=str(i), prompt=tuple(p), params=params) for i, p in enumerate(prompts)]
+    some = prompts[: 7 if tp < 4 else 5]  # four ranks on two cores: a step takes 50 ms
+    requests = [Request(id=str(i), prompt=tuple(p), params=params) for i, p in enumerate(some)]
     got = run_ranks(tp, lambda mesh: lead_or_follow(mesh, path, config, requests))[0]
-    assert [got[r.id] for r in requests] == greedy[path]
+    assert [got[r.id] for r in requests] == greedy[path][: len(some)]
     assert all(len(set(tokens)) > 8 for tokens in greedy[path]), "the oracle's text is degenerate and proves little"
 
 

@@ -1,0 +1,99 @@
+"""A deployment as a user starts one: `ray job submit` against a private Ray cluster, spoken to over HTTP."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import openai
+import psutil
+import ray
+import requests
+from ray.util.placement_group import placement_group_table
+
+from launch.private_ray import PrivateRay
+from launch.quickstart import ROOT, ready
+from workers.actors import Place
+
+
+@dataclass
+class Job:
+    """A running deployment. `name` is the job's and the deployment's."""
+
+    cluster: PrivateRay
+    name: str
+    url: str
+    run_dir: Path
+    pids: list[int]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=90)
+
+    @property
+    def generation(self) -> int:
+        return json.loads((self.run_dir / "journal.json").read_text())["generation"]
+
+    def rank(self, index: int) -> Place:
+        """Where one rank of the present generation runs."""
+        actors = [self.actor(f"{self.name}/{self.generation}/engine-0/{i}") for i in range(2)]
+        return next(place for place in ray.get([a.where.remote() for a in actors]) if place.rank == index)
+
+    def actor(self, name: str) -> ray.actor.ActorHandle:
+        return ray.get_actor(name, namespace=f"stepladder/{self.name}")
+
+    def status(self) -> ray.ObjectRef:
+        return ray.get(self.actor("controller").status.remote(), timeout=30)
+
+    def ready(self) -> bool:
+        return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
+
+    def stop(self) -> None:
+        self.cluster.job("stop", self.name)
+
+    def remains(self) -> list[str]:
+        """Whatever of the deployment is still there: processes, named actors, placement groups."""
+        processes = [f"process {pid}" for pid in self.pids if psutil.pid_exists(pid)]
+        space = f"stepladder/{self.name}"
+        actors = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == space]
+        groups = [
+            g["name"]
+            for g in placement_group_table().values()
+            if g["name"].startswith(f"{self.name}/") and g["state"] != "REMOVED"
+        ]
+        return [*processes, *actors, *groups]
+
+
+def ours(cluster: PrivateRay) -> set[int]:
+    """Processes of any deployment: actors, and W&B's helper."""
+    titles = ("ray::RankActor", "ray::GatewayActor", "ray::ControllerActor")
+    actors = [p for title in titles for p in cluster.processes(title)]
+    helpers = [p for p in cluster.processes("") if "wandb-core" in " ".join(p.cmdline()[:1])]
+    return {p.pid for p in [*actors, *helpers]}
+
+
+@contextmanager
+def submit(cluster: PrivateRay, name: str, model: Path, run_dir: Path, *options: str) -> Iterator[Job]:
+    """Submit, wait until it serves, and stop it in the end if the test has not."""
+    command = ["python", "-m", "launch.serve", "model=path", f"model.path={model}", "model.name=tiny", f"name={name}"]
+    command += ["layout.tp=2", f"run_dir={run_dir}", "engine.kv_tokens=8192", *options]
+    cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
+    before = ours(cluster)
+    url = ready(cluster, name)
+    job = Job(cluster, name, url, run_dir, sorted(ours(cluster) - before))
+    try:
+        yield job
+    finally:
+        job.stop()
+        eventually(lambda: not job.remains(), job.remains)
+
+
+def eventually(holds: Callable[[], object], otherwise: Callable[[], object] = lambda: "", seconds: float = 40) -> None:
+    """Wait until `holds`; fail with what `otherwise` says."""
+    deadline = monotonic() + seconds
+    while not holds():
+        assert monotonic() < deadline, f"not within {seconds} s: {otherwise()}"
+        threading.Event().wait(0.1)

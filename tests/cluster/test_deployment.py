@@ -1,0 +1,139 @@
+"""The whole system on a real Ray: job submission, streaming, every kind of death, and nothing left behind."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+
+from launch.private_ray import PrivateRay
+from tests.cluster.jobs import Job, eventually, submit
+from tests.cluster.models import write_random
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+PROMPTS = [f"prompt number {n}: " + "x" * (3 * n) for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[PrivateRay]:
+    with PrivateRay(num_cpus=4) as cluster, pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.env.items():
+            patch.setenv(name, value)
+        ray.init(address=cluster.address, namespace="tests", log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the ladder wiring."""
+    directory = write_random(tmp_path_factory.mktemp("ladder"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"residual": "ladder"}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def job(cluster: PrivateRay, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    with submit(cluster, "tests", model, tmp_path_factory.mktemp("run"), "monitor.every_seconds=0.5") as job:
+        yield job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Job) -> list[str]:
+    """What each prompt is continued with when nothing happens."""
+    return [complete(job, index) for index in range(len(PROMPTS))]
+
+
+def complete(job: Job, index: int, begun: Callable[[], None] = lambda: None) -> str:
+    """One streamed completion, greedy or seeded; `begun` is called after its tenth chunk."""
+    temperature = 0.0 if index % 2 else 0.8
+    options = {"ignore_eos": True}
+    chunks = job.client.completions.create(
+        model="tiny", prompt=PROMPTS[index], max_tokens=250, temperature=temperature, seed=index, stream=True,
+        extra_body=options,
+    )  # fmt: skip
+    text = ""
+    for number, chunk in enumerate(chunks):
+        text += chunk.choices[0].text
+        if number == 10:
+            begun()
+    return text
+
+
+def disturbed(job: Job, strike: Callable[[], None]) -> list[str]:
+    """All prompts at once; `strike` happens when the first of them is under way."""
+    struck = []
+
+    def once() -> None:
+        if not struck:
+            struck.append(True)
+            strike()
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        texts = list(
+            pool.map(lambda index: complete(job, index, once if index == 0 else lambda: None), range(len(PROMPTS)))
+        )
+    assert struck
+    return texts
+
+
+def test_serves_what_it_was_asked_to(job: Job, undisturbed: list[str]) -> None:
+    assert [m.id for m in job.client.models.list()] == ["tiny"]
+    assert len(set(undisturbed)) == len(PROMPTS) and all(undisturbed)
+    chat = job.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=5, temperature=0
+    )
+    assert chat.usage is not None and chat.usage.completion_tokens <= 5
+    assert disturbed(job, lambda: None) == undisturbed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_time_only(job: Job, undisturbed: list[str], rank: int) -> None:
+    before, place = job.generation, job.rank(rank)
+    assert disturbed(job, lambda: os.kill(place.pid, signal.SIGKILL)) == undisturbed
+    assert job.generation == before + 1
+    eventually(job.ready)
+
+
+def test_a_killed_controller_is_not_noticed(job: Job, undisturbed: list[str]) -> None:
+    before, place = job.generation, job.rank(0)
+    (controller,) = job.cluster.processes("ray::ControllerActor")
+    assert disturbed(job, controller.kill) == undisturbed
+    eventually(lambda: job.status().phase == "ready", job.status)
+    assert (job.generation, job.rank(0).pid) == (before, place.pid)
+
+
+def test_figures_are_logged(job: Job, undisturbed: list[str]) -> None:
+    def rows() -> list[dict[str, float]]:
+        return [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    eventually(lambda: any(0 <= row.get("engine/reduce_hidden_share", -1) <= 1 for row in rows()), rows)
+    assert any(row.get("serve/ttft_ms_p50", 0) > 0 for row in rows())
+    assert list(job.run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
+    shared = set(os.listdir("/dev/shm"))
+    with submit(cluster, "stopped", model, tmp_path) as job:
+        assert job.remains()
+        job.stop()
+        eventually(lambda: not job.remains(), job.remains)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_a_driver_that_just_dies_takes_the_deployment_along(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
+    with submit(cluster, "orphaned", model, tmp_path, "cluster.driver_seconds=3") as job:
+        (driver,) = [p for p in cluster.processes("python -m launch.serve") if "name=orphaned" in p.cmdline()]
+        driver.kill()
+        eventually(lambda: not job.remains(), job.remains)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(cluster: PrivateRay, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"model.path '/nowhere' is not a directory"):
+        submit(cluster, "missing", Path("/nowhere"), tmp_path).__enter__()

@@ -1,0 +1,56 @@
+"""Figures reach the file whatever becomes of W&B."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.monitor import JsonlMonitor, Monitors, WandbMonitor, open_monitor
+
+ROWS = [{"train/step": 1, "train/loss": 3.5}, {"train/step": 2, "train/loss": 3.25}]
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.pop("time") > 1e9 for row in rows)
+    return rows
+
+
+def test_rows_are_there_before_the_file_is_closed_and_a_second_run_appends(tmp_path: Path) -> None:
+    first = JsonlMonitor(tmp_path / "deep" / "metrics.jsonl")
+    first.log(ROWS[0])
+    assert read(tmp_path / "deep" / "metrics.jsonl") == ROWS[:1]
+    first.close()
+    second = JsonlMonitor(tmp_path / "deep" / "metrics.jsonl")
+    second.log(ROWS[1])
+    second.close()
+    assert read(tmp_path / "deep" / "metrics.jsonl") == ROWS
+
+
+def test_online_without_a_key_becomes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monitor = open_monitor(tmp_path, "online", "stepladder", "test", {"seed": 0})
+    for row in ROWS:
+        monitor.log(row)
+    monitor.close()
+    assert read(tmp_path / "metrics.jsonl") == ROWS
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert run.stat().st_size > 0
+
+
+def test_a_failing_run_stops_the_logging_to_wandb_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wandb = WandbMonitor(tmp_path, "offline", "stepladder", "test", {})
+    monitor = Monitors(JsonlMonitor(tmp_path / "metrics.jsonl"), wandb)
+    wandb._run.finish()  # a run that is over refuses to log
+    for row in ROWS:
+        monitor.log(row)
+    monitor.close()
+    assert read(tmp_path / "metrics.jsonl") == ROWS
+    assert "W&B fails" in caplog.text
+
+
+def test_a_directory_that_cannot_be_written_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    WandbMonitor(tmp_path / "file" / "below", "offline", "stepladder", "test", {}).close()
+    assert "figures go to metrics.jsonl only" in caplog.text

@@ -1,0 +1,136 @@
+"""`stepladder.LLM`, text to text, against `transformers`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stepladder import LLM, SamplingParams
+from tests.llama import oracle_greedy, read_llama, write_llama
+from tests.tokenizers_of import write_byte_level
+
+PROMPTS = [
+    "x",
+    "def main():\n    return",
+    "The quick brown fox jumps over the lazy dog. STOP here",
+    "日本語 😀",
+    "naïve",
+]
+GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llm")
+    write_byte_level(directory, vocab_size=320)
+    return write_llama(directory, seed=4, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> LLM:
+    return LLM(str(path), device="cpu", kv_tokens=512, max_sequences=3, max_step_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def oracle(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    return read_llama(path), PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+
+
+def test_greedy_text_equals_transformers(llm: LLM, oracle: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
+    model, tokenizer = oracle
+    completions = llm.generate(PROMPTS, GREEDY)
+    for prompt, got in zip(PROMPTS, completions, strict=True):
+        want = oracle_greedy(model, tokenizer(prompt)["input_ids"], 48)
+        assert got.tokens == want and got.prompt == prompt and got.finish_reason == "length"
+        assert got.text == tokenizer.decode(want, skip_special_tokens=True)
+        assert len(set(want)) > 8, "degenerate text proves little"
+
+
+def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
+    free = llm.generate(PROMPTS, GREEDY)
+    for prompt, full in zip(PROMPTS, free, strict=True):
+        at = len(full.text) // 2
+        stop = full.text[at : at + 3]
+        if "\ufffd" in full.text[: at + 4]:
+            stop = full.text.replace("\ufffd", "")[:1]  # of broken characters not even the number is certain
+        params = SamplingParams(max_tokens=48, temperature=0.0, stop=(stop, "never to be seen"))
+        [cut] = llm.generate([prompt], params)
+        assert cut.finish_reason == "stop" and cut.text == full.text.split(stop)[0]
+        assert cut.tokens == full.tokens[: len(cut.tokens)] and len(cut.tokens) < len(full.tokens)
+    assert not llm.engine.has_work and llm.engine.scheduler.blocks.num_free == llm.engine.config.num_blocks
+
+
+def test_end_of_sequence_ends_the_text(path: Path, tmp_path: Path, llm: LLM) -> None:
+    tokens = llm.generate(PROMPTS[:1], GREEDY)[0].tokens
+    eos = tokens[20]
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = (path / "config.json").read_text().replace('"eos_token_id": null', f'"eos_token_id": [{eos}, 5]')
+    assert str(eos) in config
+    (tmp_path / "config.json").write_text(config)
+    ending = LLM(str(tmp_path), device="cpu", kv_tokens=512)
+    [got] = ending.generate(PROMPTS[:1], GREEDY)
+    assert got.finish_reason == "stop" and got.tokens == tokens[: tokens.index(eos) + 1]
+    [got] = ending.generate(PROMPTS[:1], SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True))
+    assert got.finish_reason == "length" and got.tokens == tokens
+
+
+def test_seeds_reproduce_and_differ(path: Path, llm: LLM) -> None:
+    params = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, seed=12)
+    once, again = llm.generate(PROMPTS, params), llm.generate(list(reversed(PROMPTS)), params)
+    assert once == again[::-1]
+    wide = LLM(str(path), device="cpu", kv_tokens=2048)
+    assert wide.generate(PROMPTS, params) == once
+    other = llm.generate(PROMPTS, SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, seed=13))
+    assert all(a.tokens != b.tokens for a, b in zip(once, other, strict=True))
+
+
+def test_streams_yield_each_completion_once(llm: LLM) -> None:
+    done = list(llm.stream(PROMPTS, GREEDY))
+    assert sorted(index for index, _ in done) == list(range(len(PROMPTS)))
+    assert [completion for _, completion in sorted(done, key=lambda pair: pair[0])] == llm.generate(PROMPTS, GREEDY)
+    assert llm.generate([], GREEDY) == []
+
+
+def test_what_does_not_fit_is_a_sentence(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"the prompt has 1 tokens and max_tokens is 256; together they exceed .* 256"):
+        llm.generate(["x"], SamplingParams(max_tokens=256))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm.generate([""])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -0.1}, r"temperature is -0\.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"stop": ("",)}, "stop holds an empty string"),
+    ],
+)
+def test_parameters_out_of_range_are_a_sentence(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SamplingParams(**fields)  # type: ignore[arg-type]
+
+
+def test_limits_are_a_sentence(path: Path) -> None:
+    with pytest.raises(ValueError, match="the KV cache holds"):
+        LLM(str(path), device="cpu", kv_tokens=64, max_model_len=128)
+    with pytest.raises(ValueError, match=r"tokenizer\.json|config\.json"):
+        LLM(str(path / "nowhere"))
+
+
+def test_a_model_in_bfloat16(path: Path, tmp_path: Path, oracle: tuple[LlamaForCausalLM, object]) -> None:
+    """Same text for the first tokens; bf16 rounds to 8 bits, so it may part later."""
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text((path / "config.json").read_text().replace('"float32"', '"bfloat16"'))
+    small = LLM(str(tmp_path), device="cpu", kv_tokens=512)
+    assert next(small.engine.executor.model.parameters()).dtype == torch.bfloat16  # type: ignore[attr-defined]
+    [got] = small.generate(PROMPTS[2:3], SamplingParams(max_tokens=8, temperature=0.0))
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager")
+    assert got.tokens[0] == oracle_greedy(model, small.tokenizer.encode(PROMPTS[2]), 1)[0]
