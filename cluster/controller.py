@@ -75,7 +75,9 @@ def start_controller(deployment: Deployment) -> ActorHandle:
     try:
         ray.get_actor(CONTROLLER, namespace=space)
     except ValueError:
-        return ControllerActor.options(  # type: ignore[attr-defined]name=CONTROLLER, namespace=space, lifetime="detached").remote(deployment)
+        return ControllerActor.options(  # type: ignore[attr-defined]
+            name=CONTROLLER, namespace=space, lifetime="detached"
+        ).remote(deployment)
     raise ValueError(
         f"a deployment named {deployment.name!r} already runs in this Ray cluster; stop it or choose another `name`"
     )

@@ -44,9 +44,9 @@ class Front:
         """
         self.life += 1
         self._table = None
-        self.actor = GatewayActor.options(  # type: ignore[attr-defined]name=self._actor_name, lifetime="detached").remote(
-            self.deployment, self._actor_name
-        )
+        self.actor = GatewayActor.options(  # type: ignore[attr-defined]
+            name=self._actor_name, lifetime="detached"
+        ).remote(self.deployment, self._actor_name)
         seconds = self.deployment.cluster.start_seconds
         self.place = ray.get(self.actor.where.remote(), timeout=seconds)
         self.port = ray.get(self.actor.start.remote(self.port or self.deployment.gateway.port), timeout=seconds)
