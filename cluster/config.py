@@ -17,13 +17,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """tp: ranks of a tensor-parallel group."""
+    """tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side."""
 
     tp: int = 1
+    replicas: int = 1
 
     def __post_init__(self) -> None:
-        if self.tp < 1:
-            raise ValueError(f"layout.tp is {self.tp}; it must be at least 1")
+        for name in ("tp", "replicas"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"layout.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,24 +8,18 @@ import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from cluster.config import Deployment
 from cluster.monitor import Monitor, open_monitor
+from cluster.names import CONTROLLER, namespace
 from cluster.supervisor import Status, Supervisor
 from workers.actors import configure_logging
 
 log = logging.getLogger(__name__)
-
-
-def namespace(deployment_name: str) -> str:
-    """The Ray namespace of a deployment; all its actors live there."""
-    return f"stepladder/{deployment_name}"
-
-
-CONTROLLER = "controller"
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
@@ -45,6 +39,14 @@ class ControllerActor:
 
     def status(self) -> Status:
         return self._supervisor.status()
+
+    def report(self) -> dict[str, Any]:
+        """See `Supervisor.report`."""
+        return self._supervisor.report()
+
+    def drain(self, draining: bool) -> None:
+        """Refuse new requests from now on, or admit them again; those in flight go on, and everything stays up."""
+        self._supervisor.drain(draining)
 
     def shut_down(self) -> None:
         """Drain, remove everything, end."""

@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from cluster.config import Deployment
 from cluster.gang import kill_process
 from cluster.gateway import GatewayActor
-from cluster.router import Endpoint
+from cluster.wire import Endpoint
 from workers.actors import Place
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Front:
     actor: ActorHandle | None = None
     place: Place | None = None
     stats: dict[str, Any] = field(default_factory=dict)
-    _table: list[Endpoint] | None = None
+    _told: tuple[list[Endpoint], bool] | None = None
 
     @property
     def url(self) -> str:
@@ -43,7 +43,7 @@ class Front:
             ValueError: the port is taken, or the tokenizer unusable. RayError, GetTimeoutError: the process died.
         """
         self.life += 1
-        self._table = None
+        self._told = None
         self.actor = GatewayActor.options(  # type: ignore[attr-defined]
             name=self._actor_name, lifetime="detached"
         ).remote(self.deployment, self._actor_name)
@@ -61,7 +61,7 @@ class Front:
         return self.alive()
 
     def alive(self) -> bool:
-        """Whether it answers; collects its figures."""
+        """Whether it answers; notes how it is."""
         if self.actor is None:
             return False
         try:
@@ -71,17 +71,21 @@ class Front:
             return False
         return True
 
-    def show(self, table: list[Endpoint]) -> None:
-        """Tell it which engines there are, if that has changed."""
-        if self.actor is not None and table != self._table:
+    def show(self, table: list[Endpoint], admit: bool) -> None:
+        """Tell it which engines there are and whether to admit new requests, if that has changed."""
+        if self.actor is not None and (table, admit) != self._told:
             with suppress(RayError, GetTimeoutError):
-                ray.get(self.actor.update.remote(table), timeout=self.deployment.cluster.hang_seconds)
-                self._table = table
+                ray.get(self.actor.update.remote(table, admit), timeout=self.deployment.cluster.hang_seconds)
+                self._told = (table, admit)
 
-    def touch(self) -> None:
-        """A sign of life to it, without waiting for an answer."""
-        if self.actor is not None:
-            self.actor.ping.remote()
+    def take_figures(self) -> dict[str, Any]:
+        """What happened since the last time this was asked; empty if it does not answer."""
+        if self.actor is None:
+            return {}
+        try:
+            return ray.get(self.actor.take_figures.remote(), timeout=self.deployment.cluster.hang_seconds)
+        except (RayError, GetTimeoutError):
+            return {}
 
     def drain(self, seconds: float) -> None:
         """Let it finish what is in flight, then end it."""

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster import placement
 from cluster.config import Deployment
-from cluster.router import Endpoint
 from cluster.waiting import wait_for
+from cluster.wire import Endpoint
 from parallel.shards import Shard
 from workers.actors import Place, RankActor
 from workers.rank import RankConfig
@@ -62,6 +62,7 @@ class Gang:
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
         group = placement.place(self.group, bundle, tp, cluster.strategy, cluster.start_seconds, go)
         actors = [self._actor(group, index) for index in range(tp)]
+        go = _pinging(actors, go)  # loading may take longer than a rank waits for its controller
         places = wait_for([a.where.remote() for a in actors], cluster.start_seconds, go)
         order = sorted(range(tp), key=lambda i: places[i].node)  # ranks of one node lie side by side
         self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
@@ -136,6 +137,17 @@ class Gang:
             collective_seconds=self.deployment.cluster.collective_seconds,
             engine=self.deployment.engine,
         )
+
+
+def _pinging(actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], bool]:
+    """`go`, with a sign of life to the actors each time it is asked."""
+
+    def asked() -> bool:
+        for actor in actors:
+            actor.ping.remote()
+        return go()
+
+    return asked
 
 
 def kill_process(place: Place) -> None:

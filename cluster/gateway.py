@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import socket
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,8 +14,10 @@ import uvicorn
 
 from cluster.api import build_app
 from cluster.config import Deployment
-from cluster.router import Endpoint, Router
+from cluster.listening import listen
+from cluster.router import Router
 from cluster.service import Service, ServiceConfig
+from cluster.wire import Endpoint
 from parallel.spec import ModelSpec
 from workers.actors import Place, configure_logging
 from workers.rank import resolve
@@ -67,23 +68,28 @@ class GatewayActor:
         )
         self._router = Router(self._name, deployment.secret, silence=deployment.cluster.hang_seconds * 3)
         self._service = Service(self._router, Tokenizer(directory), config)
-        listener = _listen(deployment.gateway.host, port)
+        listener = listen(deployment.gateway.host, port)
         app = build_app(self._service)
         self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         self._watching = asyncio.create_task(self._watch())
         return listener.getsockname()[1]
 
-    async def update(self, table: list[Endpoint]) -> None:
-        """The engines there are now."""
+    async def update(self, table: list[Endpoint], admit: bool) -> None:
+        """The engines there are now, and whether new requests are welcome."""
+        self._service.in_flight.draining = not admit
         await self._router.update(table)
 
     async def ping(self) -> dict[str, Any]:
-        """A sign of life for both sides, with the figures since the last one."""
+        """A sign of life for both sides."""
         self._heard = monotonic()
-        for stats in self._router.stats:
-            self._service.metrics.update_engine(asdict(stats))
-        return {"ready": self._router.ready(), **self._service.snapshot(), "serve/replays": self._router.replays}
+        for engine, stats in self._router.stats.items():
+            self._service.metrics.update_engine(asdict(stats), engine)
+        return {"ready": self._router.ready(), "in_flight": len(self._service.in_flight)}
+
+    async def take_figures(self) -> dict[str, Any]:
+        """Figures since the last call."""
+        return {**self._service.snapshot(), "serve/replays": self._router.replays}
 
     async def drain(self, seconds: float) -> None:
         """Admit nothing more; return when all is answered or `seconds` are over, having closed what was left."""
@@ -98,13 +104,3 @@ class GatewayActor:
             await asyncio.sleep(orphan_seconds / 10)
         log.error("no controller for %.0f s; ending this gateway", orphan_seconds)
         os._exit(1)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        raise ValueError(f"gateway {host}:{port}: {error.strerror}; gateway.port=0 takes a free one") from None
-    return listener

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ class Journal:
     """A mapping on disk. Reading a missing file gives an empty one."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         self._values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -18,11 +19,12 @@ class Journal:
 
     def set(self, **values: Any) -> None:
         """Store values; on return they are on disk, whole."""
-        self._values |= values
         fresh = self._path.with_suffix(".new")
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("w") as file:
-            json.dump(self._values, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
+        with self._lock:
+            self._values |= values
+            fresh.parent.mkdir(parents=True, exist_ok=True)
+            with fresh.open("w") as file:
+                json.dump(self._values, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._path)

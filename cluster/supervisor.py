@@ -2,26 +2,21 @@
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from cluster import placement
 from cluster.config import Deployment
 from cluster.front import Front
-from cluster.gang import Gang
 from cluster.journal import Journal
+from cluster.keeper import Keeper
 from cluster.monitor import Monitor
-from cluster.waiting import Cancelled
 
 log = logging.getLogger(__name__)
-
-
-class StartFailed(Exception):
-    """Something came up and went down before the deployment was ever ready."""
 
 
 @dataclass(frozen=True)
@@ -32,37 +27,63 @@ class Status:
         phase: starting, ready, mending, draining, failed or ended.
         detail: what a person should read.
         url: where the gateway listens, once it does.
-        generation: which life of the engine this is. restarts: how often something died and was put back.
+        generations: which life each engine is in. restarts: how often something died and was put back.
     """
 
     phase: str
     detail: str
     url: str | None
-    generation: int
+    generations: dict[str, int]
     restarts: int
 
 
 class Supervisor:
-    """One thread (`run`) that looks after everything in turns; other threads only call the short methods."""
-
-    MAX_FAILED_STARTS = 3  # of a deployment that has never been ready
+    """One thread (`run`) looks after gateway, figures and driver; a keeper per engine looks after that engine."""
 
     def __init__(self, deployment: Deployment, monitor: Monitor) -> None:
         self.deployment, self._monitor = deployment, monitor
         self._journal = Journal(Path(deployment.run_dir) / "journal.json")
-        self._gang = Gang(deployment, "engine-0", self._journal.get("generation", 0))
-        self._front = Front(deployment, "gateway-0", self._journal.get("gateway_life", 0), self._journal.get("port", 0))
         if not self._journal.get("began"):
             self._journal.set(began=time())
-        self._ending = threading.Event()
+        self._ending, self._wake = threading.Event(), threading.Event()
         self._driver_heard = self._logged = monotonic()
-        self._phase, self._detail = "starting", "placing the ranks"
-        self._restarts = self._failed_starts = 0
-        self._was_ready = False
+        names = [f"engine-{index}" for index in range(deployment.layout.replicas)]
+        self._keepers = [Keeper(deployment, n, self._journal, self._go, self._wake.set) for n in names]
+        self._front = Front(deployment, "gateway-0", self._journal.get("gateway_life", 0), self._journal.get("port", 0))
+        self._phase, self._detail = "starting", "placing the ranks and loading the model"
+        self._front_restarts = self._failed_fronts = 0
+        self._figures: dict[str, float] = {}
 
     def status(self) -> Status:
         url = self._front.url if self._front.port else None
-        return Status(self._phase, self._detail, url, self._gang.generation, self._restarts)
+        generations = {keeper.name: keeper.gang.generation for keeper in self._keepers}
+        restarts = self._front_restarts + sum(keeper.restarts for keeper in self._keepers)
+        return Status(self._phase, self._detail, url, generations, restarts)
+
+    def report(self) -> dict[str, Any]:
+        """The status and more, as plain data.
+
+        in_flight: HTTP requests being answered. draining: no more are admitted, by order. engines: by name,
+        generation, whether it serves, restarts and the counters of its last ping. figures: the monitor's newest row.
+        """
+        engines = {
+            keeper.name: {
+                "generation": keeper.gang.generation,
+                "serves": keeper.endpoint is not None,
+                "restarts": keeper.restarts,
+                **keeper.gang.stats,
+            }
+            for keeper in self._keepers
+        }
+        in_flight = self._front.stats.get("in_flight", 0)
+        draining = bool(self._journal.get("draining"))
+        more = {"in_flight": in_flight, "draining": draining, "engines": engines, "figures": self._figures}
+        return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
+
+    def drain(self, draining: bool) -> None:
+        """Admit no more requests, or again; in the journal, so that it outlives a restart of controller or gateway."""
+        self._journal.set(draining=draining)
+        self._wake.set()
 
     def driver_alive(self) -> None:
         """Note the driver's sign of life."""
@@ -71,83 +92,77 @@ class Supervisor:
     def shut_down(self) -> None:
         """Drain and remove everything, soon."""
         self._ending.set()
+        self._wake.set()
 
     def run(self) -> None:
         """Until told to end; returns when nothing of the deployment is left but the controller itself."""
         self._adopt()
+        for keeper in self._keepers:
+            keeper.start()
         while self._go():
             try:
                 self._turn()
-            except Cancelled:
-                break
             except (ValueError, TimeoutError) as error:
-                self._give_up(str(error))
-            except (RayError, GetTimeoutError, StartFailed) as error:
-                self._failed_start(error)
-            self._ending.wait(self.deployment.cluster.ping_seconds)
+                self._fail(str(error))
+            except RayError as error:
+                self._failed_front(error)
+            self._wake.wait(self.deployment.cluster.ping_seconds)
+            self._wake.clear()
         self._finish()
 
     def _turn(self) -> None:
         """Look at everything once, and mend what is broken."""
         if self._phase == "failed":
             return
-        if not self._gang.ranks or not self._gang.alive():
-            self._restart_gang()
+        if broke := next((keeper.broke for keeper in self._keepers if keeper.broke), None):
+            raise broke
+        table = [keeper.endpoint for keeper in self._keepers if keeper.endpoint]
+        admit = not self._journal.get("draining")
+        self._front.show(table, admit)
         if not self._front.alive():
             self._restart_front()
-        self._front.show([self._gang.endpoint])
-        if self._front.stats.get("ready"):
+            self._front.show(table, admit)
+        if failure := next((keeper.failure for keeper in self._keepers if keeper.failure), None):
+            self._fail(failure)
+        elif not admit:
+            self._set("draining", "by order, no new requests are admitted (`launch.ctl resume` undoes it)")
+        elif len(table) == len(self._keepers) and self._front.stats.get("ready"):
             self._set("ready", f"serving {self.deployment.model.name} at {self._front.url}")
-            self._was_ready, self._failed_starts = True, 0
+        elif self._phase != "starting":
+            self._set("mending", f"{len(table)} of {len(self._keepers)} engines serve; starting the rest again")
         self._log()
-
-    def _restart_gang(self) -> None:
-        if self._gang.ranks:
-            self._restarts += 1
-            if not self._was_ready:
-                self._gang.kill()
-                self._gang.ranks.clear()
-                raise StartFailed(f"{self._gang.group} died as soon as it had started; its log says why")
-            self._set("mending", f"generation {self._gang.generation} of {self._gang.name} was lost; starting another")
-        self._front.show([])
-        self._gang.kill()
-        generation = self._gang.generation + 1
-        self._journal.set(generation=generation)
-        self._gang = Gang(self.deployment, self._gang.name, generation)
-        self._gang.start(self._go_on_starting)
 
     def _restart_front(self) -> None:
         if self._front.actor is not None:
-            self._restarts += 1
+            self._front_restarts += 1
             self._front.kill()
         self._journal.set(gateway_life=self._front.life + 1)
         self._front.start()
+        self._failed_fronts = 0
         self._journal.set(port=self._front.port)
+
+    def _failed_front(self, error: Exception) -> None:
+        self._failed_fronts += 1
+        log.error("start %d of the gateway failed: %s", self._failed_fronts, str(error).splitlines()[0])
+        if self._failed_fronts >= Keeper.MAX_FAILED_STARTS and self._phase == "starting":
+            self._fail(f"{self._failed_fronts} starts of the gateway failed, the last one with: {error}")
 
     def _adopt(self) -> None:
         """After a restart of the controller: keep what is whole, remove what is not."""
-        if self._gang.generation and not self._gang.adopt():
-            self._gang.kill()
-            self._gang.ranks.clear()
+        for keeper in self._keepers:
+            keeper.adopt()
         if self._front.life and not self._front.adopt():
             self._front.kill()
+        whole = {keeper.gang.group for keeper in self._keepers if keeper.endpoint}
         for name in placement.names(f"{self.deployment.name}/"):
-            if name != self._gang.group or not self._gang.ranks:
+            if name not in whole:
                 placement.remove(name)
 
-    def _failed_start(self, error: Exception) -> None:
-        """A process died while something was being put back: try again, but not for ever if it never worked."""
-        self._failed_starts += 1
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.error("start %d failed: %s", self._failed_starts, reason)
-        if not self._was_ready and self._failed_starts >= self.MAX_FAILED_STARTS:
-            self._give_up(f"{self._failed_starts} starts failed, the last one with: {error}")
-        self._ending.wait(min(2.0**self._failed_starts, 30.0))
-
-    def _give_up(self, why: str) -> None:
-        log.error("giving up: %s", why)
+    def _fail(self, why: str) -> None:
+        """Nothing can be done: take everything down but ourselves, until the driver has read why."""
         self._set("failed", why)
-        self._gang.kill()
+        for keeper in self._keepers:
+            keeper.end()
         self._front.kill()
 
     def _go(self) -> bool:
@@ -157,14 +172,11 @@ class Supervisor:
             self._ending.set()
         return not self._ending.is_set()
 
-    def _go_on_starting(self) -> bool:
-        self._front.touch()
-        return self._go()
-
     def _finish(self) -> None:
         self._set("draining", "finishing what is in flight")
         self._front.drain(self.deployment.gateway.drain_seconds)
-        self._gang.stop()
+        for keeper in self._keepers:
+            keeper.end()
         for name in placement.names(f"{self.deployment.name}/"):
             placement.remove(name)
         self._monitor.close()
@@ -179,16 +191,19 @@ class Supervisor:
         if monotonic() - self._logged < self.deployment.monitor.every_seconds:
             return
         self._logged = monotonic()
-        numbers = figures(self._gang.stats, self._front.stats)
         clock = round(time() - self._journal.get("began"), 1)  # goes on over a restart of the controller
-        self._monitor.log({"serve/seconds": clock, "serve/restarts": self._restarts, **numbers})
+        numbers = figures([keeper.gang.stats for keeper in self._keepers], self._front.take_figures())
+        self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers}
+        self._monitor.log(self._figures)
 
 
-def figures(engine: dict[str, Any], gateway: dict[str, Any]) -> dict[str, float]:
-    """What is watched over time, in W&B's namespaces."""
-    total = engine.get("reduce_seconds", 0.0)
-    numbers = {f"engine/{key}": float(value) for key, value in engine.items()}
-    numbers |= {key: float(value) for key, value in gateway.items() if key.startswith("serve/") and value is not None}
-    if total:
-        numbers["engine/reduce_hidden_share"] = 1 - engine["exposed_seconds"] / total
+def figures(engines: list[dict[str, Any]], gateway: dict[str, Any]) -> dict[str, float]:
+    """What is watched over time, in W&B's namespaces; counters of several engines are added up."""
+    names = dict.fromkeys(key for engine in engines for key in engine)
+    total = {key: float(sum(engine.get(key, 0) for engine in engines)) for key in names}
+    total["kv_usage"] = total.get("kv_usage", 0.0) / max(1, len(engines))
+    numbers = {f"engine/{key}": value for key, value in total.items() if key != "loop_runs"}
+    numbers |= {key: float(value) for key, value in gateway.items() if value is not None}
+    if seconds := total.get("reduce_seconds", 0.0):
+        numbers["engine/reduce_hidden_share"] = 1 - total["exposed_seconds"] / seconds
     return numbers

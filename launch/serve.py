@@ -20,7 +20,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from cluster.config import Deployment
-from cluster.controller import namespace, start_controller
+from cluster.controller import start_controller
+from cluster.names import namespace
 from cluster.supervisor import Status
 from launch.build import build
 
@@ -76,7 +77,7 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
         except (GetTimeoutError, ActorUnavailableError):
             continue  # it is busy or restarting; Ray tells when it is gone for good
         except RayActorError:
-            return 0 if told else 1
+            return 0 if told or seen else 1  # it could not start, or somebody has ended it; it does not go away by accident
         if status != seen:
             _tell(status, seen)
             seen = status

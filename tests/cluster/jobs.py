@@ -35,7 +35,7 @@ class Job:
 
     @property
     def generation(self) -> int:
-        return json.loads((self.run_dir / "journal.json").read_text())["generation"]
+        return json.loads((self.run_dir / "journal.json").read_text())["generation of engine-0"]
 
     def rank(self, index: int) -> Place:
         """Where one rank of the present generation runs."""
