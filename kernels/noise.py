@@ -5,25 +5,36 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_A, _B = 0x7FEB352D, 0x846CA68B
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, -log(-log u): fp32 [R, vocab_size]. argmax(log p + noise) is a draw from p.
 
+    A row's key has 64 bits: no two seeds share one at the same position, no two positions at the same seed.
+
     Args:
         seeds, positions: int64 [R].
     """
-    key = _mix(_mix(seeds & _MASK) ^ ((seeds >> 32) & _MASK))
-    key = _mix(key ^ _mix(positions + 0x9E3779B9))[:, None]
-    token = torch.arange(vocab_size, device=seeds.device)
-    bits = _mix(_mix(token + 0x85EBCA6B) ^ key)
-    u = (bits.double() + 0.5) / 2**32
+    first, second = _keys(seeds, positions)
+    token = _mix(torch.arange(vocab_size, device=seeds.device) + 0x85EBCA6B)
+    u = (_mix(token ^ first[:, None], second[:, None]).double() + 0.5) / 2**32
     return -torch.log(-torch.log(u)).float()
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit finaliser with low bias (C. Wellons, "Prospecting for Hash Functions", lowbias32), in int64."""
+def _keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Two lanes of 32 bits each, int64 [R]. A seed becomes (s, t) by two rounds of a Feistel network, which can be
+    undone; then every lane is mixed with the position on its own."""
+    low, high = seeds & _MASK, (seeds >> 32) & _MASK
+    s = _mix(_mix(low) ^ high)
+    t = _mix(s ^ low)
+    return _mix(s ^ _mix(positions + 0x9E3779B9)), _mix(t ^ _mix(positions + 0xC2B2AE35))
+
+
+def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    """A 32-bit finaliser with low bias (C. Wellons, "Prospecting for Hash Functions", lowbias32), in int64. A key
+    enters between its two multiplications."""
     x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 16)).mul_(_A).bitwise_and_(_MASK).bitwise_xor_(key)
+    x = (x ^ (x >> 15)).mul_(_B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)

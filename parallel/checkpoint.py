@@ -1,5 +1,6 @@
 """Safetensors to a rank's shard and back; each rank reads only the slices it holds."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from parallel.model import Transformer
 from parallel.shards import Piece, Sharded
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+UNUSED = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints carry it along
+PAGE, PAGES = 4096, 32
 
 
 class Checkpoint:
@@ -22,33 +27,52 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._opened: dict[str, safe_open] = {}
-        self._files = {name: self._open(file) for name, file in self._index().items()}
+        self._files = self._index()
+        for file in set(self._files.values()):
+            self._open(file)
+
+    @property
+    def names(self) -> set[str]:
+        """All tensors."""
+        return set(self._files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold them, in order of their names."""
+        return [self.directory / file for file in sorted(set(self._files.values()))]
 
     def read(self, piece: Piece) -> Tensor:
         """The slice of the checkpoint that `piece` describes."""
         file = self._files.get(piece.name)
         if file is None:
             raise ValueError(f"{self.directory} has no tensor {piece.name}")
+        where = f"{self.directory / file}: {piece.name}"
         try:
-            tensor = file.get_slice(piece.name)
+            tensor = self._open(file).get_slice(piece.name)
+            shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+            if shape != piece.shape:
+                raise ValueError(f"{where} has shape {shape}, but config.json says {piece.shape}")
+            if kind not in FLOATS:
+                raise ValueError(
+                    f"{where} has dtype {kind}; only unquantised weights ({', '.join(FLOATS)}) are supported"
+                )
+            return tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
         except SafetensorError as error:
-            raise ValueError(f"{self.directory}: {piece.name} cannot be read: {error}") from None
-        shape = tuple(tensor.get_shape())
-        if shape != piece.shape:
-            raise ValueError(f"{self.directory}: {piece.name} has shape {shape}, but config.json says {piece.shape}")
-        return tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
+            raise ValueError(f"{where} cannot be read: {error}; copy the checkpoint again") from None
 
     def _index(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Tensor name -> file name: by the index, or what is in model.safetensors, or in all files there are."""
         index = self.directory / "model.safetensors.index.json"
         if index.exists():
             try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is not an index of weights: {error!r}; copy the checkpoint again") from None
         files = sorted(path.name for path in self.directory.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self.directory} has no .safetensors file")
+        if "model.safetensors" in files:  # others may be the same weights in another format
+            files = ["model.safetensors"]
         return {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
 
     def _open(self, file: str) -> safe_open:
@@ -62,11 +86,63 @@ class Checkpoint:
 
 
 def load_weights(model: Transformer, directory: str | Path) -> None:
-    """Fill every parameter of `model` with its slices, cast to the parameter's dtype, on the parameter's device."""
+    """Fill every parameter of `model` with its slices, cast to the parameter's dtype, on the parameter's device.
+
+    Raises:
+        ValueError: a file is broken, or a tensor is missing, of the wrong shape or dtype, or of no use to this model.
+    """
     checkpoint = Checkpoint(directory)
-    for parameter in sharded_parameters(model):
+    parameters = sharded_parameters(model)
+    _refuse_unused(checkpoint, {piece.name for parameter in parameters for piece in parameter.pieces}, model)
+    for parameter in parameters:
         for piece in parameter.pieces:
             parameter.view_of(piece).copy_(checkpoint.read(piece))
+
+
+def _refuse_unused(checkpoint: Checkpoint, used: set[str], model: Transformer) -> None:
+    """A tensor that no parameter holds would change the model if it were left out."""
+    unused = {name for name in checkpoint.names - used if not name.endswith(UNUSED)}
+    if model.spec.tie_embeddings and "lm_head.weight" in unused:
+        for piece in model.embedding.weight.pieces:
+            if not torch.equal(checkpoint.read(piece), checkpoint.read(piece._replace(name="lm_head.weight"))):
+                raise ValueError(
+                    f"{checkpoint.directory}: lm_head.weight differs from {piece.name}, but config.json ties them; "
+                    f"set tie_word_embeddings to false"
+                )
+        unused.remove("lm_head.weight")
+    if unused:
+        raise ValueError(
+            f"{checkpoint.directory} has the tensor {min(unused)} ({len(unused)} such in all), which a "
+            f"model of this config.json does not have; leaving it out would change the model"
+        )
+
+
+def fingerprint(directory: str | Path) -> str:
+    """A hash by which ranks on different machines tell that they hold the same checkpoint, in a fraction of a second.
+
+    SHA-256 over `config.json` and, for each file of weights in use, its name, its size, its safetensors header (names,
+    dtypes, shapes and offsets of all tensors) and 32 pages of 4 KiB spread evenly over the file, the last one included.
+    It finds another model, another revision and a truncated or half-written copy; a few flipped bits between the
+    sampled pages it does not find.
+
+    Raises:
+        ValueError: a file is missing or broken; the sentence names it.
+    """
+    total = hashlib.sha256()
+    config = Path(directory) / "config.json"
+    try:
+        total.update(config.read_bytes())
+        for path in Checkpoint(directory).files:
+            size = path.stat().st_size
+            total.update(f"\0{path.name}\0{size}\0".encode())
+            with path.open("rb") as file:
+                total.update(file.read(int.from_bytes(file.read(8), "little")))
+                for page in range(PAGES):
+                    file.seek(max(0, size - PAGE) * page // (PAGES - 1))
+                    total.update(file.read(PAGE))
+    except OSError as error:
+        raise ValueError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+    return total.hexdigest()
 
 
 def save_weights(model: Transformer, directory: str | Path, dtype: torch.dtype) -> None:

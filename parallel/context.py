@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.attention import Group, causal_attention, paged_attention
+from kernels.attention import Group, causal_attention, paged_attention, visible
 from parallel.spec import ModelSpec
 
 
@@ -17,8 +17,9 @@ class Context(Protocol):
     cos: Tensor
     sin: Tensor
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q [tokens, heads, head_dim] over each token's own context: same shape as q."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Attention of q [tokens, heads, head_dim] over each token's own context, or its last `window` positions:
+        same shape as q."""
         ...
 
 
@@ -32,8 +33,8 @@ class WholeSequences:
         self.batch = batch
         self.positions = torch.arange(length, device=device).repeat(batch)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, self.batch)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        return causal_attention(q, k, v, self.batch, window)
 
 
 class KVCache:
@@ -60,49 +61,66 @@ class PagedSequences:
         starts: for each sequence, the position of its first token in this step.
         lengths: for each sequence, how many tokens it brings.
         block_tables: for each sequence, the cache blocks of its context, including this step's tokens.
+        exact: round attention independently of the batch; see `paged_attention`.
     """
 
     cos: Tensor
     sin: Tensor
 
     def __init__(
-        self, cache: KVCache, starts: Sequence[int], lengths: Sequence[int], block_tables: Sequence[Sequence[int]]
+        self,
+        cache: KVCache,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        exact: bool = False,
     ) -> None:
-        self.cache = cache
+        self.cache, self._exact = cache, exact
         self.device = cache.keys.device
-        contexts = [
+        self._contexts = [
             _slots(table, s + n, cache.block_size) for s, n, table in zip(starts, lengths, block_tables, strict=True)
         ]
-        positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-        self.positions = torch.cat(positions).to(self.device)
-        self.slots = torch.cat([c[s:] for c, s in zip(contexts, starts, strict=True)]).to(self.device)
-        self.groups = self._groups(positions, contexts)
+        self._positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+        self._longest = max((len(context) for context in self._contexts), default=0)
+        self._groups: dict[int | None, list[Group]] = {}
+        self.positions = torch.cat(self._positions).to(self.device)
+        self.slots = torch.cat([c[s:] for c, s in zip(self._contexts, starts, strict=True)]).to(self.device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.slots] = k
         values[self.slots] = v
-        return paged_attention(q, keys, values, self.groups)
+        return paged_attention(q, keys, values, self.groups(window), self._exact)
 
-    def _groups(self, positions: list[Tensor], contexts: list[Tensor]) -> list[Group]:
+    def groups(self, window: int | None = None) -> list[Group]:
+        """Built for the first layer that has this window, shared by all that do."""
+        if window is not None and window >= self._longest:
+            window = None
+        if window not in self._groups:
+            self._groups[window] = self._build(window)
+        return self._groups[window]
+
+    def _build(self, window: int | None) -> list[Group]:
         by_length: dict[int, list[int]] = {}
-        for index, p in enumerate(positions):
+        for index, p in enumerate(self._positions):
             by_length.setdefault(len(p), []).append(index)
-        ends = torch.tensor([len(p) for p in positions]).cumsum(0).tolist()
+        ends = torch.tensor([len(p) for p in self._positions]).cumsum(0).tolist()
+        first = [0 if window is None else max(0, int(p[0]) - window + 1) for p in self._positions]
         groups = []
         for length, members in by_length.items():
             rows = torch.cat([torch.arange(ends[i] - length, ends[i]) for i in members])
-            slots = torch.nn.utils.rnn.pad_sequence([contexts[i] for i in members], batch_first=True)
-            groups.append(self._group(rows, slots, torch.stack([positions[i] for i in members])))
+            slots = torch.nn.utils.rnn.pad_sequence([self._contexts[i][first[i] :] for i in members], batch_first=True)
+            positions = torch.stack([self._positions[i] - first[i] for i in members])
+            groups.append(self._group(rows, slots, positions, window))
         return groups
 
-    def _group(self, rows: Tensor, slots: Tensor, positions: Tensor) -> Group:
-        """`positions`: [B, q]. A query at position p sees the slots 0..p of its context."""
+    def _group(self, rows: Tensor, slots: Tensor, positions: Tensor, window: int | None) -> Group:
+        """`positions`: [B, q] places of the queries among the slots."""
         (batch, length), context = positions.shape, slots.shape[1]
-        causal = batch == 1 and length == context and length > 1
+        causal = batch == 1 and length == context > 1 and (window is None or window >= context)
         mask = None
         if not causal and not (batch == 1 and length == 1):
-            mask = (torch.arange(context) <= positions[:, None, :, None]).to(self.device)
+            mask = visible(positions[:, None], context, window).to(self.device)
         return Group(rows.to(self.device), slots.to(self.device), mask, causal)
 
 

@@ -27,6 +27,20 @@ class _Reducing:
         return self.tensor
 
 
+class _Ordered:
+    """A gathering of all ranks' partial sums under way; added up in the ranks' order, whatever their size."""
+
+    def __init__(self, work: dist.Work, parts: list[Tensor]) -> None:
+        self.work, self.parts = work, parts
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        total = self.parts[0]
+        for part in self.parts[1:]:
+            total = total + part
+        return total
+
+
 class Mesh(Protocol):
     """What the executor and the model ask of a group; `SingleRank` and `Group` do it."""
 
@@ -80,6 +94,8 @@ class Group:
         device: CUDA ranks reduce with NCCL on its own stream, CPU ranks with gloo.
         host: the address of this machine that the others can reach.
         timeout: how long a collective may take before it fails.
+        ordered: sum in the ranks' order. An all-reduce of more than two ranks adds up each part of a tensor in an
+            order of its own, so that a row's rounding would depend on how many rows there are.
     """
 
     FIRST = 1024  # integers in the first message of a broadcast; most plans need no second
@@ -91,7 +107,9 @@ class Group:
         device: torch.device | str = "cpu",
         host: str = "127.0.0.1",
         timeout: timedelta = timedelta(seconds=30),
+        ordered: bool = False,
     ) -> None:
+        self._ordered = ordered and shard.size > 2
         self.shard, self.device, self.meter = shard, torch.device(device), ReduceMeter()
         self._control = _gloo(dist.PrefixStore("control", store), shard, host, timeout)
         self._tensors = self._control
@@ -99,7 +117,12 @@ class Group:
             self._tensors = _nccl(dist.PrefixStore("tensors", store), shard, timeout)
 
     def all_reduce(self, partial: Tensor) -> Pending:
-        pending = _Reducing(self._tensors.allreduce([partial]), partial)
+        pending: _Reducing | _Ordered
+        if self._ordered:
+            parts = [torch.empty_like(partial) for _ in range(self.shard.size)]
+            pending = _Ordered(self._tensors.allgather([parts], [partial.contiguous()]), parts)
+        else:
+            pending = _Reducing(self._tensors.allreduce([partial]), partial)
         return self.meter.watch(pending, pending.work) if self.meter.on else pending
 
     def gather(self, columns: Tensor) -> Tensor | None:
@@ -140,12 +163,13 @@ def join(
     device: torch.device | str = "cpu",
     host: str = "127.0.0.1",
     timeout: timedelta = timedelta(seconds=30),
+    ordered: bool = False,
 ) -> Mesh:
     """The mesh of one rank; a group of one needs no store."""
     if shard.size == 1:
         return SingleRank(device)
     assert store is not None
-    return Group(store, shard, device, host, timeout)
+    return Group(store, shard, device, host, timeout, ordered)
 
 
 def _gloo(store: dist.Store, shard: Shard, host: str, timeout: timedelta) -> dist.ProcessGroup:

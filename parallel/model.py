@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from kernels.rope import rope_frequencies, rope_table
 from parallel.context import Context
-from parallel.modules import Attention, FeedForward, RMSNorm, VocabParallel
+from parallel.modules import Attention, FeedForward, Norm, VocabParallel
 from parallel.residual import Block, Done, Reduce, run_blocks
-from parallel.shards import Shard
+from parallel.shards import Shard, whole
 from parallel.spec import ModelSpec
 from parallel.wiring import wiring
 
@@ -35,9 +35,10 @@ class Transformer(nn.Module):
             modules = [MODULES[name](spec, plan.layer, shard) for name in plan.modules]
             self.modules_of_blocks.extend(modules)
             self.blocks.append(Block(plan.lag, modules))
-        self.norm = RMSNorm(spec, "model.norm.weight")
+        self.norm = Norm(spec, whole("model.norm.weight", spec.hidden_size))
         self.head = self.embedding if spec.tie_embeddings else VocabParallel(spec, "lm_head.weight", shard)
-        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, torch.get_default_device())
+        device = torch.get_default_device()
+        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, device, spec.rope_scaling)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     @property
@@ -48,7 +49,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """Final hidden states, normalised: [T] int64 -> [T, hidden]."""
         x = self.reduce(self.embedding.embed(tokens)).wait()
-        context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype)
+        interleaved = self.spec.rope_interleaved
+        context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype, interleaved)
         return self.norm(run_blocks(self.blocks, x, context, self.reduce))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,79 +7,106 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.norm import rms_norm
+from kernels.linear import linear
+from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rotate
 from parallel.context import Context
-from parallel.shards import Shard, Sharded, columns, rows, whole
+from parallel.shards import Piece, Shard, Sharded, columns, rows, whole
 from parallel.spec import ModelSpec
 
+NORMS = {"rms": rms_norm, "layer": layer_norm}
 
-class RMSNorm(nn.Module):
-    def __init__(self, spec: ModelSpec, name: str) -> None:
+
+class Norm(nn.Module):
+    """The model's kind of norm over the last dimension, with the weight that `piece` describes."""
+
+    def __init__(self, spec: ModelSpec, piece: Piece) -> None:
         super().__init__()
-        self.eps = spec.norm_eps
-        self.weight = Sharded.of(whole(name, spec.hidden_size), dtype=spec.dtype)
+        self.eps, self.kernel = spec.norm_eps, NORMS[spec.norm]
+        self.weight = Sharded.of(piece, dtype=spec.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over the step's contexts; query, key and value come from one matrix product."""
 
+    linear = staticmethod(linear)
+
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()
-        prefix, d, h = f"model.layers.{layer}", spec.head_dim, spec.hidden_size
-        heads = shard.split(spec.num_heads, "num_attention_heads")
-        kv_heads = kv_heads_of(spec, shard)
-        self.layer, self.head_dim, self.num_heads, self.num_kv_heads = layer, d, len(heads), len(kv_heads)
+        d, h = spec.head_dim, spec.hidden_size
+        heads, kv_heads = shard.split(spec.num_heads, "num_attention_heads"), kv_heads_of(spec, shard)
+        self.layer, self.window, self.interleaved = layer, spec.window(layer), spec.rope_interleaved
+        self.head_dim, self.num_heads, self.num_kv_heads = d, len(heads), len(kv_heads)
+        name = f"model.layers.{layer}.self_attn"
         q_rows, kv_rows = (range(part.start * d, part.stop * d) for part in (heads, kv_heads))
-        q_shape, kv_shape = (spec.num_heads * d, h), (spec.num_kv_heads * d, h)
-        self.norm = RMSNorm(spec, f"{prefix}.input_layernorm.weight")
+        cuts = {"q_proj": (spec.num_heads * d, q_rows)}
+        cuts |= dict.fromkeys(("k_proj", "v_proj"), (spec.num_kv_heads * d, kv_rows))
+        self.norm = Norm(spec, whole(f"model.layers.{layer}.input_layernorm.weight", h))
         self.qkv = Sharded.of(
-            rows(f"{prefix}.self_attn.q_proj.weight", q_shape, q_rows),
-            rows(f"{prefix}.self_attn.k_proj.weight", kv_shape, kv_rows),
-            rows(f"{prefix}.self_attn.v_proj.weight", kv_shape, kv_rows),
-            dtype=spec.dtype,
+            *(rows(f"{name}.{p}.weight", (size, h), part) for p, (size, part) in cuts.items()), dtype=spec.dtype
         )
-        self.out = Sharded.of(
-            columns(f"{prefix}.self_attn.o_proj.weight", (h, spec.num_heads * d), q_rows), dtype=spec.dtype
-        )
+        self.qkv_bias = self.out_bias = None
+        if spec.qkv_bias:
+            self.qkv_bias = Sharded.of(
+                *(rows(f"{name}.{p}.bias", (size,), part) for p, (size, part) in cuts.items()), dtype=spec.dtype
+            )
+        self.q_norm = _head_norm(spec, f"{name}.q_norm.weight", spec.num_heads, heads)
+        self.k_norm = _head_norm(spec, f"{name}.k_norm.weight", spec.num_kv_heads, kv_heads)
+        self.out = Sharded.of(columns(f"{name}.o_proj.weight", (h, spec.num_heads * d), q_rows), dtype=spec.dtype)
+        if spec.out_bias:
+            self.out_bias = bias_of_sum(f"{name}.o_proj.bias", spec, shard)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
-        qkv = F.linear(self.norm(x), self.qkv).view(len(x), -1, self.head_dim)
+        qkv = self.linear(self.norm(x), self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        return F.linear(context.attend(self.layer, q, k, v).flatten(1), self.out)
+        q, k = (
+            rotate(norm(t), context.cos, context.sin, self.interleaved)
+            for norm, t in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return self.linear(context.attend(self.layer, q, k, v, self.window).flatten(1), self.out, self.out_bias)
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2002.05202): down(silu(gate x) * up x); gate and up in one matrix product."""
 
+    linear = staticmethod(linear)
+
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()
-        prefix, h, inner = f"model.layers.{layer}", spec.hidden_size, spec.intermediate_size
-        part = shard.split(inner, "intermediate_size")
-        self.norm = RMSNorm(spec, f"{prefix}.post_attention_layernorm.weight")
+        h, inner = spec.hidden_size, spec.intermediate_size
+        name, part = f"model.layers.{layer}.mlp", shard.split(inner, "intermediate_size")
+        norm = "input_layernorm" if spec.shared_norm else "post_attention_layernorm"
+        self.norm = Norm(spec, whole(f"model.layers.{layer}.{norm}.weight", h))
         self.gate_up = Sharded.of(
-            rows(f"{prefix}.mlp.gate_proj.weight", (inner, h), part),
-            rows(f"{prefix}.mlp.up_proj.weight", (inner, h), part),
-            dtype=spec.dtype,
+            *(rows(f"{name}.{p}.weight", (inner, h), part) for p in ("gate_proj", "up_proj")), dtype=spec.dtype
         )
-        self.down = Sharded.of(columns(f"{prefix}.mlp.down_proj.weight", (h, inner), part), dtype=spec.dtype)
+        self.down = Sharded.of(columns(f"{name}.down_proj.weight", (h, inner), part), dtype=spec.dtype)
+        self.gate_up_bias = self.down_bias = None
+        if spec.mlp_bias:
+            self.gate_up_bias = Sharded.of(
+                *(rows(f"{name}.{p}.bias", (inner,), part) for p in ("gate_proj", "up_proj")), dtype=spec.dtype
+            )
+            self.down_bias = bias_of_sum(f"{name}.down_proj.bias", spec, shard)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
-        gate, up = F.linear(self.norm(x), self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        gate, up = self.linear(self.norm(x), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
+        return self.linear(F.silu(gate) * up, self.down, self.down_bias)
 
 
 class VocabParallel(nn.Module):
     """A vocabulary matrix split by rows over the ranks, used as embedding, as head, or (tied) as both.
 
-    The vocabulary is padded with zero rows to a multiple of the group's size.
+    The vocabulary is padded with zero rows to a multiple of the group's size. `packed` is
+    the head's own copy, laid out for the CPU.
     """
+
+    linear = staticmethod(linear)
+    packed: Tensor | None
 
     def __init__(self, spec: ModelSpec, name: str, shard: Shard) -> None:
         super().__init__()
@@ -88,7 +115,7 @@ class VocabParallel(nn.Module):
         part = range(min(self.first, spec.vocab_size), min(self.first + height, spec.vocab_size))
         shape = (spec.vocab_size, spec.hidden_size)
         self.weight = Sharded.of(rows(name, shape, part), dtype=spec.dtype, rows=height)
-        self.whole = shard.size == 1
+        self.whole, self.scale, self.packed = shard.size == 1, spec.logit_scale, None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] -> partial [T, h]: zeros for the tokens that other ranks hold."""
@@ -100,7 +127,23 @@ class VocabParallel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[R, h] -> this rank's columns of the logits, [R, padded vocabulary / ranks]."""
-        return F.linear(x, self.weight)
+        logits = self.linear(x, self.weight if self.packed is None else self.packed)
+        return logits if self.scale == 1 else logits * self.scale
+
+
+def bias_of_sum(name: str, spec: ModelSpec, shard: Shard) -> Sharded:
+    """The bias of a row-parallel layer [h]: rank 0 adds it to its partial sum, the other ranks add zeros."""
+    size = spec.hidden_size
+    return Sharded.of(rows(name, (size,), range(0 if shard.rank else size)), dtype=spec.dtype, rows=size)
+
+
+def _head_norm(spec: ModelSpec, name: str, total: int, heads: range) -> nn.Module:
+    """The norm of this rank's query or key heads [T, heads, D] before they are rotated."""
+    if spec.qk_norm == "none":
+        return nn.Identity()
+    if spec.qk_norm == "shared":
+        return Norm(spec, whole(name, spec.head_dim))
+    return Norm(spec, rows(name, (total, spec.head_dim), heads))
 
 
 def kv_heads_of(spec: ModelSpec, shard: Shard) -> range:
@@ -118,11 +161,11 @@ def kv_heads_of(spec: ModelSpec, shard: Shard) -> range:
 
 def init_weights(module: nn.Module, spec: ModelSpec, seed: int) -> None:
     """Fill parameters for training from scratch: normal(0, 0.02), output projections scaled by 1/sqrt(2 layers)
-    (GPT-2, Radford et al. 2019 §2.3), norms one."""
+    (GPT-2, Radford et al. 2019 §2.3), norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1.0)
+        if parameter.dim() == 1 or "norm" in name:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         std = 0.02 / (2 * spec.num_layers) ** 0.5 if name.endswith((".out", ".down")) else 0.02
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -73,8 +73,8 @@ def whole(name: str, *shape: int) -> Piece:
     return Piece(name, shape, 0, 0, shape[0])
 
 
-def rows(name: str, shape: tuple[int, int], part: range) -> Piece:
-    """Rows `part` of a matrix: a column-parallel linear layer, in torch's [out, in] layout."""
+def rows(name: str, shape: tuple[int, ...], part: range) -> Piece:
+    """Rows `part` of a matrix or a vector: a column-parallel linear layer in torch's [out, in] layout, or its bias."""
     return Piece(name, shape, 0, part.start, part.stop)
 
 

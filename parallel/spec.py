@@ -1,23 +1,41 @@
-"""What a checkpoint is: its shapes and its residual wiring, read from a Hugging Face `config.json`."""
+"""What a checkpoint is: its shapes, its variations on the Llama decoder, and its residual wiring."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESIDUALS = ("standard", "ladder", "parallel", "ladder-parallel")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+from kernels.rope import RopeScaling
+from parallel.families import DTYPES, fields_of
+from parallel.generation import GenerationDefaults
+
+CHOICES = {
+    "residual": ("standard", "ladder", "parallel", "ladder-parallel"),
+    "norm": ("rms", "layer"),
+    "qk_norm": ("none", "shared", "per-head"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Shapes of a Llama-family model and how its blocks read the residual stream.
+    """Shapes of a decoder, how it differs from Llama, and how its blocks read the residual stream.
 
     `residual` and `ladder_layers` belong to the checkpoint, never to a deployment: the same weights under another
     wiring are another model (and their KV caches must never mix).
+
+    Attributes:
+        windows: for each layer, how many positions up to its own a query sees, or None for all; () for no windows.
+        qkv_bias, out_bias, mlp_bias: linear layers with a bias: query, key and value; attention output; all of the FFN.
+        norm: RMSNorm, or LayerNorm without bias.
+        qk_norm: `shared` norms each head of query and key with one weight [head_dim], `per-head` with a weight for
+            every head [heads, head_dim].
+        shared_norm: attention and FFN of a layer have one norm weight between them (`input_layernorm`).
+        rope_interleaved: dimensions 2i and 2i + 1 turn together, not i and i + head_dim / 2.
+        logit_scale: the logits are multiplied by it.
+        eos_ids: tokens that end a sequence.
     """
 
     vocab_size: int
@@ -28,8 +46,18 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     max_position: int
+    windows: tuple[int | None, ...] = ()
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_interleaved: bool = False
+    norm: str = "rms"
     norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = "none"
+    shared_norm: bool = False
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     residual: str = "standard"
     ladder_layers: tuple[int, ...] | None = None
@@ -38,10 +66,28 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a positive integer")
-        if self.residual not in RESIDUALS:
-            raise ValueError(f"residual is {self.residual!r}; it must be one of {', '.join(RESIDUALS)}")
+            _positive(name, getattr(self, name))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        self._check_layers()
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        for name in ("norm_eps", "logit_scale"):
+            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a positive number")
+
+    def _check_layers(self) -> None:
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries, but the model has {self.num_layers} layers")
+        for window in self.windows:
+            if window is not None:
+                _positive("sliding_window", window)
         if self.ladder_layers is not None and not self.residual.startswith("ladder"):
             raise ValueError(f"ladder_layers needs residual: ladder or ladder-parallel, not {self.residual!r}")
         for layer in self.ladder_layers or ():
@@ -49,11 +95,6 @@ class ModelSpec:
                 raise ValueError(
                     f"ladder_layers names layer {layer}, but the model has layers 0..{self.num_layers - 1}"
                 )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_kv_heads})"
-            )
 
     @property
     def wiring_key(self) -> str:
@@ -64,9 +105,13 @@ class ModelSpec:
         """Whether this layer's blocks read a stream that is one block stale."""
         return self.residual.startswith("ladder") and (self.ladder_layers is None or layer in self.ladder_layers)
 
+    def window(self, layer: int) -> int | None:
+        """How many positions, its own included, a query of this layer sees; None for all."""
+        return self.windows[layer] if self.windows else None
+
     @classmethod
     def load(cls, directory: str | Path) -> "ModelSpec":
-        """Read `config.json` of a Hugging Face model directory.
+        """Read `config.json` of a Hugging Face model directory; `generation_config.json` may overrule its EOS ids.
 
         Raises:
             ValueError: the file is missing or not JSON, or a field asks for something this engine does not do.
@@ -81,38 +126,25 @@ class ModelSpec:
         if not isinstance(config, dict):
             raise ValueError(f"{path} is not a JSON object; it must be a Hugging Face model configuration")
         try:
-            return cls.from_config(config)
+            spec = cls.from_config(config)
         except KeyError as error:
             raise ValueError(f"{path} lacks the field {error}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+        eos_ids = GenerationDefaults.load(directory).eos_ids
+        return spec if eos_ids is None else replace(spec, eos_ids=eos_ids)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
         """Build from the fields of a `config.json`; both spellings of the rope fields (v4, v5) are read."""
-        _refuse_unsupported(config)
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        rope = config.get("rope_parameters") or {}
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            max_position=config.get("max_position_embeddings", 2048),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            residual=config.get("residual") or "standard",
-            ladder_layers=_ladder_layers(config.get("ladder_layers"), config["num_hidden_layers"]),
-            dtype=_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            eos_ids=_as_tuple(config.get("eos_token_id")),
-        )
+        return cls(**fields_of(config))
 
     def to_config(self) -> dict[str, Any]:
-        """The `config.json` that `from_config` reads back to an equal spec; `transformers` loads it as Llama."""
+        """The `config.json` that `from_config` reads back to an equal spec; `transformers` loads it as Llama.
+
+        Raises:
+            ValueError: this model is not a Llama.
+        """
         config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -124,6 +156,8 @@ class ModelSpec:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
+            "attention_bias": self.qkv_bias,
+            "mlp_bias": self.mlp_bias,
             "max_position_embeddings": self.max_position,
             "rope_theta": self.rope_theta,
             "rms_norm_eps": self.norm_eps,
@@ -134,39 +168,25 @@ class ModelSpec:
         }
         if self.ladder_layers is not None:
             config["ladder_layers"] = list(self.ladder_layers)
+        if self.rope_scaling is not None:
+            config["rope_scaling"] = _rope_scaling(self.rope_scaling)
+        if ModelSpec.from_config(config) != self:
+            raise ValueError("only models that Llama's configuration can describe can be written")
         return config
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("model_type") != "llama":
-        raise ValueError(f"model_type is {config.get('model_type')!r}; this version serves 'llama' only")
-    for field, fine in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if config.get(field, fine) != fine:
-            raise ValueError(f"{field} is {config[field]!r}; only {fine!r} is supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}; only 'default' is supported")
-    if config.get("quantization_config"):
-        raise ValueError("quantization_config is set; only unquantised weights are supported")
+def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
 
 
-def _ladder_layers(value: int | list[int] | None, num_layers: int) -> tuple[int, ...] | None:
-    """An integer n means the last n layers; a list names them; None means all of them."""
-    if isinstance(value, int):
-        if not 0 <= value <= num_layers:
-            raise ValueError(f"ladder_layers is {value}, but the model has {num_layers} layers")
-        return tuple(range(num_layers - value, num_layers))
-    return None if value is None else tuple(sorted(value))
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a positive integer")

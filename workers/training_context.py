@@ -19,8 +19,10 @@ class TiledSequences(WholeSequences):
         super().__init__(batch, length, device)
         self.hidden_from = torch.full((TILE, TILE), float("-inf"), device=device).triu(1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """[batch * length, heads, D] each -> [batch * length, H, D]."""
+        if window is not None:
+            return super().attend(layer, q, k, v, window)
         return tiled_causal_attention(q, k, v, self.batch, self.hidden_from)
 
 

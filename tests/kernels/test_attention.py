@@ -25,15 +25,16 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
-def test_causal_attention(heads: int, kv_heads: int) -> None:
+def test_causal_attention(heads: int, kv_heads: int, window: int | None) -> None:
     torch.manual_seed(0)
     batch, length, dim = 3, 7, 5
     q = torch.randn(batch * length, heads, dim, dtype=torch.float64)
     k, v = torch.randn(2, batch * length, kv_heads, dim, dtype=torch.float64)
-    got = causal_attention(q, k, v, batch)
+    got = causal_attention(q, k, v, batch, window)
     for row in range(batch * length):
-        first = row - row % length
+        first = max(row - row % length, row + 1 - (window or length))
         want = one_query(q[row], k[first : row + 1], v[first : row + 1])
         torch.testing.assert_close(got[row], want, rtol=0, atol=1e-12)
 
@@ -52,7 +53,9 @@ def spec_of(heads: int, kv_heads: int) -> ModelSpec:
     )
 
 
-def check_paged(shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_size: int, seed: int) -> None:
+def check_paged(
+    shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_size: int, seed: int, window: int | None = None
+) -> None:
     """`shapes`: (start, length) of each sequence of one step; the positions before start are in the cache already."""
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-(start + length) // block_size) for start, length in shapes]
@@ -70,11 +73,12 @@ def check_paged(shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_
     q = torch.randn(sum(n for _, n in shapes), heads, 6, dtype=torch.float64, generator=generator)
     k, v = (torch.cat([c[i, s:] for c, (s, _) in zip(contexts, shapes, strict=True)]) for i in (0, 1))
     step = PagedSequences(cache, [s for s, _ in shapes], [n for _, n in shapes], tables)
-    got = step.attend(1, q, k, v)
+    got = step.attend(1, q, k, v, window)
     row = 0
     for (start, length), context in zip(shapes, contexts, strict=True):
         for position in range(start, start + length):
-            want = one_query(q[row], context[0, : position + 1], context[1, : position + 1])
+            first = 0 if window is None else max(0, position + 1 - window)
+            want = one_query(q[row], context[0, first : position + 1], context[1, first : position + 1])
             torch.testing.assert_close(got[row], want, rtol=0, atol=1e-11)
             assert int(step.positions[row]) == position
             row += 1
@@ -91,11 +95,12 @@ def check_paged(shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_
     st.sampled_from(((4, 4), (6, 2), (4, 1))),
     st.integers(1, 5),
     st.integers(0, 2**31),
+    st.sampled_from((None, 1, 2, 4, 7, 30)),
 )
 def test_paged_attention_of_any_ragged_batch(
-    shapes: list[tuple[int, int]], heads: tuple[int, int], block_size: int, seed: int
+    shapes: list[tuple[int, int]], heads: tuple[int, int], block_size: int, seed: int, window: int | None
 ) -> None:
-    check_paged(shapes, *heads, block_size, seed)
+    check_paged(shapes, *heads, block_size, seed, window)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,17 @@ def test_paged_attention_of_any_ragged_batch(
     ],
     ids=["prefill", "first token", "decode", "chunk", "decode batch", "equal prefills", "mixed"],
 )
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_paged_attention_of_every_kind_of_step(shapes: list[tuple[int, int]], heads: int, kv_heads: int) -> None:
-    check_paged(shapes, heads, kv_heads, 4, seed=1)
+def test_paged_attention_of_every_kind_of_step(
+    shapes: list[tuple[int, int]], heads: int, kv_heads: int, window: int | None
+) -> None:
+    check_paged(shapes, heads, kv_heads, 4, seed=1, window=window)
+
+
+def test_windows_share_their_groups_and_read_no_more_of_the_cache_than_they_see() -> None:
+    cache = KVCache(spec_of(4, 2), 2, 20, 4)
+    step = PagedSequences(cache, [30, 8], [1, 1], [list(range(8)), list(range(8, 11))])
+    assert [group.slots.shape for group in step.groups(5)] == [(2, 5)]
+    assert [group.slots.shape for group in step.groups()] == [(2, 31)]
+    assert step.groups(5) is step.groups(5) and step.groups(31) is step.groups()

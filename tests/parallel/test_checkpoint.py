@@ -3,20 +3,23 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel.checkpoint import load_weights, save_weights, sharded_parameters
+from parallel.checkpoint import fingerprint, load_weights, save_weights, sharded_parameters
 from parallel.context import WholeSequences
 from parallel.mesh import Mesh
 from parallel.model import Transformer
 from parallel.modules import init_weights
 from parallel.shards import Shard
 from parallel.spec import ModelSpec
+from tests.families import FAMILIES
 from tests.llama import oracle_logits, read_llama
 from tests.ranks import run_ranks
 
@@ -86,11 +89,11 @@ def test_a_model_of_ours_is_the_same_in_transformers(tmp_path: Path) -> None:
     assert read_llama(tmp_path).config.eos_token_id == [3, 4]
 
 
-@pytest.mark.parametrize("checkpoint", ["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shards_cover_the_checkpoint(checkpoint: str, size: int, request: pytest.FixtureRequest) -> None:
+def test_shards_cover_the_checkpoint(family: str, size: int, families: dict[str, Path]) -> None:
     """Every element of every tensor is on one rank (replicated KV heads and norms: on several), and only there."""
-    path = request.getfixturevalue(checkpoint)
+    path = families[family]
     theirs = load_file(path / "model.safetensors")
     seen = {name: torch.zeros(t.shape, dtype=torch.int64) for name, t in theirs.items()}
     for rank in range(size):
@@ -104,9 +107,13 @@ def test_shards_cover_the_checkpoint(checkpoint: str, size: int, request: pytest
                 seen[piece.name][where] += 1
     spec = ModelSpec.load(path)
     for name, count in seen.items():
-        copies = (
-            size if "norm" in name else max(1, size // spec.num_kv_heads) if "k_proj" in name or "v_proj" in name else 1
-        )
+        copies = 1
+        if name.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):
+            copies = max(1, size // spec.num_kv_heads)
+        elif "norm" in name and spec.qk_norm == "per-head" and "self_attn" in name:
+            copies = max(1, size // spec.num_kv_heads) if "k_norm" in name else 1
+        elif "norm" in name:
+            copies = size * (2 if spec.shared_norm and "input_layernorm" in name else 1)
         assert bool((count == copies).all()), name
 
 
@@ -157,6 +164,93 @@ def test_a_wrong_shape_is_named(copy: Path) -> None:
         load(copy)
 
 
+def test_a_tensor_of_no_use_is_named(copy: Path) -> None:
+    """A bias that is left out would silently be another model; what is computed anyway may lie there."""
+    edit_tensors(copy, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
+    load(copy)
+    edit_tensors(copy, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(48)}))
+    with pytest.raises(ValueError, match=r"copy has the tensor model\.layers\.1\.self_attn\.q_proj\.bias \(1 such"):
+        load(copy)
+    edit_tensors(copy, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"))
+    edit_config(copy, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"has the tensor model\.layers\.2\."):
+        load(copy)
+
+
+def test_a_missing_bias_is_named(families: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(families["qwen2"], tmp_path / "copy"))
+    edit_tensors(path, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.bias"))
+    with pytest.raises(ValueError, match=r"has no tensor model\.layers\.1\.self_attn\.v_proj\.bias"):
+        load(path)
+
+
+def test_a_second_copy_of_tied_weights_must_be_equal(tied: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tied, tmp_path / "copy"))
+    edit_tensors(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert all(torch.equal(a, b) for a, b in zip(load(path).parameters(), load(tied).parameters(), strict=True))
+    edit_tensors(path, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(path)
+
+
+def test_quantised_weights_are_named(copy: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(ValueError, match=r"model\.safetensors: model\.layers\.1\.mlp\.down_proj\.weight has dtype I8"):
+        load(copy)
+
+
+def test_model_safetensors_is_read_alone_where_there_is_no_index(copy: Path, untied: Path) -> None:
+    save_file({"output.weight": torch.ones(2)}, copy / "consolidated.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(load(copy).parameters(), load(untied).parameters(), strict=True))
+
+
+def test_bfloat16_checkpoints_load_in_any_dtype(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    edit_config(copy, dtype="bfloat16")
+    half = load(copy)
+    wide = Transformer(replace(ModelSpec.load(copy), dtype=torch.float32)).requires_grad_(False)
+    load_weights(wide, copy)
+    for a, b in zip(half.parameters(), wide.parameters(), strict=True):
+        assert a.dtype == torch.bfloat16 and b.dtype == torch.float32 and torch.equal(a.float(), b)
+
+
+def test_the_fingerprint_tells_checkpoints_apart(copy: Path, untied: Path, tied: Path) -> None:
+    same = fingerprint(untied)
+    assert fingerprint(copy) == same != fingerprint(tied)
+    whole = (copy / "model.safetensors").read_bytes()
+    differing = [
+        whole[:-1] + bytes([whole[-1] ^ 1]),  # the last byte
+        whole[:20] + whole[20:].replace(b"model.norm.weight", b"model.norn.weight", 1),  # the header
+        whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),  # a copy that was never finished
+    ]
+    for content in differing:
+        (copy / "model.safetensors").write_bytes(content)
+        assert fingerprint(copy) != same
+    (copy / "model.safetensors").write_bytes(whole)
+    assert fingerprint(copy) == same
+    edit_config(copy, rope_theta=4999.0)
+    assert fingerprint(copy) != same
+    (copy / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        fingerprint(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        fingerprint(copy)
+
+
+def test_the_fingerprint_reads_little_of_a_large_checkpoint(tmp_path: Path) -> None:
+    """Its time does not grow with the file: a sparse one of 4 GiB."""
+    header = json.dumps({"x": {"dtype": "U8", "shape": [1 << 32], "data_offsets": [0, 1 << 32]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 32))
+    (tmp_path / "config.json").write_text("{}")
+    begun = perf_counter()
+    fingerprint(tmp_path)
+    assert perf_counter() - begun < 1.0
+
+
 def test_missing_directories_and_weights_are_named(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere/config\.json does not exist"):
         ModelSpec.load(tmp_path / "nowhere")
@@ -184,12 +278,17 @@ def test_a_missing_field_is_named(copy: Path, field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "qwen2"),
+        ("model_type", "gpt2"),
         ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("sliding_window", 64),
+        ("layer_types", ["full_attention"]),
+        ("layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
+        ("rope_parameters", {"rope_type": "default", "mrope_section": [2, 2, 2]}),
+        ("partial_rotary_factor", 0.5),
+        ("head_dim", 11),
         ("quantization_config", {"bits": 4}),
         ("residual", "desync"),
         ("ladder_layers", 2),
@@ -201,7 +300,7 @@ def test_an_unsupported_field_is_named(copy: Path, field: str, value: object) ->
     if field == "rope_scaling":
         edit_config(copy, rope_parameters=None)
     edit_config(copy, **{field: value})
-    named = "rope_type" if field.startswith("rope") else field
+    named = "rope_" if field.startswith("rope") else field
     with pytest.raises(ValueError, match=rf"config\.json: .*{named}"):
         ModelSpec.load(copy)
 

@@ -67,6 +67,36 @@ def test_overlapped_reduces_are_bitwise_equal_to_immediate_ones(tp: int, untied:
                 assert torch.equal(a, c), f"{wiring}, step {step}: the ranks' streams differ"
 
 
+FAMILY_WIRINGS = [
+    ("llama3", "ladder"),  # biases everywhere, also behind the reduces
+    ("llama3", "ladder-parallel"),
+    ("qwen2", "ladder"),  # windows in two layers of three
+    ("mistral", "parallel"),
+    ("cohere", "standard"),
+    ("cohere", "ladder-parallel"),
+]
+
+
+def test_overlap_is_bitwise_exact_with_biases_and_windows_which_ranks_add_once(families: dict[str, Path]) -> None:
+    """Two ranks, every step; one rank gives the same up to rounding, so that no bias is added twice or forgotten."""
+    specs = [replace(ModelSpec.load(families[f]), residual=r, dtype=torch.float64) for f, r in FAMILY_WIRINGS]
+
+    def rank_main(mesh: Mesh) -> list[tuple[list[Tensor], ...]]:
+        reduces = (mesh.all_reduce, immediate(mesh.all_reduce))
+        return [
+            tuple(prefill_and_decode(spec, families[f], mesh, reduce) for reduce in reduces)
+            for spec, (f, _) in zip(specs, FAMILY_WIRINGS, strict=True)
+        ]
+
+    ranks = run_ranks(2, rank_main)
+    alone = run_ranks(1, rank_main)[0]
+    for case, results, (whole, _) in zip(FAMILY_WIRINGS, zip(*ranks, strict=True), alone, strict=True):
+        for overlapped, waited in results:
+            for a, b, one in zip(overlapped, waited, whole, strict=True):
+                assert torch.equal(a, b), case
+                torch.testing.assert_close(a, one, rtol=0, atol=1e-10, msg=str(case))
+
+
 class _Noted:
     def __init__(self, pending: Pending, note: Callable[[], None]) -> None:
         self.pending, self.note = pending, note

@@ -1,5 +1,7 @@
 """The residual stream alone: any legal lags, any parts."""
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +68,7 @@ def test_run_blocks_sums_each_block_once(blocks: list[tuple[int, int]]) -> None:
     """Modules of different constants: the result tells who was run, the inputs tell when."""
     inputs: list[list[float]] = []
 
-    def module(value: float, index: int):  # type: ignore[no-untyped-def]
+    def module(value: float, index: int) -> Callable[[Tensor, str], Tensor]:
         def run(x: Tensor, context: str) -> Tensor:
             assert context == "step"
             inputs[index].append(float(x))

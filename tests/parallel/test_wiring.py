@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from parallel.checkpoint import load_weights
 from parallel.context import WholeSequences
 from parallel.model import Transformer
 from parallel.modules import Attention, FeedForward
@@ -129,6 +131,31 @@ def test_hybrids_equal_their_recurrences(ladder_layers: int | list[int]) -> None
     named = layers_of(ladder_layers)
     assert check(build("ladder", ladder_layers), hybrid, named) == 0
     assert check(build("ladder-parallel", ladder_layers), parallel, named) == 0
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3", "cohere"])
+def test_every_family_has_every_wiring(family: str, families: dict[str, Path]) -> None:
+    """Its own attention and FFN, with their biases, windows and norms, in each of the recurrences."""
+    path, every = families[family], [0, 1, 2]
+    tokens = torch.randint(0, 101, (26,), generator=torch.Generator().manual_seed(1))
+    cases: list[tuple[str, tuple[int, ...] | None, Callable[..., Tensor]]] = [
+        ("standard", None, standard),
+        ("ladder", None, ladder),
+        ("ladder", (1, 2), partial(hybrid, ladder_layers=[1, 2])),
+        ("parallel", None, partial(parallel, ladder_layers=[])),
+        ("ladder-parallel", None, partial(parallel, ladder_layers=every)),
+        ("ladder-parallel", (2,), partial(parallel, ladder_layers=[2])),
+    ]
+    outputs: list[Tensor] = []
+    for residual, layers, recurrence in cases:
+        spec = replace(ModelSpec.load(path), residual=residual, ladder_layers=layers, dtype=torch.float64)
+        model, context = Transformer(spec).requires_grad_(False), WholeSequences(1, 26)
+        load_weights(model, path)
+        outputs.append(model(tokens, context))
+        attention = [partial(m, context=context) for m in model.modules_of_blocks if isinstance(m, Attention)]
+        ffn = [partial(m, context=context) for m in model.modules_of_blocks if isinstance(m, FeedForward)]
+        assert torch.equal(outputs[-1], model.norm(recurrence(model.embedding.embed(tokens), attention, ffn)))
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(outputs) for b in outputs[:i])
 
 
 def test_wirings_are_different_functions() -> None:

@@ -1,0 +1,230 @@
+"""From a Hugging Face `config.json` to the fields of a `ModelSpec`: one small function per family of models.
+
+A family is data: it fills in what `transformers` assumes where its configuration is silent, and says how its decoder
+differs from Llama's. To add one, write that function, enter it in FAMILIES, and give it a row in tests/families.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kernels.rope import RopeScaling
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FULL, SLIDING = "full_attention", "sliding_attention"
+Config = Mapping[str, Any]
+
+# Fields that change the mathematics, and the value that leaves it as it is. A family reads a field or refuses others.
+NEUTRAL: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_qk_norm": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "logit_scale": 1.0,
+    "partial_rotary_factor": 1.0,
+    "use_mrope": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "num_experts": None,
+    "num_local_experts": None,
+    "is_encoder_decoder": False,
+    "quantization_config": None,
+}
+ROPE_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+
+
+def fields_of(config: Config) -> dict[str, Any]:
+    """The arguments of `ModelSpec` that describe this model.
+
+    Raises:
+        ValueError: an unknown family, or a field that asks for something this engine does not do; it is named.
+        KeyError: a field is missing.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type is {kind!r}; this version serves {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind](config)
+
+
+def _llama(config: Config) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias"))
+    return _decoder(config, reads=("attention_bias", "mlp_bias")) | {
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias")),
+    }
+
+
+def _mistral(config: Config) -> dict[str, Any]:
+    config = {"num_key_value_heads": 8, "max_position_embeddings": 1 << 17, "sliding_window": 4096} | dict(config)
+    kinds = [FULL if config["sliding_window"] is None else SLIDING] * config["num_hidden_layers"]
+    return _decoder(config, kinds, reads=("sliding_window",))
+
+
+def _qwen2(config: Config) -> dict[str, Any]:
+    return _qwen(config, reads=()) | {"qkv_bias": True}
+
+
+def _qwen3(config: Config) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias"))
+    fields = _qwen({"head_dim": 128} | dict(config), reads=("attention_bias",))
+    return fields | {"qk_norm": "shared", "qkv_bias": bias, "out_bias": bias}
+
+
+def _qwen(config: Config, reads: tuple[str, ...]) -> dict[str, Any]:
+    """The layers from `max_window_layers` on have a window, unless `layer_types` (transformers 5) says which."""
+    config = {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    } | dict(config)
+    if not config["use_sliding_window"]:
+        config["sliding_window"] = None
+    first = config["num_hidden_layers"] if config["sliding_window"] is None else config["max_window_layers"]
+    kinds = [SLIDING if layer >= first else FULL for layer in range(config["num_hidden_layers"])]
+    return _decoder(config, config.get("layer_types") or kinds, ("use_sliding_window", "sliding_window", *reads))
+
+
+def _cohere(config: Config) -> dict[str, Any]:
+    """Attention and FFN of a layer read one norm and share one residual addition: the parallel wiring."""
+    config = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "logit_scale": 0.0625} | dict(config)
+    if not _rope_parameters(config).get("rope_theta") and not config.get("rope_theta"):
+        raise KeyError("rope_theta")  # versions of transformers assume different ones
+    bias = bool(config.get("attention_bias"))
+    return _decoder(config, reads=("attention_bias", "use_qk_norm", "logit_scale")) | {
+        "residual": config.get("residual") or "parallel",
+        "norm": "layer",
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "shared_norm": True,
+        "qk_norm": "per-head" if config.get("use_qk_norm") else "none",
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "rope_interleaved": True,
+        "logit_scale": config["logit_scale"],
+    }
+
+
+FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "cohere": _cohere,
+}
+
+
+def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What all families have in common.
+
+    Args:
+        kinds: the attention of each layer, FULL or SLIDING; all full if None. `layer_types` must agree with it.
+        reads: the fields among NEUTRAL that the family itself looks after.
+    """
+    for field, neutral in NEUTRAL.items():
+        if field not in reads and config.get(field, neutral) not in (neutral, None):
+            raise ValueError(f"{field} is {config[field]!r}; for {config['model_type']} only {neutral!r} is supported")
+    layers, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": config["intermediate_size"],
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or hidden // heads,
+        "max_position": config.get("max_position_embeddings", 2048),
+        "windows": _windows(config, kinds or [FULL] * layers),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "residual": config.get("residual") or "standard",
+        "ladder_layers": _ladder_layers(config.get("ladder_layers"), layers),
+        "dtype": _dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        "eos_ids": as_tuple(config.get("eos_token_id")),
+    } | _rope(config)
+
+
+def _windows(config: Config, kinds: list[str]) -> tuple[int | None, ...]:
+    """The window of each layer; () where no layer has one."""
+    named, window, layers = (
+        config.get("layer_types") or kinds,
+        config.get("sliding_window"),
+        config["num_hidden_layers"],
+    )
+    if len(named) != layers or set(named) - {FULL, SLIDING}:
+        raise ValueError(f"layer_types is {named!r}; it must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
+    if named != kinds:
+        raise ValueError(f"layer_types is {named!r}; for {config['model_type']} only {kinds!r} is supported")
+    if SLIDING not in named:
+        return ()
+    if window is None:
+        raise ValueError(f"layer_types has {SLIDING!r}, but sliding_window is not set or not used")
+    return tuple(window if kind == SLIDING else None for kind in named)
+
+
+def _rope_parameters(config: Config) -> Mapping[str, Any]:
+    """The rope fields as one mapping: `rope_parameters` in transformers 5, `rope_scaling` before."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    rope = _rope_parameters(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"rope_type is {kind!r}; this version does {', '.join(ROPE_FIELDS)}")
+    for field in rope:
+        if field not in ROPE_COMMON | ROPE_FIELDS[kind] and rope[field] is not None:
+            raise ValueError(f"rope_parameters has {field!r}, which is not supported with rope_type {kind!r}")
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")
+    for field in ROPE_FIELDS[kind]:
+        if rope.get(field) is None:
+            raise ValueError(f"rope_parameters lacks {field!r}, which rope_type {kind!r} needs")
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return {"rope_theta": theta, "rope_scaling": _scaling(config, rope, kind)}
+
+
+def _scaling(config: Config, rope: Mapping[str, Any], kind: str) -> RopeScaling | None:
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=float(rope["factor"]))
+    if kind == "llama3":
+        field = "original_max_position_embeddings"
+        return RopeScaling(
+            kind="llama3",
+            factor=float(rope["factor"]),
+            low=float(rope["low_freq_factor"]),
+            high=float(rope["high_freq_factor"]),
+            original_positions=config.get(field) or rope.get(field) or config["max_position_embeddings"],
+        )
+    return None
+
+
+def _ladder_layers(value: int | list[int] | None, num_layers: int) -> tuple[int, ...] | None:
+    """An integer n means the last n layers; a list names them; None means all of them."""
+    if isinstance(value, int):
+        if not 0 <= value <= num_layers:
+            raise ValueError(f"ladder_layers is {value}, but the model has {num_layers} layers")
+        return tuple(range(num_layers - value, num_layers))
+    return None if value is None else tuple(sorted(value))
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def as_tuple(value: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids, which Hugging Face writes as one integer, a list or null."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,38 @@
+"""Get a loaded model ready for a CPU rank: its matrices in oneDNN's layout, and rows that round alike in any batch."""
+
+from kernels.linear import can_pack, invariant_linear, pack
+from parallel.model import Transformer
+from parallel.modules import Attention, FeedForward, VocabParallel
+
+MATRICES = ("qkv", "out", "gate_up", "down")
+
+
+def pack_weights(model: Transformer, invariant: bool = False) -> None:
+    """Replace every matrix of `model` by its packed form, where this machine has one. Only for inference.
+
+    Args:
+        invariant: also make every linear layer round each row independently of the batch.
+
+    Raises:
+        ValueError: `invariant`, but this machine or dtype has no packed form.
+    """
+    if not can_pack(model.head.weight):
+        if invariant:
+            raise ValueError(
+                f"engine.batch_invariant needs CPU ranks in float32 or bfloat16 with oneDNN, not {model.spec.dtype} on "
+                f"{model.head.weight.device.type}; turn it off"
+            )
+        return
+    for module in model.modules():
+        if isinstance(module, Attention | FeedForward):
+            for name in MATRICES:
+                if name in module._parameters:
+                    weight = module._parameters.pop(name)
+                    assert weight is not None
+                    setattr(module, name, pack(weight))
+        elif module is model.head and isinstance(module, VocabParallel):
+            module.packed = pack(module.weight)
+            if module is not model.embedding:
+                del module._parameters["weight"]
+        if invariant and isinstance(module, Attention | FeedForward | VocabParallel):
+            module.linear = invariant_linear

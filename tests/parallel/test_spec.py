@@ -1,0 +1,198 @@
+"""From `config.json` and `generation_config.json` to specs, in both spellings, with refusals that name the field."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from kernels.rope import RopeScaling
+from parallel.families import FAMILIES as MODEL_TYPES
+from parallel.generation import GenerationDefaults
+from parallel.spec import ModelSpec
+from tests.families import FAMILIES, LLAMA3
+
+
+def config_of(path: Path, **fields: Any) -> dict[str, Any]:
+    return json.loads((path / "config.json").read_text()) | fields
+
+
+def test_every_family_is_tested() -> None:
+    assert {fields["model_type"] for fields in FAMILIES.values()} == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_of_the_rope_fields(family: str, families: dict[str, Path]) -> None:
+    new = config_of(families[family])
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
+    rope = dict(new["rope_parameters"])
+    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": new["dtype"]}
+    kind = rope.pop("rope_type")
+    for spelled in ({"type": kind}, {"rope_type": kind}):
+        scaling = None if kind == "default" else spelled | rope
+        assert ModelSpec.from_config(old | {"rope_scaling": scaling}) == ModelSpec.from_config(new)
+
+
+def test_rope_scaling_is_read(families: dict[str, Path]) -> None:
+    want = RopeScaling(kind="llama3", factor=8.0, low=1.0, high=4.0, original_positions=32)
+    assert ModelSpec.load(families["llama3"]).rope_scaling == want
+    assert ModelSpec.load(families["llama-linear"]).rope_scaling == RopeScaling(kind="linear", factor=4.0)
+    without = {key: value for key, value in LLAMA3.items() if not key.startswith("original")}
+    spec = ModelSpec.from_config(config_of(families["llama3"], rope_parameters=without))
+    assert spec.rope_scaling is not None and spec.rope_scaling.original_positions == spec.max_position
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_silent_configs_mean_what_transformers_assumes(model_type: str, tmp_path: Path) -> None:
+    """Only the shapes are given; every other value comes from the family's defaults."""
+    given: dict[str, Any] = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 30}
+    given |= {"num_attention_heads": 32, "rope_theta": 10000.0, "model_type": model_type}
+    theirs, ours = AutoConfig.for_model(**given), ModelSpec.from_config(given)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    assert ours.max_position == theirs.max_position_embeddings
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.norm_eps == getattr(theirs, "rms_norm_eps", None) or theirs.layer_norm_eps
+    assert ours.logit_scale == getattr(theirs, "logit_scale", 1.0)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.windows == ((4096,) * 30 if model_type == "mistral" else ())
+    if model_type.startswith("qwen"):
+        ours = ModelSpec.from_config(given | {"use_sliding_window": True})
+        assert ours.windows == (None,) * 28 + (4096,) * 2
+
+
+def test_windows_of_layers(families: dict[str, Path]) -> None:
+    assert ModelSpec.load(families["mistral"]).windows == (7, 7, 7)
+    assert ModelSpec.load(families["qwen2"]).windows == (None, 9, 9)
+    assert ModelSpec.load(families["qwen3"]).windows == (5, None, 5)
+    assert ModelSpec.from_config(config_of(families["mistral"], sliding_window=None)).windows == ()
+    off = config_of(families["qwen2"], use_sliding_window=False, layer_types=None)
+    assert ModelSpec.from_config(off).windows == ()
+    old = config_of(families["qwen2"], layer_types=None)  # before transformers 5: by max_window_layers
+    assert ModelSpec.from_config(old).windows == (None, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "sentence"),
+    [
+        ("mistral", {"attention_bias": True}, "attention_bias is True; for mistral only False"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is .* for mistral only"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be a positive integer"),
+        ("qwen2", {"use_sliding_window": False}, "layer_types has 'sliding_attention', but sliding_window is not set"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*it must name"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias is True; for qwen2 only False"),
+        ("qwen2", {"use_mrope": True}, "use_mrope is True; for qwen2 only False"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters has 'full_attention'"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; this version does"),
+        ("llama3", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "0 < low_freq_factor < high_freq_factor"),
+        ("llama3", {"use_qk_norm": True}, "use_qk_norm is True; for llama only False"),
+        ("cohere", {"logit_scale": None}, "logit_scale is None; it must be a positive number"),
+        ("cohere", {"sliding_window": 64}, "sliding_window is 64; for cohere only None"),
+        ("cohere", {"ladder_layers": 2}, "ladder_layers needs residual: ladder or ladder-parallel, not 'parallel'"),
+        ("cohere", {"residual": "standard", "ladder_layers": [1]}, "ladder_layers needs residual"),
+        ("cohere", {"model_type": "cohere2"}, "model_type is 'cohere2'; this version serves cohere, llama, mistral"),
+    ],
+)
+def test_what_is_not_supported_is_one_sentence(
+    family: str, fields: dict[str, Any], sentence: str, families: dict[str, Path]
+) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        ModelSpec.from_config(config_of(families[family], **fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_cohere_needs_its_rope_theta(families: dict[str, Path], tmp_path: Path) -> None:
+    """transformers 4 assumes 10000, transformers 5 assumes 500000."""
+    (tmp_path / "config.json").write_text(json.dumps(config_of(families["cohere"], rope_parameters=None)))
+    with pytest.raises(ValueError, match=r"config\.json lacks the field 'rope_theta'"):
+        ModelSpec.load(tmp_path)
+
+
+def test_the_native_wiring_is_the_default(families: dict[str, Path]) -> None:
+    native = {family: ModelSpec.load(path).residual for family, path in families.items()}
+    assert native == {family: "parallel" if family.startswith("cohere") else "standard" for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama-linear"])
+def test_llama_configs_round_trip(family: str, families: dict[str, Path]) -> None:
+    spec = ModelSpec.load(families[family])
+    assert ModelSpec.from_config(json.loads(json.dumps(spec.to_config()))) == spec
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "cohere"])
+def test_what_llama_cannot_describe_is_not_written_as_llama(family: str, families: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="only models that Llama's configuration can describe"):
+        ModelSpec.load(families[family]).to_config()
+
+
+@pytest.fixture
+def copy(families: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(families["qwen3"], tmp_path / "copy"))
+
+
+def write_generation(path: Path, **fields: Any) -> None:
+    (path / "generation_config.json").write_text(json.dumps(fields))
+
+
+def test_generation_defaults(copy: Path) -> None:
+    write_generation(
+        copy,
+        do_sample=True,
+        eos_token_id=[7, 9],
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        min_p=None,
+        repetition_penalty=1.05,
+        max_new_tokens=2048,
+        transformers_version="5.0.0",
+    )
+    defaults = GenerationDefaults.load(copy)
+    assert defaults.sampling == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+        "max_tokens": 2048,
+    }
+    assert defaults.eos_ids == ModelSpec.load(copy).eos_ids == (7, 9)
+
+
+def test_eos_ids_come_from_the_generation_config_where_it_names_them(copy: Path) -> None:
+    (copy / "config.json").write_text(json.dumps(config_of(copy, eos_token_id=5)))
+    (copy / "generation_config.json").unlink()
+    assert ModelSpec.load(copy).eos_ids == (5,)
+    assert GenerationDefaults.load(copy) == GenerationDefaults()
+    write_generation(copy, temperature=0.5)
+    assert ModelSpec.load(copy).eos_ids == (5,)
+    write_generation(copy, eos_token_id=6)
+    assert ModelSpec.load(copy).eos_ids == (6,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+    ],
+)
+def test_impossible_defaults_are_named(fields: dict[str, Any], named: str, copy: Path) -> None:
+    write_generation(copy, **fields)
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {named} is "):
+        ModelSpec.load(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_broken_generation_config_is_named(copy: Path, text: str) -> None:
+    (copy / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        ModelSpec.load(copy)
