@@ -5,31 +5,69 @@ llm = LLM("launch/demo_model")
 print(llm.generate(["def main():"], SamplingParams(max_tokens=64, temperature=0.0))[0].text)
 """
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
 
 import torch
 
 from parallel.mesh import SingleRank
 from parallel.spec import ModelSpec
-from workers.core import FinishReason, Request, SamplingParams
+from workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from workers.engine import Engine
 from workers.executor import Executor
 from workers.scheduler import SchedulerConfig
 from workers.text import TextStream, Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "SamplingParams", "TokenLogprob", "__version__"]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The continuation of one prompt. tokens include those of a stop string or end of sequence; text does not."""
+    """The continuation of one prompt. tokens include those of a stop string or end of sequence; text does not.
+
+    Attributes:
+        logprobs: one per token, if params.logprobs asked for them.
+        prompt_logprobs: one per token of the prompt, None for the first, if params.prompt_logprobs asked for them.
+    """
 
     prompt: str
     text: str
     tokens: list[int]
     finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+@dataclass(eq=False)
+class _Growing:
+    """A prompt's continuation under way; `done` is its stream's, and gets it at the end."""
+
+    index: int
+    prompt: str
+    params: SamplingParams
+    text: TextStream
+    done: deque[tuple[int, Completion]]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def take(self, output: Output) -> FinishReason | None:
+        """Append what a step brought; why it ended, if it did."""
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = [None, *output.prompt_logprobs]
+        self.tokens.extend(output.tokens)
+        self.logprobs.extend(output.logprobs or ())
+        self.text.push(output.tokens[: self.text.visible(output)], finished=output.finish_reason is not None)
+        return "stop" if self.text.stopped else output.finish_reason
+
+    def complete(self, reason: FinishReason) -> None:
+        logprobs = self.logprobs if self.params.logprobs is not None else None
+        completion = Completion(self.prompt, self.text.text, self.tokens, reason, logprobs, self.prompt_logprobs)
+        self.done.append((self.index, completion))
 
 
 class LLM:
@@ -42,13 +80,16 @@ class LLM:
         limits: fields of `SchedulerConfig`, such as max_sequences or max_step_tokens.
     """
 
-    def __init__(self, path: str, device: str | None = None, kv_tokens: int = 16384, **limits: int) -> None:
+    def __init__(self, path: str, device: str | None = None, kv_tokens: int = 16384, **limits: Any) -> None:
         spec = ModelSpec.load(path)
         self.tokenizer = Tokenizer(path)
         limits = {"block_size": 16, "max_model_len": min(spec.max_position, kv_tokens), **limits}
-        config = SchedulerConfig(num_blocks=kv_tokens // limits["block_size"], eos_ids=spec.eos_ids, **limits)
+        limits |= {"num_blocks": kv_tokens // limits["block_size"], "vocab_size": spec.vocab_size}
+        config = SchedulerConfig(eos_ids=spec.eos_ids, **limits)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.engine = Engine(config, Executor(spec, str(path), mesh, config.num_blocks, config.block_size))
+        self._ids = map(str, count())
+        self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 
     def generate(self, prompts: list[str], params: SamplingParams | None = None) -> list[Completion]:
         """Continue every prompt, batched; results are in the prompts' order."""
@@ -56,17 +97,34 @@ class LLM:
         return [done[index] for index in range(len(prompts))]
 
     def stream(self, prompts: list[str], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
-        """Like `generate`, but yields (index of the prompt, completion) as each one ends."""
-        texts = [TextStream(self.tokenizer, params.stop) for _ in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        for index, prompt in enumerate(prompts):
-            self.engine.add(Request(id=str(index), prompt=tuple(self.tokenizer.encode(prompt)), params=params))
-        while self.engine.has_work:
-            for output in self.engine.step():
-                index = int(output.id)
-                tokens[index].extend(output.tokens)
-                texts[index].push(output.tokens, finished=output.finish_reason is not None)
-                if texts[index].stopped and not output.finish_reason:
+        """Like `generate`, but yields (index of the prompt, completion) as each one ends.
+
+        Several streams may be read in turn. One that is not read to its end takes its requests along when it is closed.
+
+        Raises:
+            ValueError: a prompt is empty or does not fit; then none of them is run.
+        """
+        done: deque[tuple[int, Completion]] = deque()
+        own: list[str] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                request = Request(id=next(self._ids), prompt=tuple(self.tokenizer.encode(prompt)), params=params)
+                self.engine.add(request)
+                own.append(request.id)
+                text = TextStream.of(self.tokenizer, params)
+                self._growing[request.id] = _Growing(index, prompt, params, text, done)
+            for _ in prompts:
+                while not done:
+                    self._step()
+                yield done.popleft()
+        finally:
+            for request_id in own:
+                if self._growing.pop(request_id, None):
+                    self.engine.abort(request_id)
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if reason := self._growing[output.id].take(output):
+                self._growing.pop(output.id).complete(reason)
+                if not output.finish_reason:  # a stop string, which the engine does not know
                     self.engine.abort(output.id)
-                if reason := ("stop" if texts[index].stopped else output.finish_reason):
-                    yield index, Completion(prompts[index], texts[index].text, tokens[index], reason)

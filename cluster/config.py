@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from workers.rank import EngineConfig
+from workers.config import EngineConfig, KvConfig
 
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -37,12 +37,15 @@ class GatewayConfig:
         port: 0 takes a free one, which then stays the same for the deployment's life.
         api_key: if set, requests need it as a bearer token.
         drain_seconds: how long requests in flight may still run after SIGTERM.
+        resource: a Ray resource that the gateway's node must have, such as node:__internal_head__ for the head; None
+            takes any node.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str | None = None
     drain_seconds: float = 30.0
+    resource: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -110,6 +113,7 @@ class Deployment:
     model: ModelConfig
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -17,6 +17,8 @@ from workers.actors import Place
 
 log = logging.getLogger(__name__)
 
+EVERY_ADDRESS = ("0.0.0.0", "::")  # where to listen, but not where to reach it
+
 
 @dataclass
 class Front:
@@ -34,6 +36,8 @@ class Front:
     @property
     def url(self) -> str:
         host = self.deployment.gateway.host
+        if host in EVERY_ADDRESS and self.place is not None:
+            host = self.place.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def start(self) -> None:
@@ -44,8 +48,9 @@ class Front:
         """
         self.life += 1
         self._told = None
+        resource = self.deployment.gateway.resource
         self.actor = GatewayActor.options(  # type: ignore[attr-defined]
-            name=self._actor_name, lifetime="detached"
+            name=self._actor_name, lifetime="detached", resources={resource: 0.001} if resource else None
         ).remote(self.deployment, self._actor_name)
         seconds = self.deployment.cluster.start_seconds
         self.place = ray.get(self.actor.where.remote(), timeout=seconds)

@@ -66,10 +66,12 @@ class Gang:
         places = wait_for([a.where.remote() for a in actors], cluster.start_seconds, go)
         order = sorted(range(tp), key=lambda i: places[i].node)  # ranks of one node lie side by side
         self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
+        self._compare_checkpoints(go)
         configs = [self._config(rank) for rank in range(tp)]
         (port,) = wait_for([self.ranks[0].open_store.remote(configs[0])], cluster.start_seconds, go)
         loads = [a.load.remote(c, self.places[0].host, port) for a, c in zip(self.ranks, configs, strict=True)]
-        self.address = wait_for(loads, cluster.start_seconds, go)[0]
+        kv_tokens = min(wait_for(loads, cluster.start_seconds, go))
+        self.address = wait_for([a.begin.remote(kv_tokens) for a in self.ranks], cluster.start_seconds, go)[0]
         wait_for([a.start.remote() for a in self.ranks], cluster.start_seconds, go)
 
     def adopt(self) -> bool:
@@ -113,6 +115,19 @@ class Gang:
             kill_process(place)
         placement.remove(self.group)
 
+    def _compare_checkpoints(self, go: Callable[[], bool]) -> None:
+        """All nodes must have the same files, before any rank reads them."""
+        path, one_per_node = (
+            self.deployment.model.path,
+            dict(zip((p.node for p in self.places), self.ranks, strict=True)),
+        )
+        refs = [actor.fingerprint.remote(path) for actor in one_per_node.values()]
+        prints = wait_for(refs, self.deployment.cluster.start_seconds, go)
+        if len(set(prints)) > 1:
+            hosts = {place.node: place.host for place in self.places}
+            seen = ", ".join(f"{hosts[node]}: {print_[:12]}" for node, print_ in zip(one_per_node, prints, strict=True))
+            raise ValueError(f"model.path {path} holds different files on different nodes ({seen}); copy it again")
+
     def _actor(self, group: Any, index: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         gpu = self.deployment.cluster.device == "cuda"
@@ -136,6 +151,7 @@ class Gang:
             secret=self.deployment.secret,
             collective_seconds=self.deployment.cluster.collective_seconds,
             engine=self.deployment.engine,
+            kv=self.deployment.kv,
         )
 
 

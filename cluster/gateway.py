@@ -61,7 +61,7 @@ class GatewayActor:
         spec = ModelSpec.load(directory)
         config = ServiceConfig(
             model_name=deployment.model.name,
-            max_model_len=deployment.engine.limits(spec).max_model_len,
+            max_model_len=deployment.engine.model_len(spec, deployment.kv.tokens or spec.max_position),
             vocab_size=spec.vocab_size,
             version=version("stepladder"),
             api_key=deployment.gateway.api_key,

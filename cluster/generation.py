@@ -1,14 +1,14 @@
 """One generating HTTP request: its choices, and the JSON that they become."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
+from cluster.logprobs import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
 from cluster.protocol import StreamOptions
-from workers.core import FinishReason, Output, Request
-from workers.text import TextStream
-
-Json = dict[str, Any]
+from workers.core import FinishReason, Output, Request, TokenLogprob
+from workers.text import TextStream, Tokenizer
 
 
 @dataclass
@@ -16,22 +16,42 @@ class Choice:
     """One engine request and the text that it has become.
 
     Attributes:
+        echo: the prompt's text, if the answer begins with it.
+        scoring_only: the prompt is all that is wanted; the engine's one token is dropped.
         num_tokens: generated, including those of a stop string or end of sequence.
         started: its first chunk has been made.
+        scored: its tokens with their log-probabilities, if wanted.
+        prompt_logprobs: of the prompt's tokens from the second on, if wanted.
     """
 
     index: int
     request: Request
     text: TextStream
+    echo: str = ""
+    scoring_only: bool = False
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
     started: bool = False
+    scored: list[ScoredToken] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
+    _begun: bool = False
 
-    def take(self, output: Output) -> str:
-        """Append an output's tokens, up to a stop string; return the text that can be shown now."""
-        fresh = ""
-        for token in output.tokens:
-            fresh += self.text.push([token])
+    def take(self, output: Output) -> "Piece":
+        """Append an output's tokens, up to a stop string; return what is new."""
+        scored_before = len(self.scored)
+        fresh = "" if self._begun else self._begin(output)
+        if self.scoring_only:
+            self.finish_reason = "length"
+        else:
+            fresh += self._append(output)
+        return Piece(self, fresh, self.scored[scored_before:], self.finish_reason)
+
+    def _append(self, output: Output) -> str:
+        fresh, visible = "", self.text.visible(output)
+        for nth, token in enumerate(output.tokens):
+            if output.logprobs is not None:
+                self.scored.append(ScoredToken(token, len(self.echo) + len(self.text), output.logprobs[nth]))
+            fresh += self.text.push([token] if nth < visible else [])
             self.num_tokens += 1
             if self.text.stopped:
                 break
@@ -39,6 +59,37 @@ class Choice:
             fresh += self.text.push([], finished=True)
         self.finish_reason = "stop" if self.text.stopped else output.finish_reason
         return fresh
+
+    def _begin(self, output: Output) -> str:
+        """What comes before the first token: the prompt, if it is echoed, and its log-probabilities."""
+        self._begun = True
+        self.prompt_logprobs = output.prompt_logprobs
+        if self.echo and output.prompt_logprobs is not None and output.logprobs is not None:
+            logprobs = [None, *output.prompt_logprobs]
+            where = offsets(self.text.tokenizer, self.request.prompt, len(self.echo))
+            self.scored.extend(map(ScoredToken, self.request.prompt, where, logprobs))
+        return self.echo
+
+
+class Piece(NamedTuple):
+    """What one output added to a choice. Its own copy: the choice may be further when the piece is sent.
+
+    text: what can be shown now. scored: tokens with their log-probabilities, also those whose text is held back.
+    """
+
+    choice: Choice
+    text: str
+    scored: list[ScoredToken]
+    finish_reason: FinishReason | None
+
+
+def offsets(tokenizer: Tokenizer, tokens: Sequence[int], limit: int) -> list[int]:
+    """Where the text of each token begins, in characters; that of a special token is empty."""
+    text, found = TextStream(tokenizer), []
+    for token in tokens:
+        found.append(min(len(text), limit))
+        text.push([token])
+    return found
 
 
 class Format(Protocol):
@@ -50,35 +101,73 @@ class Format(Protocol):
 
     def whole(self, choice: Choice) -> Json: ...
 
-    def part(self, choice: Choice, text: str, finish_reason: FinishReason | None) -> Json: ...
+    def part(self, piece: Piece) -> Json:
+        """For a chunk; if the piece has a finish reason, it has no text."""
+        ...
+
+    def extra(self, choices: list[Choice]) -> Json:
+        """Further fields of the whole answer."""
+        ...
 
 
+@dataclass(frozen=True)
 class Chat:
-    """/v1/chat/completions."""
+    """/v1/chat/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
 
+    prompt_top: int | None
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, choice: Choice) -> Json:
         message = {"role": "assistant", "content": choice.text.text, "refusal": None}
-        return {"index": choice.index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+        logprobs = self._logprobs(choice, choice.scored)
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def part(self, choice: Choice, text: str, finish_reason: FinishReason | None) -> Json:
+    def part(self, piece: Piece) -> Json:
+        choice, text, scored, finish_reason = piece
         delta = {} if choice.started else {"role": "assistant"}
         if finish_reason is None:
             delta["content"] = text
-        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        logprobs = self._logprobs(choice, scored) if scored else None
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def extra(self, choices: list[Choice]) -> Json:
+        """All choices have the same prompt."""
+        return _prompt_logprobs(choices[0], self.prompt_top)
+
+    def _logprobs(self, choice: Choice, scored: list[ScoredToken]) -> Json | None:
+        if choice.request.params.logprobs is None:
+            return None
+        return chat_shape(choice.text.tokenizer, scored)
 
 
+@dataclass(frozen=True)
 class Completion:
-    """/v1/completions."""
+    """/v1/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
 
+    prompt_top: int | None
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, choice: Choice) -> Json:
-        return self.part(choice, choice.text.text, choice.finish_reason)
+        piece = Piece(choice, choice.echo + choice.text.text, choice.scored, choice.finish_reason)
+        return self.part(piece) | _prompt_logprobs(choice, self.prompt_top)
 
-    def part(self, choice: Choice, text: str, finish_reason: FinishReason | None) -> Json:
-        return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def part(self, piece: Piece) -> Json:
+        choice, text, scored, finish_reason = piece
+        top, logprobs = choice.request.params.logprobs, None
+        if top is not None and scored:
+            logprobs = completion_shape(choice.text.tokenizer, scored, top)
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def extra(self, choices: list[Choice]) -> Json:
+        return {}
+
+
+def _prompt_logprobs(choice: Choice, top: int | None) -> Json:
+    if top is None:
+        return {}
+    assert choice.prompt_logprobs is not None
+    request = choice.request
+    return {"prompt_logprobs": prompt_shape(choice.text.tokenizer, request.prompt, choice.prompt_logprobs, top)}
 
 
 @dataclass
@@ -111,16 +200,17 @@ class Generation:
     def body(self) -> Json:
         """The whole answer, once every choice has finished."""
         choices = [self.format.whole(choice) for choice in self.choices]
-        return self._envelope(self.format.object, choices) | {"usage": self.usage}
+        extra = self.format.extra(self.choices)
+        return self._envelope(self.format.object, choices) | {"usage": self.usage} | extra
 
-    def chunks(self, choice: Choice, text: str) -> list[Json]:
-        """What to send for new text of a choice: nothing while it is held back, and the end as a chunk of its own."""
-        chunks = []
-        if text or not choice.started:
-            chunks.append(self._chunk(self.format.part(choice, text, None)))
+    def chunks(self, piece: Piece) -> list[Json]:
+        """What to send for a piece: nothing while its text is held back, and the end as a chunk of its own."""
+        choice, chunks = piece.choice, []
+        if piece.text or piece.scored or not choice.started:
+            chunks.append(self._chunk(self.format.part(piece._replace(finish_reason=None))))
             choice.started = True
-        if choice.finish_reason:
-            chunks.append(self._chunk(self.format.part(choice, "", choice.finish_reason)))
+        if piece.finish_reason:
+            chunks.append(self._chunk(self.format.part(piece._replace(text="", scored=[]))))
         return chunks
 
     def usage_chunk(self) -> Json:

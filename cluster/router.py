@@ -108,7 +108,10 @@ class Router:
         await link.submit(flight)
 
     def _choose(self, request: Request) -> Link:
-        """The engine that has cached the longest beginning of the prompt, unless it is busier by more than that."""
+        """The engine where this request is under way already; else the one that has cached the longest beginning of
+        the prompt, unless it is busier by more than that saves; else the idlest."""
+        if home := next((link for link in self._links.values() if request.id in link.orphans), None):
+            return home
         idlest = min(self._links.values(), key=lambda link: link.load)
         known, saved = self._prefixes.engine(request.prompt, set(self._links))
         near = self._links.get(known) if isinstance(known, Endpoint) else None

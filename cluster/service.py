@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cluster.errors import BadRequest, NotFound, Unavailable
-from cluster.generation import Chat, Choice, Completion, Format, Generation
+from cluster.generation import Chat, Choice, Completion, Format, Generation, Piece
 from cluster.inflight import InFlight, InFlightRequest
 from cluster.merge import merge
 from cluster.metrics import Metrics, SequenceMeter
@@ -18,11 +18,11 @@ from cluster.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Generating,
     StreamOptions,
     TokenizeRequest,
 )
-from workers.core import Output, Request
+from workers.core import Output, Request, SamplingParams
+from workers.limits import listed_tokens
 from workers.text import TextStream, Tokenizer
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
@@ -60,6 +60,8 @@ class ServiceConfig:
         max_choices: prompts times n of one HTTP request.
         max_body_bytes: of one HTTP request.
         created: when the model came to be, in Unix seconds.
+        defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
+            The only place for such defaults, as of a generation_config.json.
     """
 
     model_name: str
@@ -70,6 +72,7 @@ class ServiceConfig:
     max_choices: int = 128
     max_body_bytes: int = 16 << 20
     created: int = field(default_factory=lambda: int(time()))
+    defaults: SamplingParams = field(default_factory=SamplingParams)
 
 
 class Service:
@@ -96,8 +99,9 @@ class Service:
         """Raises BadRequest or NotFound, as `completion` does."""
         self.check_model(body.model)
         prompt = await self._encode_chat(body.messages)
-        asked = body.max_completion_tokens or body.max_tokens
-        return self._generation(Chat(), body, http, [prompt], "messages", asked, self.config.max_model_len)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        limits = [self._max_tokens(prompt, "messages", max_tokens, self.config.max_model_len)]
+        return self._generation(Chat(body.prompt_logprobs), body, http, [prompt], limits)
 
     async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Generation:
         """A prompt of token ids is taken as it is."""
@@ -107,21 +111,28 @@ class Service:
                 f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
             )
         prompts = [await self._encode(p, special=True) if isinstance(p, str) else p for p in body.prompts]
-        asked, default = body.max_tokens, COMPLETION_MAX_TOKENS
-        return self._generation(Completion(), body, http, prompts, "prompt", asked, default)
+        asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
+        limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
+        generation = self._generation(Completion(body.prompt_logprobs), body, http, prompts, limits)
+        if body.echo:
+            for choice in generation.choices:
+                prompt = body.prompts[choice.index // body.n]
+                choice.echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+                choice.scoring_only = body.max_tokens == 0
+        return generation
 
     async def run(self, generation: Generation) -> dict[str, Any]:
         """The whole answer."""
-        async with aclosing(self._texts(generation)) as texts:
-            async for _ in texts:
+        async with aclosing(self._pieces(generation)) as pieces:
+            async for _ in pieces:
                 pass
         return generation.body()
 
     async def stream(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
-        async with aclosing(self._texts(generation)) as texts:
-            async for choice, text in texts:
-                if chunks := generation.chunks(choice, text):
+        async with aclosing(self._pieces(generation)) as pieces:
+            async for piece in pieces:
+                if chunks := generation.chunks(piece):
                     yield b"".join(map(event, chunks))
         yield (event(generation.usage_chunk()) if generation.options.include_usage else b"") + DONE
 
@@ -163,24 +174,31 @@ class Service:
     def _generation(
         self,
         format: Format,
-        body: Generating,
+        body: ChatRequest | CompletionRequest,
         http: InFlightRequest,
         prompts: list[list[int]],
-        param: str,
-        asked: int | None,
-        default: int,
+        limits: list[int],
     ) -> Generation:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
         choices: list[Choice] = []
-        for prompt in prompts:
-            max_tokens = self._max_tokens(prompt, param, asked, default)
+        for prompt, max_tokens in zip(prompts, limits, strict=True):
             for nth in range(body.n):
-                params, index = body.params(max_tokens, nth), len(choices)
+                params, index = self._params(body, max_tokens, nth), len(choices)
                 request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
-                choices.append(Choice(index, request, TextStream(self._tokenizer, params.stop)))
+                choices.append(Choice(index, request, TextStream.of(self._tokenizer, params)))
         options = body.stream_options or StreamOptions()
         num_prompt_tokens = sum(map(len, prompts))
         return Generation(http.id, http.arrived, body.model, format, choices, num_prompt_tokens, body.stream, options)
+
+    def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
+        try:
+            params = body.params(self.config.defaults, nth, max_tokens=max_tokens, **body.reports)
+        except ValueError as error:  # every value has been judged alone; only these two can contradict each other
+            raise BadRequest(str(error), param="min_tokens", code="invalid_value") from None
+        for name, tokens in listed_tokens(params).items():
+            if tokens:
+                self._check_ids(list(tokens), name)
+        return params
 
     def _max_tokens(self, prompt: list[int], param: str, asked: int | None, default: int) -> int:
         """How many tokens may follow a prompt: as many as asked for, else the default as far as the context goes."""
@@ -201,19 +219,19 @@ class Service:
             sentence = f"{param} holds a token id outside of 0 to {self.config.vocab_size - 1}, the model's vocabulary"
             raise BadRequest(sentence, param=param, code="invalid_value")
 
-    def _texts(self, generation: Generation) -> AsyncGenerator[tuple[Choice, str], None]:
-        """(choice, its new text) for every output of the engines."""
-        return merge([self._choice_texts(choice, generation.arrived) for choice in generation.choices])
+    def _pieces(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+        """What every output of the engines adds."""
+        return merge([self._pieces_of(choice, generation.arrived) for choice in generation.choices])
 
-    async def _choice_texts(self, choice: Choice, arrived: float) -> AsyncGenerator[tuple[Choice, str], None]:
+    async def _pieces_of(self, choice: Choice, arrived: float) -> AsyncGenerator[Piece, None]:
         meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"
         try:
             async with aclosing(self._outputs(choice.request)) as outputs:
                 async for output in outputs:
                     before = choice.num_tokens
-                    text = choice.take(output)
+                    piece = choice.take(output)
                     meter.output(choice.num_tokens - before)
-                    yield choice, text
+                    yield piece
                     if choice.finish_reason:
                         ended = choice.finish_reason
                         return

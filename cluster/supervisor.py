@@ -3,6 +3,7 @@
 import logging
 import threading
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -76,14 +77,22 @@ class Supervisor:
             for keeper in self._keepers
         }
         in_flight = self._front.stats.get("in_flight", 0)
-        draining = bool(self._journal.get("draining"))
-        more = {"in_flight": in_flight, "draining": draining, "engines": engines, "figures": self._figures}
+        more = {"in_flight": in_flight, "draining": self._draining, "engines": engines, "figures": self._figures}
         return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
 
     def drain(self, draining: bool) -> None:
         """Admit no more requests, or again; in the journal, so that it outlives a restart of controller or gateway."""
-        self._journal.set(draining=draining)
+        self._journal.set(draining=self._identity if draining else None)
         self._wake.set()
+
+    @property
+    def _draining(self) -> bool:
+        """By order to this deployment, not to an earlier one of the same run directory."""
+        return self._journal.get("draining") == self._identity
+
+    @property
+    def _identity(self) -> str:
+        return blake2b(self.deployment.secret.encode(), digest_size=8).hexdigest()
 
     def driver_alive(self) -> None:
         """Note the driver's sign of life."""
@@ -117,7 +126,7 @@ class Supervisor:
         if broke := next((keeper.broke for keeper in self._keepers if keeper.broke), None):
             raise broke
         table = [keeper.endpoint for keeper in self._keepers if keeper.endpoint]
-        admit = not self._journal.get("draining")
+        admit = not self._draining
         self._front.show(table, admit)
         if not self._front.alive():
             self._restart_front()

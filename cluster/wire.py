@@ -54,6 +54,7 @@ class Link:
         self.endpoint, self.stats, self.last_heard = endpoint, EngineStats(), monotonic()
         self.alive = False
         self.flights: dict[str, Flight] = {}
+        self.orphans: set[str] = set()  # names of requests that lost their gateway and run on there
         self.load = 0  # KV tokens that its flights may come to hold
         self._sent = self._heard = 0
         self._socket = context.socket(zmq.DEALER)
@@ -95,6 +96,7 @@ class Link:
         """Deliver one update to its flights; False if one before it was lost."""
         update = decode_update(await self._socket.recv())
         self.alive, self.last_heard, self.stats = True, monotonic(), update.stats
+        self.orphans = set(update.orphans)
         if update.number != self._heard:
             return False
         self._heard += 1

@@ -1,7 +1,7 @@
 """Linear layers for CPU ranks: weights laid out once for oneDNN, which then reads them nearly twice as fast.
 
-A packed product rounds every row alike in any batch of two rows or more; a lone fp32 row goes another way (it splits the
-sum). `invariant_linear` therefore never computes a lone row, and is all that linear layers need for batch invariance.
+A packed product rounds every row alike in any batch of two rows or more; a lone fp32 row goes another way (it splits
+the sum). `invariant_linear` therefore never computes a lone row: all that linear layers need for batch invariance.
 """
 
 import torch

@@ -8,6 +8,7 @@ import importlib
 import lzma
 import sysconfig
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def split(documents: Iterable[Document]) -> tuple[tuple[Document, ...], tuple[Do
 def primed_xz_bits_per_byte(train: Sequence[Document], held_out: Sequence[Document]) -> float:
     """What the strongest setting of xz needs for the held-out text when it has the training text as a prefix."""
     prefix, rest = (b"".join(d.text.encode() for d in part) for part in (train, held_out))
-    return (_xz_size(prefix + rest) - _xz_size(prefix)) * 8 / len(rest)
+    with ThreadPoolExecutor(2) as pool:  # lzma works outside the interpreter's lock
+        whole, primed = pool.map(_xz_size, (prefix + rest, prefix))
+    return (whole - primed) * 8 / len(rest)
 
 
 def _xz_size(data: bytes) -> int:

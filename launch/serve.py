@@ -11,11 +11,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, cast
 
 import hydra
 import ray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
@@ -23,7 +22,7 @@ from cluster.config import Deployment
 from cluster.controller import start_controller
 from cluster.names import namespace
 from cluster.supervisor import Status
-from launch.build import build
+from launch.build import build, plain
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -43,8 +42,7 @@ def deployment_of(config: DictConfig) -> Deployment:
     Raises:
         ValueError: an option that does not exist or cannot be.
     """
-    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    deployment = build(Deployment, {**values, "secret": secrets.token_hex(32)})
+    deployment = build(Deployment, {**plain(config), "secret": secrets.token_hex(32)})
     if not Path(deployment.run_dir).is_absolute():
         raise ValueError(
             f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary"
@@ -77,7 +75,7 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
         except (GetTimeoutError, ActorUnavailableError):
             continue  # it is busy or restarting; Ray tells when it is gone for good
         except RayActorError:
-            return 0 if told or seen else 1  # it could not start, or somebody has ended it; it does not go away by accident
+            return 0 if told or seen else 1  # it did not start, or somebody has ended it
         if status != seen:
             _tell(status, seen)
             seen = status

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stepladder import LLM, SamplingParams
-from tests.llama import oracle_greedy, read_llama, write_llama
+from tests.llama import oracle_greedy, oracle_logits, read_llama, write_llama
 from tests.tokenizers_of import write_byte_level
 
 PROMPTS = [
@@ -91,6 +91,65 @@ def test_streams_yield_each_completion_once(llm: LLM) -> None:
     assert sorted(index for index, _ in done) == list(range(len(PROMPTS)))
     assert [completion for _, completion in sorted(done, key=lambda pair: pair[0])] == llm.generate(PROMPTS, GREEDY)
     assert llm.generate([], GREEDY) == []
+
+
+def idle(llm: LLM) -> bool:
+    llm.engine.scheduler.check_integrity()
+    return not llm.engine.has_work and llm.engine.scheduler.blocks.num_free == llm.engine.config.num_blocks
+
+
+def test_a_prompt_that_does_not_fit_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="together they exceed"):
+        llm.generate(["short", "x" * 300, "short"], GREEDY)
+    assert idle(llm) and not llm._growing
+    assert llm.generate(PROMPTS[:1], GREEDY)[0].tokens
+
+
+def test_an_abandoned_stream_aborts_its_requests(llm: LLM) -> None:
+    params = [GREEDY, SamplingParams(max_tokens=100, temperature=0.0)]
+    wanted = llm.generate(PROMPTS, GREEDY)
+    abandoned, other = llm.stream(PROMPTS, params[1]), llm.stream(PROMPTS, GREEDY)
+    next(abandoned)
+    first = next(other)
+    abandoned.close()
+    got = dict([first, *other])
+    assert [got[index] for index in range(len(PROMPTS))] == wanted
+    assert idle(llm) and not llm._growing
+
+
+def test_streams_can_be_read_in_turn(llm: LLM) -> None:
+    """Each gets its own completions, whoever makes the engine step."""
+    both = zip(llm.stream(PROMPTS, GREEDY), llm.stream(PROMPTS[::-1], GREEDY), strict=True)
+    left, right = map(dict, zip(*both, strict=True))
+    wanted = llm.generate(PROMPTS, GREEDY)
+    assert [left[i] for i in range(5)] == wanted == [right[4 - i] for i in range(5)] and idle(llm)
+
+
+def test_logprobs(llm: LLM, oracle: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
+    params = SamplingParams(max_tokens=9, temperature=0.7, seed=2, top_k=20, logprobs=2, prompt_logprobs=1)
+    for got in llm.generate(PROMPTS, params):
+        prompt = llm.tokenizer.encode(got.prompt)
+        logits = oracle_logits(oracle[0], prompt + got.tokens).log_softmax(-1)
+        assert got.logprobs and got.prompt_logprobs and got.prompt_logprobs[0] is None
+        found = [*got.prompt_logprobs[1:], *got.logprobs]
+        for position, (one, token) in enumerate(zip(found, [*prompt[1:], *got.tokens], strict=True)):
+            assert one and one.logprob == pytest.approx(float(logits[position, token]), abs=1e-4)
+            assert one.top_tokens[0] == int(logits[position].argmax())
+    [plain] = llm.generate(PROMPTS[:1], GREEDY)
+    assert plain.logprobs is None and plain.prompt_logprobs is None
+
+
+def test_stop_tokens_end_the_text_and_are_no_part_of_it(llm: LLM) -> None:
+    [free] = llm.generate(PROMPTS[1:2], GREEDY)
+    at = next(i for i, token in enumerate(free.tokens) if i > 5 and token not in free.tokens[:i])
+    fields = {"max_tokens": 48, "temperature": 0.0, "stop_token_ids": (free.tokens[at],), "ignore_eos": True}
+    [cut] = llm.generate(PROMPTS[1:2], SamplingParams(**fields))  # type: ignore[arg-type]
+    assert cut.finish_reason == "stop" and cut.tokens == free.tokens[: at + 1]
+    assert cut.text == llm.tokenizer.decode(free.tokens[:at])
+    [kept] = llm.generate(PROMPTS[1:2], SamplingParams(**fields, include_stop_str_in_output=True))  # type: ignore[arg-type]
+    assert kept.text == llm.tokenizer.decode(free.tokens[: at + 1])
+    [later] = llm.generate(PROMPTS[1:2], SamplingParams(**fields, min_tokens=at + 1))  # type: ignore[arg-type]
+    assert later.tokens[:at] == free.tokens[:at] and later.tokens[at] != free.tokens[at]
 
 
 def test_what_does_not_fit_is_a_sentence(llm: LLM) -> None:

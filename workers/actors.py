@@ -10,7 +10,8 @@ import psutil
 import ray
 import torch
 
-from workers.rank import Rank, RankConfig
+from parallel.checkpoint import fingerprint
+from workers.rank import Rank, RankConfig, resolve
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,19 @@ class RankActor:
         self._rank = Rank(_on_this_device(config))
         return self._rank.open_store()
 
-    def load(self, config: RankConfig, store_host: str, store_port: int) -> str | None:
-        """Join the group, read the weights; rank 0 returns its engine's address."""
+    def fingerprint(self, model: str) -> str:
+        """A hash of the checkpoint as this machine has it."""
+        return fingerprint(resolve(model))
+
+    def load(self, config: RankConfig, store_host: str, store_port: int) -> int:
+        """Join the group, read the weights; returns how many tokens this rank can cache."""
         self._rank = self._rank or Rank(_on_this_device(config))
         return self._rank.load(store_host, store_port)
+
+    def begin(self, kv_tokens: int) -> str | None:
+        """Allocate the cache; rank 0 returns its engine's address."""
+        assert self._rank
+        return self._rank.begin(kv_tokens)
 
     def start(self) -> None:
         """Begin the loop."""

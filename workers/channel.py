@@ -58,9 +58,16 @@ class Channel:
                     messages.append((gateway, message))
         return messages
 
-    def send(self, gateway: bytes, outputs: list[Output], refusals: list[Refusal], stats: EngineStats) -> bool:
+    def send(
+        self,
+        gateway: bytes,
+        outputs: list[Output],
+        refusals: list[Refusal],
+        stats: EngineStats,
+        orphans: list[str],
+    ) -> bool:
         """One update; False if the gateway is gone."""
-        body = encode(Update(self._sent[gateway], outputs, refusals, stats))
+        body = encode(Update(self._sent[gateway], outputs, refusals, stats, orphans))
         try:
             self._socket.send_multipart([gateway, body], zmq.NOBLOCK)
         except zmq.ZMQError:

@@ -7,35 +7,22 @@ same thing in it: "run these q tokens of sequence s". There is no other kind of 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from workers.params import SamplingParams, check
+
+__all__ = [
+    "FinishReason",
+    "Output",
+    "Request",
+    "Sample",
+    "SamplingParams",
+    "Score",
+    "Sequence",
+    "StepPlan",
+    "StepResult",
+    "TokenLogprob",
+]
+
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one sequence is continued.
-
-    Attributes:
-        max_tokens: how many tokens may be generated.
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens whose probability reaches this (Holtzman et al. 1904.09751).
-        seed: with a token's position it determines the random numbers, so a replay draws the same ones.
-        stop: strings that end the text; they are not part of it.
-        ignore_eos: go on after an end-of-sequence token.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1")
-        _check(0.0 <= self.temperature <= 2.0, f"temperature is {self.temperature}; it must be between 0 and 2")
-        _check(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        _check(-(2**63) <= self.seed < 2**63, f"seed is {self.seed}; it must fit in 64 bits")
-        _check(all(self.stop), "stop holds an empty string; every stop string needs at least one character")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +40,39 @@ class Request:
     output: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(len(self.prompt) > 0, "the prompt is empty; it must hold at least one token")
+        check(len(self.prompt) > 0, "the prompt is empty; it must hold at least one token")
 
 
-@dataclass
+class TokenLogprob(NamedTuple):
+    """How likely a token was, by the log-softmax of the raw logits.
+
+    rank: 1 is the likeliest. top_tokens, top_logprobs: the likeliest tokens, as many as were asked for, in order.
+    """
+
+    logprob: float
+    rank: int
+    top_tokens: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(eq=False)
 class Sequence:
     """A request inside an engine. Invariant: 0 <= num_computed < len(tokens), until it finishes.
 
     Attributes:
         tokens: prompt and output so far.
         num_computed: tokens whose keys and values are cached; the scheduler advances it.
-        blocks: KV blocks it holds; the block manager sets them.
+        blocks, block_keys: KV blocks it holds, and the names of the full ones' content; the block manager sets them.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed. They outlive a
+            preemption, so that nothing is scored twice.
     """
 
     request: Request
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.request.output]
@@ -79,22 +82,49 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def output(self) -> list[int]:
+        """Tokens generated so far, here or before a replay."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
     def num_pending(self) -> int:
         """Tokens that still have to be run: 1 when decoding, more in prefill."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def unscored(self) -> range:
+        """Positions whose logits are still needed for prompt_logprobs. A replay's were returned before."""
+        if self.request.params.prompt_logprobs is None or self.request.output:
+            return range(0)
+        return range(len(self.prompt_logprobs), len(self.request.prompt) - 1)
+
 
 class Sample(NamedTuple):
-    """One wanted row of logits and how a token is drawn from it.
+    """A token to be drawn. Host data of rank 0, never broadcast.
 
-    row: index into the plan's tokens. position: where the drawn token will stand in its sequence.
+    row: index into the plan's rows. position: where the drawn token will stand in its sequence.
+    tokens: the sequence's tokens, of which the first `position` precede it and the first `num_prompt` are the prompt;
+        not a copy. barred: tokens that may not be drawn.
     """
 
     row: int
     position: int
-    seed: int
-    temperature: float
-    top_p: float
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    barred: tuple[int, ...] = ()
+
+
+class Score(NamedTuple):
+    """Prompt tokens whose log-probabilities are wanted. Host data of rank 0, never broadcast.
+
+    row: index into the plan's rows of the first; targets[i] is judged by row + i. top: how many of the likeliest
+        tokens are reported.
+    """
+
+    row: int
+    targets: list[int]
+    top: int
 
 
 @dataclass(frozen=True)
@@ -106,32 +136,45 @@ class StepPlan:
         starts: [B] position of each sequence's first token in this step.
         lengths: [B] how many of the tokens are this sequence's; sums to T.
         block_tables: [B] the KV blocks of each sequence, including those this step writes.
-        samples: the rows whose logits are wanted.
+        rows: [R] the tokens (as indices) whose logits are wanted.
+        samples, scores: what rank 0 does with these logits; every row belongs to one of them.
     """
 
     tokens: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """tokens: the token drawn for each of the plan's samples."""
+    """What a step drew and scored.
+
+    Attributes:
+        tokens: one for each of the plan's samples.
+        logprobs: theirs, by index of the sample, where they were asked for.
+        scores: for each of the plan's scores, those of its targets.
+    """
 
     tokens: list[int]
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    scores: list[list[TokenLogprob]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a step did for one request: its new tokens and, at the end, why it ended."""
+    """What a step did for one request: its new tokens and, at the end, why it ended.
+
+    Attributes:
+        logprobs: one per token, if they were asked for.
+        prompt_logprobs: with the first token, if they were asked for: those of the prompt from its second token on.
+    """
 
     id: str
     tokens: list[int]
     finish_reason: FinishReason | None = None
-
-
-def _check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise ValueError(sentence)
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from workers.core import Output, Request, StepPlan, StepResult
+from workers.core import Output, Request, Sequence, StepPlan, StepResult
 from workers.scheduler import Scheduler, SchedulerConfig
 
 
@@ -51,9 +51,15 @@ class Engine:
         self.scheduler.add(request)
         self.stats.prompt_tokens += len(request.prompt)
 
+    def find(self, request_id: str) -> Sequence | None:
+        """The sequence of a request that has not ended."""
+        return self.scheduler.find(request_id)
+
     def abort(self, request_id: str) -> bool:
         """Forget a request, between steps; False if it is not here."""
-        return self.scheduler.abort(request_id)
+        found = self.scheduler.abort(request_id)
+        self._look()
+        return found
 
     def step(self) -> list[Output]:
         """Run one step and return what it did for each sequence that got a token."""
@@ -67,11 +73,16 @@ class Engine:
         """When idle: tell the other ranks that this one is alive, and check that nothing leaked."""
         self.executor.run(StepPlan())
         self.scheduler.check_integrity()
+        self._look()
 
     def _count(self, outputs: list[Output]) -> None:
+        self.stats.steps += 1
+        self.stats.generation_tokens += sum(len(o.tokens) for o in outputs)
+        self._look()
+
+    def _look(self) -> None:
+        """The present state of the queues."""
         s, stats = self.scheduler, self.stats
-        stats.steps += 1
-        stats.generation_tokens += sum(len(o.tokens) for o in outputs)
         stats.preemptions = s.num_preemptions
         stats.running, stats.waiting = len(s.running), len(s.waiting)
         stats.kv_usage = 1 - s.blocks.num_free / s.blocks.num_blocks

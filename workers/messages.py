@@ -39,12 +39,16 @@ class Refusal(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Update(msgspec.Struct, array_like=True, frozen=True):
-    """What one step did for one gateway's requests; at least one a second, so that silence means death."""
+    """What one step did for one gateway's requests; at least one a second, so that silence means death.
+
+    orphans: names of the requests that lost their gateway here; a retry of one belongs here.
+    """
 
     number: int
     outputs: list[Output]
     refusals: list[Refusal]
     stats: EngineStats
+    orphans: list[str]
 
 
 ToEngine = Hello | Submit | Abort

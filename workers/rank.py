@@ -12,50 +12,11 @@ from parallel.mesh import Mesh, join
 from parallel.shards import Shard
 from parallel.spec import ModelSpec
 from workers.channel import Channel
+from workers.config import EngineConfig, KvConfig
 from workers.engine import Engine
 from workers.executor import Executor
-from workers.scheduler import SchedulerConfig
 from workers.service import EngineService
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Limits of one engine, as a person sets them.
-
-    Attributes:
-        max_sequences: how many sequences run at once.
-        max_step_tokens: tokens of one step; longer prompts are prefilled in chunks.
-        max_model_len: prompt and output together; None takes the model's own limit (or the KV cache's, if smaller).
-        max_queued_tokens: tokens that may wait for a place before requests are refused with 429.
-        kv_tokens, block_size: the KV cache.
-        threads: CPU threads per rank; None shares the machine's cores among the ranks on it.
-    """
-
-    max_sequences: int = 64
-    max_step_tokens: int = 512
-    max_model_len: int | None = None
-    max_queued_tokens: int = 1 << 17
-    kv_tokens: int = 16384
-    block_size: int = 16
-    threads: int | None = None
-
-    def limits(self, spec: ModelSpec) -> SchedulerConfig:
-        """The scheduler's view of this for one model.
-
-        Raises:
-            ValueError: the limits contradict each other or the model.
-        """
-        length = self.max_model_len or min(spec.max_position, self.kv_tokens)
-        if length > spec.max_position:
-            raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.max_position} tokens")
-        return SchedulerConfig(
-            max_sequences=self.max_sequences,
-            max_step_tokens=self.max_step_tokens,
-            max_model_len=length,
-            num_blocks=self.kv_tokens // self.block_size,
-            block_size=self.block_size,
-            eos_ids=spec.eos_ids,
-        )
+from workers.sizing import kv_capacity, warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +42,16 @@ class RankConfig:
     secret: str
     collective_seconds: float
     engine: EngineConfig
+    kv: KvConfig
 
 
 class Rank:
-    """Steps of a rank's life, in order: `open_store` (rank 0), `load`, `run`."""
+    """Steps of a rank's life, in order: `open_store` (rank 0), `load`, `begin`, `run`."""
 
     _store: dist.TCPStore
     _executor: Executor
     _mesh: Mesh
+    _spec: ModelSpec
 
     def __init__(self, config: RankConfig) -> None:
         self.config = config
@@ -103,21 +66,35 @@ class Rank:
         self._store = dist.TCPStore(self.config.host, 0, None, True, wait_for_workers=False)
         return self._store.port
 
-    def load(self, store_host: str, store_port: int) -> str | None:
-        """Join the group and read this rank's weights; on rank 0, return the address where the engine listens.
+    def load(self, store_host: str, store_port: int) -> int:
+        """Join the group and read this rank's weights; returns how many tokens of KV cache this rank can hold.
 
         Raises:
             ValueError: the checkpoint or the limits are not usable; the sentence says why.
         """
-        config, shard = self.config, self.config.shard
-        spec = ModelSpec.load(resolve(config.model))
-        limits = config.engine.limits(spec)
+        config, shard, engine = self.config, self.config.shard, self.config.engine
+        path = resolve(config.model)
+        self._spec = engine.of(ModelSpec.load(path))
         if shard.rank:
             self._store = dist.TCPStore(store_host, store_port, None, False, timeout=self._timeout)
         store = dist.PrefixStore(config.prefix, self._store)
-        self._mesh = join(store, shard, config.device, config.host, self._timeout)
-        self._executor = Executor(spec, resolve(config.model), self._mesh, limits.num_blocks, limits.block_size)
-        if shard.rank:
+        self._mesh = join(store, shard, config.device, config.host, self._timeout, engine.batch_invariant)
+        self._executor = Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant)
+        if config.kv.tokens is not None:
+            return config.kv.tokens
+        warm_up(self._executor.model, engine, config.kv.block_size, self._mesh.device)
+        return kv_capacity(self._executor.model, engine, config.kv, self._mesh.device, config.ranks_here)
+
+    def begin(self, kv_tokens: int) -> str | None:
+        """Allocate the KV cache, of equal size on every rank; rank 0 returns the address where its engine listens.
+
+        Raises:
+            ValueError: the limits contradict each other or the model.
+        """
+        config = self.config
+        limits = config.engine.limits(self._spec, config.kv, kv_tokens)
+        self._executor.allocate(limits.num_blocks, limits.block_size)
+        if config.shard.rank:
             return None
         self._engine = Engine(limits, self._executor)
         self._channel = Channel(config.host, config.secret)

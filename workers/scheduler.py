@@ -1,45 +1,33 @@
 """Continuous batching: which sequences run which tokens in the next step. Pure host code: no torch, no Ray, no I/O."""
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.blocks import BlockManager
-from workers.core import FinishReason, Output, Request, Sample, Sequence, StepPlan, StepResult
+from workers.core import (
+    FinishReason,
+    Output,
+    Request,
+    Sample,
+    SamplingParams,
+    Score,
+    Sequence,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
+from workers.limits import SchedulerConfig
+
+__all__ = ["Scheduler", "SchedulerConfig"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of one engine.
+class _Planned(NamedTuple):
+    """A sequence's part of the step under way: how many tokens, and whether it draws one or scores its prompt."""
 
-    Attributes:
-        max_sequences: how many sequences run at once.
-        max_step_tokens: tokens of one step; a longer prompt is prefilled in chunks of what is left of it.
-        max_model_len: prompt and output together.
-        num_blocks, block_size: the KV cache.
-        eos_ids: tokens that end a sequence.
-    """
-
-    max_sequences: int = 64
-    max_step_tokens: int = 512
-    max_model_len: int = 2048
-    num_blocks: int = 1024
-    block_size: int = 16
-    eos_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_step_tokens", "max_model_len", "num_blocks", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_step_tokens < self.max_sequences:
-            raise ValueError(
-                f"engine.max_step_tokens ({self.max_step_tokens}) must be at least engine.max_sequences "
-                f"({self.max_sequences}), so that every running sequence can decode"
-            )
-        if self.num_blocks * self.block_size < self.max_model_len:
-            raise ValueError(
-                f"the KV cache holds {self.num_blocks * self.block_size} tokens, fewer than one sequence of "
-                f"max_model_len ({self.max_model_len}); raise kv.num_blocks or lower engine.max_model_len"
-            )
+    sequence: Sequence
+    tokens: int
+    samples: bool
+    scores: bool
 
 
 class Scheduler:
@@ -54,7 +42,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._planned: list[tuple[Sequence, int, bool]] = []  # sequence, tokens in this step, whether it samples
+        self._planned: list[_Planned] = []
+        self._ids: set[str] = set()
 
     @property
     def has_work(self) -> bool:
@@ -64,19 +53,12 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: it cannot fit into max_model_len, or it is a replay of a request that was complete.
+            ValueError: it can never be served (see `SchedulerConfig.check`), or its id is in use.
         """
-        length = len(request.prompt) + request.params.max_tokens
-        if length > self.config.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}; together "
-                f"they exceed this model's context of {self.config.max_model_len} tokens"
-            )
-        if len(request.output) >= request.params.max_tokens:
-            raise ValueError(
-                f"nothing is left to generate: {len(request.output)} of its {request.params.max_tokens} output tokens "
-                f"are there already"
-            )
+        self.config.check(request)
+        if request.id in self._ids:
+            raise ValueError(f"a request with the id {request.id!r} is here already; give this one another id")
+        self._ids.add(request.id)
         self.waiting.append(Sequence(request))
 
     def abort(self, request_id: str) -> bool:
@@ -85,9 +67,13 @@ class Scheduler:
             for sequence in queue:
                 if sequence.request.id == request_id:
                     queue.remove(sequence)
-                    self.blocks.release(sequence)
+                    self._release(sequence)
                     return True
         return False
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The sequence of a request that has not ended."""
+        return next((s for s in (*self.running, *self.waiting) if s.request.id == request_id), None)
 
     def schedule(self) -> StepPlan:
         """The next step; its result must be committed before the next call."""
@@ -109,15 +95,17 @@ class Scheduler:
         return plan
 
     def commit(self, result: StepResult) -> list[Output]:
-        """Take in what the planned step drew; aborted sequences are skipped."""
-        outputs, drawn = [], iter(result.tokens)
-        for sequence, tokens, samples in self._planned:
-            token = next(drawn) if samples else None
+        """Take in what the planned step drew and scored; aborted sequences are skipped."""
+        outputs, drawn, scored = [], enumerate(result.tokens), iter(result.scores)
+        for sequence, tokens, samples, scores in self._planned:
+            index, token = next(drawn) if samples else (-1, None)
+            prompt_logprobs = next(scored) if scores else ()
             if not sequence.blocks:  # aborted while the step ran
                 continue
             sequence.num_computed += tokens
+            sequence.prompt_logprobs.extend(prompt_logprobs)
             if token is not None:
-                outputs.append(self._extend(sequence, token))
+                outputs.append(self._extend(sequence, token, result.logprobs.get(index)))
         self._planned.clear()
         return outputs
 
@@ -148,26 +136,43 @@ class Scheduler:
         return victim
 
     def _append(self, plan: StepPlan, sequence: Sequence, tokens: int) -> None:
-        start, stop = sequence.num_computed, sequence.num_computed + tokens
+        start, stop, first_row = sequence.num_computed, sequence.num_computed + tokens, len(plan.tokens)
         plan.tokens.extend(sequence.tokens[start:stop])
         plan.starts.append(start)
         plan.lengths.append(tokens)
         plan.block_tables.append(list(sequence.blocks))
-        samples = stop == len(sequence.tokens)
-        if samples:
-            p = sequence.request.params
-            plan.samples.append(Sample(len(plan.tokens) - 1, stop, p.seed, p.temperature, p.top_p))
-        self._planned.append((sequence, tokens, samples))
+        unscored = sequence.unscored
+        if scored := range(max(start, unscored.start), min(stop, unscored.stop)):
+            top = sequence.request.params.prompt_logprobs or 0
+            plan.scores.append(Score(len(plan.rows), sequence.tokens[scored.start + 1 : scored.stop + 1], top))
+            plan.rows.extend(range(first_row + scored.start - start, first_row + scored.stop - start))
+        if samples := stop == len(sequence.tokens):
+            params, num_prompt = sequence.request.params, len(sequence.request.prompt)
+            barred = self._ends(params) if sequence.num_output < params.min_tokens else ()
+            plan.samples.append(Sample(len(plan.rows), stop, params, sequence.tokens, num_prompt, barred))
+            plan.rows.append(len(plan.tokens) - 1)
+        self._planned.append(_Planned(sequence, tokens, samples, bool(scored)))
 
-    def _extend(self, sequence: Sequence, token: int) -> Output:
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end a sequence."""
+        return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.config.eos_ids)
+
+    def _extend(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
+        request, first = sequence.request, not sequence.num_output
+        params = request.params
         sequence.tokens.append(token)
-        params = sequence.request.params
         reason: FinishReason | None = None
-        if token in self.config.eos_ids and not params.ignore_eos:
+        if sequence.num_output > params.min_tokens and token in self._ends(params):
             reason = "stop"
         elif sequence.num_output >= params.max_tokens:
             reason = "length"
         if reason:
             self.running.remove(sequence)
-            self.blocks.release(sequence)
-        return Output(sequence.request.id, [token], reason)
+            self._release(sequence)
+        prompt_logprobs = sequence.prompt_logprobs if first and params.prompt_logprobs is not None else None
+        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs)
+
+    def _release(self, sequence: Sequence) -> None:
+        """A sequence leaves for good."""
+        self.blocks.release(sequence)
+        self._ids.discard(sequence.request.id)

@@ -2,83 +2,134 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 
 from workers.channel import Channel
 from workers.core import Output, Request
 from workers.engine import Engine
 from workers.messages import Abort, Hello, Refusal, Submit
+from workers.orphans import Orphans
 
 
 class EngineService:
     """An engine behind a channel.
 
     Args:
-        idle_seconds: how often an idle engine gives a sign of life, to its followers and to the gateways.
-        max_queued_tokens: prompt tokens that may wait; beyond that, requests are refused as "full".
+        max_queued_tokens: tokens that may wait for a place; beyond that, requests are refused as "full".
+        idle_seconds: how often an engine gives a sign of life, to its followers (when idle) and to the gateways.
+        orphan_seconds: how long a request runs on whose gateway was lost.
     """
 
     def __init__(
-        self, engine: Engine, channel: Channel, max_queued_tokens: int = 1 << 20, idle_seconds: float = 1.0
+        self,
+        engine: Engine,
+        channel: Channel,
+        max_queued_tokens: int = 1 << 20,
+        idle_seconds: float = 1.0,
+        orphan_seconds: float = 60.0,
     ) -> None:
         self._engine, self._channel = engine, channel
         self._max_queued_tokens, self._idle_seconds = max_queued_tokens, idle_seconds
-        self._owners: dict[str, bytes] = {}
-        self._last_sign = 0.0
+        self._owners: dict[str, bytes] = {}  # engine's request id -> gateway
+        self._names: dict[str, str] = {}  # engine's request id -> the gateway's, where an orphan was given out
+        self._mail: defaultdict[bytes, list[Output]] = defaultdict(list)
         self._refusals: defaultdict[bytes, list[Refusal]] = defaultdict(list)
+        self._orphans = Orphans(orphan_seconds)
+        self._last_sign = 0.0
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Until `stopping`."""
         while not stopping():
             self._take(timeout=0.0 if self._engine.has_work else self._idle_seconds)
             if self._engine.has_work:
-                self._give(self._engine.step())
+                self._sort(self._engine.step())
             else:
                 self._engine.heartbeat()
-                self._give([])
+            self._give()
 
     def _take(self, timeout: float) -> None:
         for gateway, message in self._channel.receive(timeout):
             match message:
                 case Hello():
-                    self._forget(gateway)
+                    self._drop(gateway)
+                    self._last_sign = 0.0  # it should hear at once who we are and whom we have
                 case Submit(request=request):
                     self._submit(gateway, request)
-                case Abort(id=request_id):
-                    self._owners.pop(request_id, None)
-                    self._engine.abort(request_id)
+                case Abort(id=name):
+                    self._abort(gateway, name)
 
     def _submit(self, gateway: bytes, request: Request) -> None:
+        if self._adopt(gateway, request):
+            return
+        if self._engine.queued_tokens + len(request.prompt) > self._max_queued_tokens:
+            self._refusals[gateway].append(Refusal(request.id, "the queue is full; try again later", full=True))
+            return
         try:
-            if self._engine.queued_tokens + len(request.prompt) > self._max_queued_tokens:
-                self._refuse(gateway, request.id, "the queue is full", full=True)
-                return
             self._engine.add(request)
             self._owners[request.id] = gateway
         except ValueError as error:
-            self._refuse(gateway, request.id, str(error), full=False)
+            self._refusals[gateway].append(Refusal(request.id, str(error), full=False))
 
-    def _refuse(self, gateway: bytes, request_id: str, why: str, full: bool) -> None:
-        self._refusals[gateway].append(Refusal(request_id, why, full))
+    def _adopt(self, gateway: bytes, request: Request) -> bool:
+        """Whether `request` is the retry of one that lost its gateway; then it goes on where that one is."""
+        orphan = self._orphans.give_out(request)
+        if orphan is None:
+            return False
+        self._mail[gateway].append(Output(request.id, orphan.tokens[len(request.output) :], orphan.finish_reason))
+        if not orphan.finish_reason:
+            self._owners[orphan.request.id], self._names[orphan.request.id] = gateway, request.id
+        return True
 
-    def _give(self, outputs: list[Output]) -> None:
-        """One message per gateway that has something to hear; now and then one to everyone as a sign of life."""
-        mail: defaultdict[bytes, list[Output]] = defaultdict(list)
+    def _abort(self, gateway: bytes, name: str) -> None:
+        for request_id, owner in self._owners.items():
+            if owner == gateway and self._names.get(request_id, request_id) == name:
+                self._release(request_id)
+                self._engine.abort(request_id)
+                return
+
+    def _sort(self, outputs: list[Output]) -> None:
+        """A step's outputs into each gateway's mail."""
         for output in outputs:
             if owner := self._owners.get(output.id):
-                mail[owner].append(output)
+                self._mail[owner].append(replace(output, id=self._names.get(output.id, output.id)))
+            else:
+                self._orphans.note(output)
             if output.finish_reason:
-                self._owners.pop(output.id, None)
-        everyone = self._channel.gateways if monotonic() - self._last_sign >= self._idle_seconds else []
-        if everyone:
-            self._last_sign = monotonic()
-        for gateway in {*mail, *self._refusals, *everyone}:
-            if not self._channel.send(gateway, mail[gateway], self._refusals.pop(gateway, []), self._engine.stats):
-                self._forget(gateway)
-        self._refusals.clear()
+                self._release(output.id)
 
-    def _forget(self, gateway: bytes) -> None:
-        """A gateway is gone: nobody will read what its requests produce."""
-        for request_id in [i for i, owner in self._owners.items() if owner == gateway]:
-            del self._owners[request_id]
+    def _give(self) -> None:
+        """One message per gateway that has something to hear; now and then one to everyone as a sign of life."""
+        everyone: list[bytes] = []
+        if monotonic() - self._last_sign >= self._idle_seconds:
+            self._last_sign, everyone = monotonic(), self._channel.gateways
+            for request in self._orphans.expired():
+                self._engine.abort(request.id)
+        names = self._orphans.names
+        for gateway in {*self._mail, *self._refusals, *everyone}:
+            mail, refusals = self._mail.pop(gateway, []), self._refusals.pop(gateway, [])
+            if not self._channel.send(gateway, mail, refusals, self._engine.stats, names):
+                self._orphan(gateway)
+
+    def _orphan(self, gateway: bytes) -> None:
+        """A gateway is gone. What it had asked for runs on for a while."""
+        for request_id in self._requests_of(gateway):
+            sequence = self._engine.find(request_id)
+            if sequence and sequence.request.params.logprobs is None:  # the client would miss those of the past
+                self._orphans.take_in(sequence.request, sequence.output)
+            elif sequence:
+                self._engine.abort(request_id)
+            self._release(request_id)
+
+    def _drop(self, gateway: bytes) -> None:
+        """A gateway begins anew: what it had asked for before is void."""
+        for request_id in self._requests_of(gateway):
+            self._release(request_id)
             self._engine.abort(request_id)
+
+    def _requests_of(self, gateway: bytes) -> list[str]:
+        return [request_id for request_id, owner in self._owners.items() if owner == gateway]
+
+    def _release(self, request_id: str) -> None:
+        self._owners.pop(request_id, None)
+        self._names.pop(request_id, None)

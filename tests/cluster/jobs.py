@@ -79,7 +79,7 @@ def ours(cluster: PrivateRay) -> set[int]:
 def submit(cluster: PrivateRay, name: str, model: Path, run_dir: Path, *options: str) -> Iterator[Job]:
     """Submit, wait until it serves, and stop it in the end if the test has not."""
     command = ["python", "-m", "launch.serve", "model=path", f"model.path={model}", "model.name=tiny", f"name={name}"]
-    command += ["layout.tp=2", f"run_dir={run_dir}", "engine.kv_tokens=8192", *options]
+    command += ["layout.tp=2", f"run_dir={run_dir}", "kv.tokens=8192", *options]
     cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
     before = ours(cluster)
     url = ready(cluster, name)

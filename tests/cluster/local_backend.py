@@ -25,7 +25,7 @@ class LocalBackend:
         self.engine, self._max_in_flight, self._tokens_per_output = engine, max_in_flight, tokens_per_output
         self._todo: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._deliver: dict[str, Callable[[Event], object]] = {}
-        self._held: dict[str, list[int]] = {}
+        self._held: dict[str, Output] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -81,8 +81,12 @@ class LocalBackend:
         self._held.pop(request_id, None)
 
     def _give(self, output: Output) -> None:
-        tokens = [*self._held.pop(output.id, []), *output.tokens]
-        if output.finish_reason is None and len(tokens) < self._tokens_per_output:
-            self._held[output.id] = tokens
+        if held := self._held.pop(output.id, None):
+            logprobs = None if output.logprobs is None else [*(held.logprobs or ()), *output.logprobs]
+            output = replace(
+                output, tokens=held.tokens + output.tokens, logprobs=logprobs, prompt_logprobs=held.prompt_logprobs
+            )
+        if output.finish_reason is None and len(output.tokens) < self._tokens_per_output:
+            self._held[output.id] = output
         elif deliver := self._deliver.get(output.id):
-            deliver(replace(output, tokens=tokens))
+            deliver(output)

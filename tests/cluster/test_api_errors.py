@@ -56,6 +56,26 @@ def check(answer: httpx.Response, status: int, param: str | None, code: str | No
         ({"stream": True, "stream_options": {"include_all": True}}, "stream_options.include_all"),
         ({"model": None}, "model"),
         ({"ignore_eos": 1}, "ignore_eos"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"stop_token_ids": 3}, "stop_token_ids"),
+        ({"stop_token_ids": ["3"]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [100000]}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+        ({"include_stop_str_in_output": "no"}, "include_stop_str_in_output"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"colour": "red"}, "colour"),
         ({"colour": None}, "colour"),
         ({"col\ud800our": 1}, None),
@@ -91,7 +111,18 @@ def test_bad_fields(server: Server, path: str, change: dict[str, Any], param: st
         (COMPLETION, {"prompt": [-1]}, "prompt"),
         (COMPLETION, {"prompt": "\ud800"}, "prompt"),
         (COMPLETION, {"prompt": ["a"] * 100, "n": 2}, "n"),
-        (COMPLETION, {"logprobs": 0}, "logprobs"),
+        (COMPLETION, {"logprobs": 21}, "logprobs"),
+        (COMPLETION, {"logprobs": -1}, "logprobs"),
+        (COMPLETION, {"logprobs": True}, "logprobs"),
+        (COMPLETION, {"top_logprobs": 1}, "top_logprobs"),
+        (COMPLETION, {"echo": "yes"}, "echo"),
+        (COMPLETION, {"best_of": 2}, "best_of"),
+        (COMPLETION, {"prompt": "x" * 1024, "echo": True, "max_tokens": 0}, "prompt"),
+        (CHAT, {"logprobs": 1}, "logprobs"),
+        (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT, {"echo": True}, "echo"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
         ("/tokenize", {}, None),
         ("/detokenize", {"tokens": [100000]}, "tokens"),
     ],
@@ -112,7 +143,8 @@ def test_unsupported_parameters(server: Server, path: str, kind: Any) -> None:
         if ANYTHING not in neutral:
             answer = client.post(path, json={**BODIES[path], name: "something else"})
             check(answer, 400, name, "unsupported_parameter")
-    assert client.post(path, json={**BODIES[path], "top_k": True}).status_code == 400, "true is not 1"
+    for name, value in (("best_of", True), ("top_k", False)):
+        check(client.post(path, json={**BODIES[path], name: value}), 400, name)  # neither is true 1, nor false 0
 
 
 def test_context_length(server: Server) -> None:
@@ -148,8 +180,8 @@ def test_the_client_raises_its_own_errors(server: Server) -> None:
         client.completions.create(model="gpt-9", prompt="hi")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(**BODIES[CHAT], logprobs=True)
-    assert refused.value.param == "logprobs"
+        client.chat.completions.create(**BODIES[CHAT], tools=[{"type": "function"}])
+    assert refused.value.param == "tools"
 
 
 def test_body_size(random_model: Path) -> None:

@@ -3,14 +3,19 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import ray
 
+from launch import ctl
 from launch.private_ray import PrivateRay
+from launch.quickstart import ROOT
 from tests.cluster.jobs import Job, eventually, submit
 from tests.cluster.models import write_random
 
@@ -116,6 +121,51 @@ def test_figures_are_logged(job: Job, undisturbed: list[str]) -> None:
     eventually(lambda: any(0 <= row.get("engine/reduce_hidden_share", -1) <= 1 for row in rows()), rows)
     assert any(row.get("serve/ttft_ms_p50", 0) > 0 for row in rows())
     assert list(job.run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_ctl_shows_the_deployment(job: Job, undisturbed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    eventually(lambda: "serve/tokens_per_s" in ray.get(job.actor("controller").report.remote())["figures"])
+    assert ctl.main(["status"]) == ctl.OK
+    shown = capsys.readouterr().out
+    assert f"tests  ready: serving tiny at {job.url}" in shown and "tokens/s" in shown
+    assert ctl.main(["status", "name=tests", "format=json"]) == ctl.OK
+    report = json.loads(capsys.readouterr().out)
+    assert report["engines"]["engine-0"]["generation"] == job.generation and report["url"] == job.url
+    assert report["engines"]["engine-0"]["steps"] > 0
+    assert ctl.main(["status", "name=other"]) == ctl.ABSENT
+    assert capsys.readouterr().err == "stepladder: there is no deployment named 'other'; this Ray cluster has tests\n"
+
+
+def test_ctl_prints_logs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ctl.main(["logs", "name=tests", "actor=controller", "lines=5"]) == ctl.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 10 and all(line.startswith("controller | ") for line in lines)
+    assert any("INFO cluster." in line for line in lines)
+
+
+def test_ctl_drains_and_resumes(job: Job, undisturbed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is in flight goes on to its end; what comes later is refused; resuming undoes it."""
+    with ThreadPoolExecutor(1) as pool:
+        drained: list[Future[int]] = []
+        text = complete(job, 0, lambda: drained.append(pool.submit(ctl.main, ["drain", "seconds=60"])))
+        assert text == undisturbed[0]
+        assert drained[0].result() == ctl.OK
+    assert "tests is drained" in capsys.readouterr().out
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        complete(job, 1)
+    assert not job.ready() and ctl.main(["status"]) == ctl.NOT_READY
+    assert ctl.main(["resume"]) == ctl.OK
+    eventually(job.ready)
+    assert complete(job, 1) == undisturbed[1]
+
+
+def test_nothing_is_left_after_ctl_stop(job: Job) -> None:
+    """The last test of this module's `job`."""
+    command = [sys.executable, "-m", "launch.ctl", "stop", "name=tests", "seconds=60"]
+    done = subprocess.run(command, env=job.cluster.env, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (ctl.OK, "") and done.stdout.endswith("tests is gone\n")
+    eventually(lambda: not job.remains(), job.remains)
+    eventually(lambda: "succeeded" in job.cluster.job("status", "tests"))
 
 
 def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:

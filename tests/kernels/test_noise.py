@@ -11,6 +11,7 @@ from kernels.noise import _mix, gumbel
 
 RARE = 1e-4  # the keys are fixed, so these tests cannot flicker; a good generator stays far above this
 
+
 def seeds_of_one_lane(count: int) -> torch.Tensor:
     """Seeds made to share the first 32 bits of their key: high = c ^ mix(low)."""
     low = torch.arange(count)

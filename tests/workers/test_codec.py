@@ -8,18 +8,9 @@ from hypothesis import strategies as st
 from parallel.mesh import Group, Mesh
 from tests.ranks import run_ranks
 from workers.codec import decode, encode
-from workers.core import Sample, StepPlan
+from workers.core import Sample, SamplingParams, Score, StepPlan
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
-SAMPLES = st.builds(
-    Sample,
-    row=st.integers(0, 2**31),
-    position=st.integers(0, 2**31),
-    seed=INT64,
-    temperature=st.floats(0, 2),
-    top_p=st.floats(0, 1, exclude_min=True),
-)
-
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
@@ -30,7 +21,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         starts=draw(st.lists(st.integers(0, 2**40), min_size=sequences, max_size=sequences)),
         lengths=lengths,
         block_tables=draw(st.lists(st.lists(INT64, max_size=5), min_size=sequences, max_size=sequences)),
-        samples=draw(st.lists(SAMPLES, max_size=5)),
+        rows=draw(st.lists(st.integers(0, 2**31), max_size=5)),
     )
 
 
@@ -46,9 +37,14 @@ def test_the_empty_plan() -> None:
 
 
 def test_extremes() -> None:
-    samples = [Sample(0, 1, seed, t, p) for seed in (-(2**63), -1, 0, 2**63 - 1) for t, p in ((0.0, 1.0), (2, 5e-324))]
-    plan = StepPlan([2**63 - 1, -(2**63), -1], [0], [3], [[]], samples)
+    plan = StepPlan([2**63 - 1, -(2**63), -1], [0], [3], [[]], [2])
     assert decode(encode(plan)) == plan
+
+
+def test_how_tokens_are_drawn_stays_on_rank_0() -> None:
+    samples = [Sample(0, 3, SamplingParams(logit_bias={1: 2.0}), [7, 8, 9], 3, (5,))]
+    plan = StepPlan([7, 8, 9], [0], [3], [[4]], [2, 0, 1], samples, [Score(1, [8, 9], 2)])
+    assert decode(encode(plan)) == StepPlan([7, 8, 9], [0], [3], [[4]], [2, 0, 1])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3])

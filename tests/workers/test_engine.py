@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from parallel.mesh import Mesh, SingleRank
 from parallel.spec import ModelSpec
-from tests.llama import oracle_greedy, read_llama
+from tests.llama import oracle_greedy, read_llama, write_llama
 from tests.ranks import run_ranks
 from workers.core import Request, SamplingParams
 from workers.engine import Engine
@@ -106,5 +107,19 @@ def test_abort_frees_everything(untied: Path) -> None:
     for name in ("running", "waiting"):
         engine.add(Request(id=name, prompt=(1,) * 9, params=SamplingParams()))
     engine.step()
+    assert (engine.stats.running, engine.stats.waiting) == (1, 1) and engine.stats.kv_usage > 0
     assert engine.abort("running") and engine.abort("waiting") and not engine.abort("running")
+    assert (engine.stats.running, engine.stats.waiting, engine.stats.kv_usage) == (0, 0, 0.0)
     assert not engine.has_work and engine.scheduler.blocks.num_free == 16
+
+
+def test_the_padding_of_the_vocabulary_is_never_drawn(tmp_path: Path) -> None:
+    """Five tokens on four ranks are eight rows, three of them padding; a head of zeros makes all equally likely."""
+    path = write_llama(tmp_path, vocab_size=5)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"].zero_()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = SchedulerConfig(max_sequences=4, max_step_tokens=8, max_model_len=64, num_blocks=16, block_size=4)
+    requests = [Request(id=str(i), prompt=(i,), params=SamplingParams(max_tokens=8, seed=i)) for i in range(4)]
+    alone, four = (run_ranks(tp, lambda mesh: lead_or_follow(mesh, path, config, requests))[0] for tp in (1, 4))
+    assert four == alone and {token for tokens in alone.values() for token in tokens} == set(range(5))

@@ -7,10 +7,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from workers.core import Sample
+from workers.core import Sample, SamplingParams
 from workers.sampler import sample
 
 DRAWS = 20000
+
+
+def wish(row: int, position: int, seed: int, temperature: float, top_p: float) -> Sample:
+    params = SamplingParams(seed=seed, temperature=temperature, top_p=top_p)
+    return Sample(row, position, params, [0], 1)
 
 
 def reference(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -34,7 +39,7 @@ def reference(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 def test_tokens_follow_the_softmax(temperature: float, top_p: float, keys: str) -> None:
     logits = torch.randn(24, generator=torch.Generator().manual_seed(8)) * 1.5
     wanted = [
-        Sample(0, 5 if keys == "seeds" else i, 3 if keys == "positions" else 1000 - i, temperature, top_p)
+        wish(0, 5 if keys == "seeds" else i, 3 if keys == "positions" else 1000 - i, temperature, top_p)
         for i in range(DRAWS)
     ]
     counts = torch.bincount(torch.tensor(sample(logits.expand(DRAWS, -1), wanted)), minlength=24).double()
@@ -53,7 +58,7 @@ def test_tokens_follow_the_softmax(temperature: float, top_p: float, keys: str) 
 
 def test_noise_of_a_seed_does_not_follow_the_tokens_of_the_last_position() -> None:
     """Pairs of neighbouring draws of one request are independent."""
-    wanted = [Sample(0, position, 11, 1.0, 1.0) for position in range(DRAWS)]
+    wanted = [wish(0, position, 11, 1.0, 1.0) for position in range(DRAWS)]
     tokens = torch.tensor(sample(torch.zeros(DRAWS, 6), wanted))
     table = torch.bincount(tokens[:-1] * 6 + tokens[1:], minlength=36).view(6, 6)
     assert stats.chi2_contingency(table.numpy()).pvalue > 1e-4
@@ -74,7 +79,7 @@ ROWS = st.lists(
 @given(ROWS)
 def test_a_row_draws_the_same_token_in_every_batch(rows: list[tuple[list[int], float, float, int]]) -> None:
     logits = torch.tensor([r[0] for r in rows], dtype=torch.float32)
-    wanted = [Sample(i, i + 1, seed, t, p) for i, (_, t, p, seed) in enumerate(rows)]
+    wanted = [wish(i, i + 1, seed, t, p) for i, (_, t, p, seed) in enumerate(rows)]
     batch = sample(logits, wanted)
     for i, (values, temperature, top_p, _) in enumerate(rows):
         assert sample(logits[i : i + 1], wanted[i : i + 1]) == [batch[i]]
@@ -94,7 +99,7 @@ def test_top_p_keeps_the_smallest_set(values: list[float], top_p: float, data: s
     if abs(smaller - top_p) < 1e-5:
         return
     position = data.draw(st.integers(0, 10**6))
-    wanted = [Sample(0, position + i, 4, 1.0, top_p) for i in range(64)]
+    wanted = [wish(0, position + i, 4, 1.0, top_p) for i in range(64)]
     assert all(kept[token] for token in sample(logits.expand(64, -1), wanted))
 
 
@@ -102,11 +107,11 @@ def test_top_p_keeps_the_smallest_set(values: list[float], top_p: float, data: s
 @pytest.mark.parametrize("shift", [-50.0, 0.0, 50.0])
 def test_tiny_temperatures_are_greedy(temperature: float, shift: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, -4.0]]) + shift
-    assert sample(logits, [Sample(0, 1, 0, temperature, 0.9)]) == [1]
-    assert sample(logits, [Sample(0, 1, 0, temperature, 1.0)]) == [1]
+    assert sample(logits, [wish(0, 1, 0, temperature, 0.9)]) == [1]
+    assert sample(logits, [wish(0, 1, 0, temperature, 1.0)]) == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_float_dtype(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0], [9.0, 0.0, 0.0]], dtype=dtype)
-    assert sample(logits, [Sample(0, 1, 0, 0.0, 1.0), Sample(1, 1, 0, 0.1, 0.9)]) == [1, 0]
+    assert sample(logits, [wish(0, 1, 0, 0.0, 1.0), wish(1, 1, 0, 0.1, 0.9)]) == [1, 0]

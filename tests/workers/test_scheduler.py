@@ -20,16 +20,23 @@ from workers.scheduler import Scheduler, SchedulerConfig
 EOS, VOCAB = 0, 40
 
 
-def next_token(context: list[int], seed: int) -> int:
-    return crc32(repr((context, seed)).encode()) % VOCAB
+def next_token(context: list[int], seed: int, barred: set[int]) -> int:
+    drawn = crc32(repr((context, seed)).encode()) % VOCAB
+    while drawn in barred:
+        drawn = (drawn + 1) % VOCAB
+    return drawn
+
+
+def ends_of(params: SamplingParams) -> set[int]:
+    return {*params.stop_token_ids} | ({EOS} if not params.ignore_eos else set())
 
 
 def alone(request: Request) -> list[int]:
     """What the request gets when nothing else is there."""
-    tokens = [*request.prompt, *request.output]
-    while len(tokens) - len(request.prompt) < request.params.max_tokens:
-        tokens.append(next_token(tokens, request.params.seed))
-        if tokens[-1] == EOS and not request.params.ignore_eos:
+    tokens, params, ends = [*request.prompt, *request.output], request.params, ends_of(request.params)
+    while (count := len(tokens) - len(request.prompt)) < params.max_tokens:
+        tokens.append(next_token(tokens, params.seed, ends if count < params.min_tokens else set()))
+        if tokens[-1] in ends:
             break
     return tokens[len(request.prompt) + len(request.output) :]
 
@@ -52,9 +59,9 @@ class CachingExecutor:
             contexts[row - 1] = (start + length, [self.slots[slot] for slot in where[: start + length]])
         tokens = []
         for sample in plan.samples:
-            position, context = contexts[sample.row]
-            assert sample.position == position
-            tokens.append(next_token(context, sample.seed))
+            position, context = contexts[plan.rows[sample.row]]
+            assert sample.position == position and sample.tokens[:position] == context
+            tokens.append(next_token(context, sample.params.seed, set(sample.barred)))
         return StepResult(tokens)
 
     def _check(self, plan: StepPlan) -> None:
@@ -147,7 +154,13 @@ def jobs(draw: st.DrawFn, config: SchedulerConfig) -> list[Job]:
         longest = config.max_model_len - len(prompt)
         limit = draw(st.just(longest) | st.integers(1, longest))
         output = draw(st.lists(st.integers(1, VOCAB - 1), max_size=min(3, limit - 1)))
-        params = SamplingParams(max_tokens=limit, seed=draw(st.integers(0, 2)), ignore_eos=draw(st.booleans()))
+        params = SamplingParams(
+            max_tokens=limit,
+            seed=draw(st.integers(0, 2)),
+            ignore_eos=draw(st.booleans()),
+            stop_token_ids=draw(st.sampled_from(((), (), (EOS,), (5, 6, 7, 8)))),
+            min_tokens=draw(st.sampled_from((0, 0, min(3, limit)))),
+        )
         request = Request(id=str(index), prompt=tuple(prompt), params=params, output=tuple(output))
         abort_at = draw(st.none() | st.none() | st.integers(0, 20))
         made.append(Job(request, draw(st.integers(0, 10)), abort_at, draw(st.booleans())))
@@ -163,8 +176,7 @@ def check_served(config: SchedulerConfig, made: list[Job]) -> Served:
             assert got == want[: len(got)] and request.id not in served.reasons
             continue
         assert got == want
-        ended = want[-1] == EOS and not request.params.ignore_eos
-        assert served.reasons[request.id] == ("stop" if ended else "length")
+        assert served.reasons[request.id] == ("stop" if want[-1] in ends_of(request.params) else "length")
     return served
 
 
@@ -199,29 +211,33 @@ def request(name: str, prompt: int, max_tokens: int, **params: bool) -> Request:
     return Request(id=name, prompt=tuple(range(1, prompt + 1)), params=made)
 
 
-def config_of(**fields: int) -> SchedulerConfig:
+def config_of(**fields: object) -> SchedulerConfig:
     limits = {"max_sequences": 4, "max_step_tokens": 8, "max_model_len": 16, "num_blocks": 8, "block_size": 4}
     return SchedulerConfig(**{**limits, **fields})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("prompt", "start"), [(7, 9), (4, 12)], ids=["it ran out itself", "an older one ran out"])
 def test_the_youngest_is_preempted_and_comes_back_in_a_later_step(prompt: int, start: int) -> None:
-    scheduler = Scheduler(config_of(num_blocks=5, max_model_len=20))
+    scheduler = Scheduler(config_of(num_blocks=5, max_model_len=20, max_sequences=2))
     scheduler.add(request("old", 7, 9, ignore_eos=True))
     scheduler.add(request("young", prompt, 9, ignore_eos=True))
     plan = scheduler.schedule()
+    scheduler.add(request("later", 2, 2))
     while not scheduler.num_preemptions:
         scheduler.commit(StepResult([5] * len(plan.samples)))
         plan = scheduler.schedule()
     assert (plan.starts, plan.lengths, plan.block_tables) == ([start], [1], [scheduler.running[0].blocks])
     assert [s.request.id for s in scheduler.running] == ["old"]
-    assert [(s.request.id, s.num_computed, s.blocks) for s in scheduler.waiting] == [("young", 0, [])]
+    assert [(s.request.id, s.num_computed, s.blocks) for s in scheduler.waiting] == [
+        ("young", 0, []),
+        ("later", 0, []),
+    ]
     scheduler.check_integrity()
     finished = []
     while scheduler.has_work:
         finished += [o.id for o in scheduler.commit(StepResult([5] * len(plan.samples))) if o.finish_reason]
         plan = scheduler.schedule()
-    assert finished == ["old", "young"] and scheduler.num_preemptions == 1
+    assert [name for name in finished if name != "later"] == ["old", "young"] and scheduler.num_preemptions == 1
 
 
 def test_decode_comes_before_new_prompts_and_prompts_are_cut_to_what_is_left() -> None:
@@ -232,10 +248,11 @@ def test_decode_comes_before_new_prompts_and_prompts_are_cut_to_what_is_left() -
     assert (plan.lengths, len(plan.samples)) == ([3], 1)
     scheduler.add(request("b", 12, 4))
     plan = scheduler.schedule()
-    assert (plan.starts, plan.lengths, [s.row for s in plan.samples]) == ([3, 0], [1, 7], [0])
+    assert (plan.starts, plan.lengths, plan.rows) == ([3, 0], [1, 7], [0])
     scheduler.commit(StepResult([1]))
     plan = scheduler.schedule()
-    assert (plan.starts, plan.lengths, [s.row for s in plan.samples]) == ([4, 7], [1, 5], [0, 5])
+    assert (plan.starts, plan.lengths, plan.rows) == ([4, 7], [1, 5], [0, 5])
+    assert [s.row for s in plan.samples] == [0, 1]
     assert plan.samples[1].position == 12
 
 
@@ -284,6 +301,42 @@ def test_requests_that_can_never_be_served_are_refused() -> None:
     done = Request(id="done", prompt=(1,), params=SamplingParams(max_tokens=2), output=(3, 4))
     with pytest.raises(ValueError, match="2 of its 2 output tokens are there already"):
         scheduler.add(done)
+
+
+def test_names_and_tokens_that_would_do_harm_are_refused() -> None:
+    scheduler = Scheduler(config_of(vocab_size=40))
+    scheduler.add(request("a", 3, 2))
+    with pytest.raises(ValueError, match="a request with the id 'a' is here already"):
+        scheduler.add(request("a", 3, 2))
+    assert scheduler.abort("a")
+    scheduler.add(request("a", 3, 1))
+    scheduler.commit(StepResult([1] * len(scheduler.schedule().samples)))
+    scheduler.add(request("a", 3, 1))
+    for prompt, output, params, where in (
+        ((40,), (), {}, "the prompt"),
+        ((-1,), (), {}, "the prompt"),
+        ((1,), (40,), {}, "the output so far"),
+        ((1,), (), {"logit_bias": {40: 1.0}}, "logit_bias"),
+        ((1,), (), {"stop_token_ids": (3, 40)}, "stop_token_ids"),
+    ):
+        wrong = Request(id="b", prompt=prompt, output=output, params=SamplingParams(max_tokens=3, **params))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{where} holds a token id outside of 0 to 39"):
+            scheduler.add(wrong)
+    assert [s.request.id for s in scheduler.waiting] == ["a"]
+
+
+def test_min_tokens_bars_what_would_end_the_text() -> None:
+    scheduler = Scheduler(config_of(eos_ids=(0, 9)))
+    barred = []
+    for name, ignore_eos in (("a", False), ("b", True)):
+        params = SamplingParams(max_tokens=5, min_tokens=2, stop_token_ids=(4,), ignore_eos=ignore_eos)
+        scheduler.add(Request(id=name, prompt=(1,), params=params))
+    while scheduler.has_work:
+        samples = scheduler.schedule().samples
+        barred.append([set(s.barred) for s in samples])
+        outputs = scheduler.commit(StepResult([1 if s.barred else 9 for s in samples]))
+    assert barred == [[{0, 9, 4}, {4}]] * 2 + [[set(), set()]] + [[set()]] * 2
+    assert [o.finish_reason for o in outputs] == ["length"], "b ignores end of sequence"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), max_size=40), st.integers(1, 12), st.integers(1, 6))

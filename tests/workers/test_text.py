@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.tokenizers_of import write_byte_fallback, write_byte_level
+from workers.templates import compile_template
 from workers.text import TextStream, Tokenizer
 
 TEXT = st.text(max_size=40) | st.text("aSTOPstop é日😀\ufffd\n", max_size=40)
@@ -122,6 +123,86 @@ def test_half_a_character_is_held_back(byte_level: Tokenizer) -> None:
     assert broken.push(tokens[:3]) == "" and broken.push([], finished=True) == "\ufffd"
 
 
+@given(st.lists(st.integers(0, 319), min_size=30, max_size=120))
+def test_long_runs_of_broken_bytes_come_out_as_decoded_at_once(byte_level: Tokenizer, tokens: list[int]) -> None:
+    """Longer than the window, with bytes in the upper half only."""
+    broken = [token for token in tokens if any(byte > 127 for byte in byte_level.bytes_of(token))]
+    assert push_all(TextStream(byte_level), broken, []) == byte_level.decode(broken)
+
+
+@pytest.mark.parametrize("which", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("raw", [b"\xff", b"\xe6", b"\x80", b"\xf0\x9f"])
+def test_endless_broken_bytes_are_shown(request: pytest.FixtureRequest, which: str, raw: bytes) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    tokens = [token_of(tokenizer, bytes([byte])) for byte in raw] * 40
+    stream, shown = TextStream(tokenizer), 0
+    for count, token in enumerate(tokens, 1):
+        shown += stream.push([token]).count("\ufffd")
+        assert shown >= (count - 3) // len(raw), "more than three bytes are held back"
+    assert shown + len(stream.push([], finished=True)) >= len(tokens) // len(raw)
+
+
+def token_of(tokenizer: Tokenizer, raw: bytes) -> int:
+    return next(t for t in range(tokenizer.fast.get_vocab_size()) if tokenizer.bytes_of(t) == raw)
+
+
+@pytest.mark.parametrize("raw", [b"\xe6", b"a", b"\x80\xce"])
+def test_a_token_costs_the_same_however_long_the_text_is(byte_level: Tokenizer, raw: bytes) -> None:
+    """Counted in tokens that are decoded: special ones between halves of a character, and broken ones, among them."""
+    decoded: list[int] = []
+
+    class Counting(Tokenizer):
+        def __init__(self) -> None:
+            self.__dict__.update(byte_level.__dict__)
+
+        def decode(self, tokens: list[int]) -> str:
+            decoded.append(len(tokens))
+            return super().decode(tokens)
+
+    stream = TextStream(Counting())
+    tokens = [token_of(byte_level, bytes([byte])) for byte in raw]
+    special = byte_level.fast.token_to_id("<|end|>")
+    for index in range(600):
+        stream.push([tokens[index % len(tokens)], special, special])
+    assert max(decoded) <= 25 and len(decoded) <= 3 * 600
+
+
+def test_special_tokens_within_a_character_change_nothing(byte_level: Tokenizer) -> None:
+    halves = [token_of(byte_level, bytes([byte])) for byte in "日".encode()]
+    special = byte_level.fast.token_to_id("<|end|>")
+    stream = TextStream(byte_level)
+    assert stream.push([halves[0], *[special] * 50, *halves[1:]]) == "日"
+
+
+def test_no_stop_string_is_looked_for_in_the_first_tokens(byte_level: Tokenizer) -> None:
+    tokens = [token_of(byte_level, char.encode()) for char in "xyxyxy"]
+    for min_tokens, kept in ((0, "x"), (1, "x"), (2, "xyx"), (3, "xyx"), (4, "xyxyx"), (6, "xyxyxy")):
+        for bundle in (1, 6):
+            stream = TextStream(byte_level, ("y",), min_tokens)
+            shown = "".join(stream.push(tokens[i : i + bundle]) for i in range(0, 6, bundle))
+            assert shown + stream.push([], finished=True) == stream.text == kept
+            assert stream.stopped == (kept != "xyxyxy") and len(stream) == len(kept)
+    across = TextStream(byte_level, ("xy",), min_tokens=1)
+    assert across.push(tokens) == "xy" and across.stopped, "one that begins in them is not found either"
+
+
+def test_stop_strings_can_stay_in_the_text(byte_level: Tokenizer) -> None:
+    tokens = [token_of(byte_level, char.encode()) for char in "a STOPS here"]
+    stream = TextStream(byte_level, ("STOP", "TO"), include_stop=True)
+    assert stream.push(tokens) == "a STO" and stream.stopped
+
+
+@pytest.mark.parametrize("which", ["byte_level", "byte_fallback"])
+def test_bytes_of_tokens_join_to_the_text(request: pytest.FixtureRequest, which: str) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    text = "naïve STOP 日本😀 é."
+    tokens = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.bytes_of, tokens)).decode().strip() == text
+    special = {"byte_level": "<|end|>", "byte_fallback": "</s>"}[which]
+    assert tokenizer.bytes_of(tokenizer.fast.token_to_id(special)) == special.encode()
+    assert tokenizer.bytes_of(10**6) == b"" and not tokenizer.shows(10**6)
+
+
 CHATML = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}"
     "{{ raise_exception('no role ' + m['role']) }}{% endif %}\n"
@@ -138,6 +219,26 @@ def test_chat_equals_transformers(tmp_path: Path) -> None:
     )
     want = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert Tokenizer(path).chat(messages) == want
+
+
+RICH = (
+    "{{ strftime_now('%Y') }}{% for m in messages %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}"
+    "{{ tools is none }}{{ documents is none }}"
+)
+
+
+def test_filters_and_functions_equal_transformers(tmp_path: Path) -> None:
+    path = write_byte_level(tmp_path, chat_template=RICH)
+    messages = [{"role": "user", "content": "<b>'é'</b> & \"you\""}]
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=RICH)
+    assert Tokenizer(path).chat(messages) == oracle.apply_chat_template(messages, tokenize=False)
+
+
+def test_the_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr("workers.text.compile_template", lambda s: compiled.append(s) or compile_template(s))
+    tokenizer = Tokenizer(write_byte_level(tmp_path, chat_template="{{ messages | length }}"))
+    assert [tokenizer.chat([{}] * n) for n in (1, 2, 3)] == ["1", "2", "3"] and len(compiled) == 1
 
 
 def test_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Run one suite: `python -m launch.bench suite=serve [key=value]`. Its options are in launch/conf/suite/.
+
+The result goes to run_dir as JSON and, where matplotlib is installed, as a picture; the summary is printed last. The
+exit code is 0 whether the goals hold or not.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from launch.bench import serve
+from launch.bench.report import Report, publish
+from launch.build import build, plain
+
+SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {"serve": (serve.ServeBench, serve.run)}
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="bench")
+def main(config: DictConfig) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        options, run = suite_of(config)
+        publish(run(options), sys.argv[1:], Path(options.run_dir))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"stepladder: {error}")
+
+
+def suite_of(config: DictConfig) -> tuple[Any, Callable[[Any], Report]]:
+    """The suite's options, resolved and checked, and the function that runs it.
+
+    Raises:
+        ValueError: an option that does not exist or cannot be.
+    """
+    values = plain(config)
+    name = values.get("name")
+    if name not in SUITES:
+        raise ValueError(f"name is {name!r}; the suites are {', '.join(SUITES)}")
+    kind, run = SUITES[name]
+    return build(kind, values | {"run_dir": str(Path(values["run_dir"]).absolute())}), run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What every suite returns, and the one shape in which it is written and printed."""
+
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from launch.table import table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.
+
+    Attributes:
+        case: what was run. metric: what was measured.
+        bound: the best or worst that this value can be, in the same unit. rival: what it competes with measured.
+    """
+
+    case: str
+    metric: str
+    value: float | None
+    unit: str
+    bound: float | None = None
+    rival: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        ratios = {"ratio_to_bound": _ratio(self.value, self.bound), "ratio_to_rival": _ratio(self.value, self.rival)}
+        return {name: getattr(self, name) for name in ("case", "metric", "value", "unit", "bound", "rival")} | ratios
+
+
+class Goal(NamedTuple):
+    """One line of the summary. A value that could not be measured is None and does not hold."""
+
+    value: float | None
+    goal: str
+    holds: bool
+
+
+def at_least(value: float | None, goal: float) -> Goal:
+    return Goal(value, f">= {goal:g}", value is not None and value >= goal)
+
+
+def at_most(value: float | None, goal: float) -> Goal:
+    return Goal(value, f"<= {goal:g}", value is not None and value <= goal)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A suite's result.
+
+    Attributes:
+        emulated: what was not real (link speed, sleeps, virtual ranks); None if everything was.
+        details: more results as plain data, each written to a JSON file of its own under its name.
+    """
+
+    suite: str
+    rows: Sequence[Row]
+    summary: Mapping[str, Goal]
+    emulated: str | None = None
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_json(self, command: str) -> dict[str, Any]:
+        return {
+            "suite": self.suite,
+            "command": command,
+            "machine": machine(),
+            "emulated": self.emulated,
+            "rows": [row.to_json() for row in self.rows],
+            "summary": {name: goal._asdict() for name, goal in self.summary.items()},
+        }
+
+
+def publish(report: Report, words: Sequence[str], run_dir: Path) -> None:
+    """Write the report (and a picture, if that is possible) below `run_dir`, and print it, the summary last."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shown = ["api_key=***" if word.startswith("api_key=") else word for word in words]
+    command = shlex.join(["python", "-m", "launch.bench", *shown])
+    _write(run_dir / f"{report.suite}.json", report.to_json(command))
+    for name, detail in report.details.items():
+        _write(run_dir / f"{report.suite}-{name}.json", detail)
+    drawn = picture(report, run_dir / f"{report.suite}.png")
+    print(_rows_table(report))
+    print(f"\nwritten to {run_dir / report.suite}.json{' and .png' if drawn else '; install matplotlib for a picture'}")
+    print(f"\n{_summary_table(report)}")
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def picture(report: Report, path: Path) -> bool:
+    """A panel per metric, a bar per case, with bounds and rivals as marks; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    metrics = {(row.metric, row.unit): [r for r in report.rows if r.metric == row.metric] for row in report.rows}
+    figure = Figure(figsize=(3.2 * min(4, len(metrics)), 2.6 * -(-len(metrics) // 4)), layout="constrained")
+    for number, ((metric, unit), rows) in enumerate(metrics.items(), 1):
+        axes = figure.add_subplot(-(-len(metrics) // 4), min(4, len(metrics)), number)
+        axes.bar([row.case for row in rows], [row.value or 0.0 for row in rows], color="#4477aa")
+        for name, marker in (("bound", "_"), ("rival", "x")):
+            marked = [(row.case, getattr(row, name)) for row in rows if getattr(row, name) is not None]
+            if marked:
+                cases, marks = zip(*marked, strict=True)
+                axes.scatter(cases, marks, marker=marker, s=200, color="#cc3311", label=name)
+                axes.legend(fontsize="small")
+        axes.set_title(metric, fontsize="medium")
+        axes.set_ylabel(unit)
+    figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _rows_table(report: Report) -> str:
+    heading = ["case", "metric", "value", "unit", "bound", "of bound", "rival", "of rival"]
+    rows = [
+        [r.case, r.metric, _short(r.value), r.unit, _short(r.bound), _percent(r.value, r.bound), _short(r.rival),
+         _percent(r.value, r.rival)]
+        for r in report.rows
+    ]  # fmt: skip
+    note = f"\nemulated: {report.emulated}" if report.emulated else ""
+    return table([heading, *rows]) + note
+
+
+def _summary_table(report: Report) -> str:
+    rows = [[name, _short(g.value), g.goal, "yes" if g.holds else "NO"] for name, g in report.summary.items()]
+    return table([["summary", "value", "goal", "holds"], *rows])
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value is not None and other else None
+
+
+def _percent(value: float | None, other: float | None) -> str | None:
+    ratio = _ratio(value, other)
+    return None if ratio is None else f"{ratio:.0%}"
+
+
+def _short(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4g}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

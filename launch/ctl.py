@@ -1,0 +1,250 @@
+"""Look after a running deployment: `python -m launch.ctl status|logs|drain|resume|stop [name=...] [option=value]`.
+
+It speaks to the Ray cluster of RAY_ADDRESS (host:port of its head; without it, the one on this machine). Exit codes:
+0 done, and for `status` ready; 1 no such deployment or cluster; 2 wrong usage; 3 `status`: it is not ready; 4 `drain`
+or `stop`: it was not done within `seconds`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from time import monotonic
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from cluster.names import CONTROLLER, deployments, namespace
+from launch.build import build
+from launch.logs import LogOptions, logs
+from launch.table import table
+
+OK, ABSENT, USAGE, NOT_READY, LATE = 0, 1, 2, 3, 4
+KNOCK_SECONDS = 5.0
+ANSWER_SECONDS = 15.0
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """name: of the deployment; may be left out if there is one only. format: table or json."""
+
+    name: str | None = None
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        if self.format not in ("table", "json"):
+            raise ValueError(f"format is {self.format!r}; it must be table or json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitOptions:
+    """seconds: how long to wait; the order stands even if that was too short."""
+
+    name: str | None = None
+    seconds: float = 600.0
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one command and return the exit code."""
+    usage = "; ".join(f"{c}: {', '.join(f.name + '=' for f in fields(kind))}" for c, (kind, _) in COMMANDS.items())
+    parser = argparse.ArgumentParser("python -m launch.ctl", description=__doc__, epilog=f"options of {usage}")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("options", nargs="*", metavar="option=value")
+    given = parser.parse_args(words)
+    kind, run = COMMANDS[given.command]
+    try:
+        options: Any = build(kind, pairs(given.options), strict=False)
+    except ValueError as error:
+        print(f"stepladder: {given.command}: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        with connected():
+            name, controller = find(options.name)
+            return run(options, name, controller)
+    except (ValueError, ConnectionError) as error:
+        print(f"stepladder: {error}", file=sys.stderr)
+        return ABSENT
+    except KeyboardInterrupt:
+        return 130
+
+
+def status(options: StatusOptions, name: str, controller: ActorHandle) -> int:
+    report = answer(controller.report.remote(), name)
+    print(json.dumps(report, indent=2) if options.format == "json" else describe(report))
+    return OK if report["phase"] == "ready" else NOT_READY
+
+
+def drain(options: WaitOptions, name: str, controller: ActorHandle) -> int:
+    """Stop admitting requests and wait for those in flight; everything stays up."""
+    answer(controller.drain.remote(True), name)
+
+    def left() -> str | None:
+        report = answer(controller.report.remote(), name)
+        if report["phase"] == "draining" and not report["in_flight"]:
+            return None
+        return f"{report['in_flight']} requests in flight" if report["phase"] == "draining" else report["phase"]
+
+    return _wait(left, options.seconds, f"{name} is drained; `stop` removes it, `resume` admits requests again")
+
+
+def resume(options: ResumeOptions, name: str, controller: ActorHandle) -> int:
+    """Undo a drain."""
+    answer(controller.drain.remote(False), name)
+    print(f"{name} admits requests again")
+    return OK
+
+
+def stop(options: WaitOptions, name: str, controller: ActorHandle) -> int:
+    """Drain, remove everything, and wait until it is gone."""
+    controller.shut_down.remote()
+
+    def left() -> str | None:
+        try:
+            return ray.get(controller.report.remote(), timeout=ANSWER_SECONDS)["detail"]
+        except GetTimeoutError:
+            return "its controller is busy"
+        except RayActorError:
+            return "removing the controller" if name in deployments(_named()) else None
+
+    return _wait(left, options.seconds, f"{name} is gone")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, str, ActorHandle], int]]] = {
+    "status": (StatusOptions, status),
+    "logs": (LogOptions, logs),
+    "drain": (WaitOptions, drain),
+    "resume": (ResumeOptions, resume),
+    "stop": (WaitOptions, stop),
+}
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Attached to the running cluster; never starts one.
+
+    Raises:
+        ConnectionError: there is none, or it does not let us in.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    _knock(address)
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"no Ray cluster at {address or 'this machine'}: {why}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for minutes before it says that nobody is there."""
+    if address.startswith("http"):
+        raise ConnectionError(f"RAY_ADDRESS is {address}; `ctl` needs the head's own address, such as head:6379")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(f"no Ray cluster at {address}: {error.strerror or error}") from None
+
+
+def find(name: str | None) -> tuple[str, ActorHandle]:
+    """A deployment's name and controller.
+
+    Raises:
+        ValueError: it does not exist, or no name was given and there is not exactly one.
+    """
+    known = deployments(_named())
+    if name is None and len(known) == 1:
+        name = known[0]
+    if name not in known:
+        missing = "give name=..." if name is None else f"there is no deployment named {name!r}"
+        raise ValueError(f"{missing}; this Ray cluster has {', '.join(known) or 'none'}")
+    assert name is not None
+    return name, ray.get_actor(CONTROLLER, namespace=namespace(name))
+
+
+def answer(reference: Any, name: str) -> Any:
+    """The controller's answer.
+
+    Raises:
+        ConnectionError: it does not answer; Ray restarts it if it is dead.
+    """
+    try:
+        return ray.get(reference, timeout=ANSWER_SECONDS)
+    except (GetTimeoutError, RayActorError):
+        raise ConnectionError(f"the controller of {name} does not answer; if it died, Ray restarts it soon") from None
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A report for a person."""
+    figures = report["figures"]
+    shown = {"serve/tokens_per_s": "{:.1f} tokens/s", "serve/ttft_ms_p50": "TTFT {:.1f} ms"}
+    shown |= {"serve/tpot_ms_p50": "TPOT {:.1f} ms"}
+    recent = [text.format(figures[key]) for key, text in shown.items() if key in figures]
+    rows: list[list[object]] = [["engine", "generation", "serves", "restarts", "running", "waiting", "KV", "steps"]]
+    for engine, numbers in report["engines"].items():
+        cells = [numbers["generation"], "yes" if numbers["serves"] else "no", numbers["restarts"]]
+        kv = f"{numbers['kv_usage']:.0%}" if "kv_usage" in numbers else None
+        rows.append([engine, *cells, numbers.get("running"), numbers.get("waiting"), kv, numbers.get("steps")])
+    return "\n".join(
+        [
+            f"{report['name']}  {report['phase']}: {report['detail']}",
+            f"url       {report['url'] or 'not yet'}",
+            f"requests  {', '.join([str(report['in_flight']) + ' in flight', *recent])}",
+            f"restarts  {report['restarts']}",
+            "",
+            table(rows),
+        ]
+    )
+
+
+def _wait(left: Callable[[], str | None], seconds: float, done: str) -> int:
+    """Until nothing is left, saying what is."""
+    deadline, said = monotonic() + seconds, None
+    while (now := left()) is not None:
+        if now != said:
+            print(now, flush=True)
+            said = now
+        if monotonic() > deadline:
+            print(f"stepladder: not done within {seconds:.0f} s; it goes on", file=sys.stderr)
+            return LATE
+        threading.Event().wait(POLL_SECONDS)
+    print(done)
+    return OK
+
+
+def _named() -> list[dict[str, str]]:
+    return ray.util.list_named_actors(all_namespaces=True)
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """`option=value` words as a dictionary; ValueError for any other."""
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not of the form option=value")
+    return dict(word.split("=", 1) for word in words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""Every choice of every group composes and builds, and the manual lists exactly the options there are."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from cluster.config import Deployment
+from cluster.metrics import Metrics
+from launch.bench.__main__ import suite_of
+from launch.build import build, plain
+from launch.generate import GenerateConfig
+from launch.serve import deployment_of
+from launch.train import recipe_of
+from workers.params import SamplingParams
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "launch" / "conf"
+MANUAL = (ROOT / "docs" / "operating.md").read_text()
+GROUPS = ("model", "cluster", "layout", "monitor")  # of launch.serve
+PATH = ["model.path=/m", "model.name=m"]
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def hydra(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("STEPLADDER_API_KEY", "k")
+    with initialize_config_dir(str(CONF), version_base=None):
+        yield
+
+
+@pytest.mark.parametrize("choice", list(product(*map(choices, GROUPS))), ids="-".join)
+def test_every_choice_of_every_group_serves(choice: tuple[str, ...]) -> None:
+    words = [f"{group}={name}" for group, name in zip(GROUPS, choice, strict=True)]
+    deployment = deployment_of(compose("serve", words + (PATH if "model=path" in words else [])))
+    assert deployment.cluster.start_seconds > deployment.cluster.hang_seconds > deployment.cluster.ping_seconds
+    assert deployment.cluster.orphan_seconds > deployment.cluster.hang_seconds
+
+
+def test_there_is_no_group_that_nobody_composes() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {*GROUPS, "secrets", "suite", "recipe"}
+
+
+@pytest.mark.parametrize("name", choices("secrets"))
+def test_secrets_come_from_the_environment(name: str) -> None:
+    deployment = deployment_of(compose("serve", [f"+secrets={name}"]))
+    assert deployment.gateway.api_key == "k" and deployment.gateway.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("name", choices("suite"))
+def test_every_suite_builds(name: str) -> None:
+    options, _ = suite_of(compose("bench", [f"suite={name}", "run_dir=/r"]))
+    assert options.name == name and options.run_dir == "/r"
+    if name == "serve":
+        assert deployment_of(compose("serve", shlex.split(options.deploy))).layout.tp == 2
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_every_recipe_builds(name: str) -> None:
+    assert recipe_of(compose("train", [f"recipe={name}", "run_dir=/r"]))[0].name == name
+
+
+@pytest.mark.parametrize("model", choices("model"))
+def test_generate_takes_every_model_and_every_sampling_parameter(model: str) -> None:
+    values = plain(compose("generate", ["prompts=p.jsonl", f"model={model}", *(PATH if model == "path" else [])]))
+    config = build(GenerateConfig, values)
+    assert config.output == "p.jsonl.out.jsonl"
+    known = {f.name for f in fields(SamplingParams)}
+    assert set(config.sampling) == known - {"logprobs", "prompt_logprobs"}
+    same = build(SamplingParams, {**config.sampling, "max_tokens": SamplingParams.max_tokens})
+    assert same == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["model=path", "model.name=m"], "model.path is missing; give model.path=..."),
+        (["+engine.speed=9"], "engine.speed is not an option; engine takes"),
+        (["+spede=9"], "spede is not an option; the top level takes"),
+        (["layout.tp=two"], "layout.tp is 'two': expected `int`, got `str`"),
+        (["layout.tp=0"], "layout.tp is 0; it must be at least 1"),
+        (["gateway.port=70000"], "gateway.port is 70000; it must be between 0 and 65535"),
+        (["cluster.device=tpu"], "cluster.device is 'tpu'; it must be 'cpu' or 'cuda'"),
+        (["cluster.strategy=RANDOM"], "cluster.strategy is 'RANDOM'; it must be one of Ray's placement strategies"),
+        (["monitor.wandb=on"], "monitor.wandb is"),
+        (["run_dir=runs"], "run_dir is 'runs'; it must be absolute"),
+        (["~name"], "name"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        deployment_of(compose("serve", words))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def options_of(kind: Any, where: str = "") -> Iterator[str]:
+    for name, inner in get_type_hints(kind).items():
+        yield from options_of(inner, f"{where}{name}.") if is_dataclass(inner) else [where + name]
+
+
+def manual_rows(kind: str) -> dict[str, str]:
+    """First column -> second, of the manual's table with this heading."""
+    table = re.search(rf"^\| {kind} \|.*\n\|[-|]+\n((?:\|.*\n)+)", MANUAL, re.M)
+    assert table, f"docs/operating.md has no table of {kind}s"
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[1].splitlines()]
+    return {name: row[1] for row in cells for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def test_the_manual_lists_every_option() -> None:
+    rows, known = manual_rows("option"), set(options_of(Deployment)) - {"secret"}
+    assert not known - rows.keys(), "options that docs/operating.md does not explain"
+    assert not rows.keys() - known, "options in docs/operating.md that do not exist"
+
+
+def test_the_manual_has_the_right_defaults() -> None:
+    values = plain(compose("serve", []))
+    for name, default in manual_rows("option").items():
+        value: Any = values
+        for key in name.split("."):
+            value = value[key]
+        assert name == "run_dir" or yaml.safe_load(default) == value, name
+
+
+def test_the_manual_lists_every_metric() -> None:
+    families = {family.name: family.type for family in Metrics("m").registry.collect()}
+    names = {name.removeprefix("stepladder:") + "_total" * (kind == "counter") for name, kind in families.items()}
+    assert set(manual_rows("metric")) == names
+    for name, kind in manual_rows("metric").items():
+        assert families["stepladder:" + name.removesuffix("_total")] == kind

@@ -1,0 +1,95 @@
+"""What `launch.ctl` does before it speaks to a cluster; tests/cluster/test_deployment.py has the rest."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from heapq import merge
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.names import deployments, namespace
+from launch import ctl
+from launch.logs import LogOptions, _dated
+
+ROOT = Path(__file__).parents[2]
+ENGINE = {"generation": 2, "serves": True, "restarts": 1, "running": 3, "waiting": 0, "kv_usage": 0.25, "steps": 99}
+REPORT: dict[str, Any] = {
+    "name": "a", "model": "m", "phase": "ready", "detail": "serving m at http://h:1", "url": "http://h:1",
+    "generations": {"engine-0": 2}, "restarts": 1, "in_flight": 4, "draining": False,
+    "engines": {"engine-0": ENGINE, "engine-1": {"generation": 1, "serves": False, "restarts": 0}},
+    "figures": {"serve/tokens_per_s": 12.34},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["status", "nmae=a"], "status: nmae is not an option; the top level takes format, name"),
+        (["status", "format=xml"], "status: format is 'xml'; it must be table or json"),
+        (["drain", "seconds=soon"], "drain: seconds is 'soon': expected `float`, got `str`"),
+        (["logs", "lines=0"], "logs: lines is 0; it must be at least 1"),
+        (["logs", "follow"], "logs: 'follow' is not of the form option=value"),
+        (["stop", "follow=true"], "stop: follow is not an option"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ctl.main(words) == ctl.USAGE
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1
+
+
+def test_an_unknown_command_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ctl.main(["restart"])
+    assert ended.value.code == ctl.USAGE and "status" in capsys.readouterr().err
+
+
+def test_words_become_options() -> None:
+    options = ctl.build(LogOptions, ctl.pairs(["name=007", "follow=true", "lines=5", "actor=a=b"]), strict=False)
+    assert options == LogOptions(name="007", follow=True, lines=5, actor="a=b")
+
+
+def test_no_cluster_is_one_sentence() -> None:
+    """It must not start one, nor load torch to say so."""
+    code = "import sys; from launch import ctl; ctl.main(['status']); sys.exit('torch' in sys.modules)"
+    env = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "stepladder: no Ray cluster at 127.0.0.1:1: Connection refused\n")
+
+
+def test_an_address_for_jobs_is_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert ctl.main(["status"]) == ctl.ABSENT
+    assert "needs the head's own address, such as head:6379" in capsys.readouterr().err
+
+
+def test_a_report_for_a_person() -> None:
+    lines = ctl.describe(REPORT).splitlines()
+    assert lines[0] == "a  ready: serving m at http://h:1"
+    assert lines[2] == "requests  4 in flight, 12.3 tokens/s"
+    assert lines[-2].split() == ["engine-0", "2", "yes", "1", "3", "0", "25%", "99"]
+    assert lines[-1].split() == ["engine-1", "1", "no", "0", "-", "-", "-", "-"]
+
+
+def test_deployments_are_known_by_their_controllers() -> None:
+    actors = [
+        {"name": "controller", "namespace": namespace("b")},
+        {"name": "controller", "namespace": namespace("a/x")},
+        {"name": "b/1/engine-0/0", "namespace": namespace("b")},
+        {"name": "controller", "namespace": "somebody/else"},
+    ]
+    assert deployments(actors) == ["a/x", "b"]
+
+
+def test_lines_without_a_time_stay_behind_the_one_before() -> None:
+    def lines(*texts: str) -> Iterator[tuple[str, str]]:
+        return _dated(iter(texts))
+
+    one = lines("2026-01-01 00:00:01,000 first", "  of a traceback", "2026-01-01 00:00:03,000 third")
+    two = lines("2026-01-01 00:00:02,000 second")
+    assert [line.split()[-1] for _, line in merge(one, two, key=lambda dated: dated[0])] == [
+        "first", "traceback", "second", "third",
+    ]  # fmt: skip

@@ -1,0 +1,93 @@
+"""An engine's options, as a person sets them, and what they come to for one model."""
+
+from dataclasses import dataclass, replace
+
+from parallel.spec import DTYPES, ModelSpec
+from workers.limits import SchedulerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvConfig:
+    """The KV cache of an engine.
+
+    Attributes:
+        tokens: how many tokens it holds; None measures how many fit.
+        memory_fraction: if measured, the share of a GPU's memory (or of the machine's free memory, on CPU) that model,
+            largest step and cache may take together.
+        block_size: tokens of a block, the unit in which sequences get room.
+        prefix_caching: keep and share the blocks of known beginnings of prompts.
+    """
+
+    tokens: int | None = None
+    memory_fraction: float = 0.9
+    block_size: int = 16
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < self.block_size:
+            raise ValueError(f"kv.tokens is {self.tokens}; it must be at least kv.block_size ({self.block_size})")
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"kv.memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
+        if self.block_size < 1:
+            raise ValueError(f"kv.block_size is {self.block_size}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_sequences: how many sequences run at once.
+        max_step_tokens: tokens of one step; longer prompts are prefilled in chunks.
+        max_model_len: prompt and output together; None takes the model's own limit (or the KV cache's, if smaller).
+        max_queued_tokens: tokens that may wait for a place before requests are refused with 429.
+        threads: CPU threads per rank; None shares the machine's cores among the ranks on it.
+        dtype: of weights, activations and KV cache; None takes the checkpoint's.
+        batch_invariant: round every row alike in any batch, so that a request gets the same tokens alone, in any
+            company, at any chunk size and after a replay. On CPU only.
+    """
+
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+    max_model_len: int | None = None
+    max_queued_tokens: int = 1 << 17
+    threads: int | None = None
+    dtype: str | None = None
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"engine.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}, or null")
+
+    def of(self, spec: ModelSpec) -> ModelSpec:
+        """The model as this engine runs it."""
+        return spec if self.dtype is None else replace(spec, dtype=DTYPES[self.dtype])
+
+    def model_len(self, spec: ModelSpec, kv_tokens: int) -> int:
+        """Prompt and output together, for a cache of `kv_tokens`.
+
+        Raises:
+            ValueError: more than the model was made for.
+        """
+        length = self.max_model_len or min(spec.max_position, kv_tokens)
+        if length > spec.max_position:
+            raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.max_position} tokens")
+        return length
+
+    def limits(self, spec: ModelSpec, kv: KvConfig, kv_tokens: int) -> SchedulerConfig:
+        """The scheduler's view of this for one model and a cache of `kv_tokens`.
+
+        Raises:
+            ValueError: the limits contradict each other or the model.
+        """
+        return SchedulerConfig(
+            max_sequences=self.max_sequences,
+            max_step_tokens=self.max_step_tokens,
+            max_model_len=self.model_len(spec, kv_tokens),
+            num_blocks=kv_tokens // kv.block_size,
+            block_size=kv.block_size,
+            prefix_caching=kv.prefix_caching,
+            cache_salt=spec.wiring_key,
+            eos_ids=spec.eos_ids,
+            vocab_size=spec.vocab_size,
+        )

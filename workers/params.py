@@ -1,0 +1,103 @@
+"""How one sequence is continued: every knob of sampling, its range, and what it means."""
+
+import math
+from dataclasses import dataclass, field
+
+MAX_LOGPROBS = 20
+MAX_LISTED_TOKENS = 1024  # of logit_bias and of stop_token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is continued. Applied in this order: logit_bias, min_tokens, penalties, temperature, min_p,
+    top_k, top_p, then noise.
+
+    Attributes:
+        max_tokens: how many tokens may be generated.
+        min_tokens: before so many, no token that would end the text is drawn and no stop string is looked for.
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens whose probability reaches this (Holtzman et al. 1904.09751).
+        top_k: only the so many likeliest tokens; 0 or -1 keeps all.
+        min_p: only tokens at least this times as likely as the likeliest (Nguyen et al. 2407.01082).
+        repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative ones multiplied
+            (Keskar et al. 1909.05858).
+        presence_penalty, frequency_penalty: subtracted from the logit of a token that the output holds, once or as
+            often as it does.
+        logit_bias: token id -> what is added to its logit.
+        seed: with a token's position it determines the random numbers, so a replay draws the same ones.
+        stop: strings that end the text; they are not part of it unless include_stop_str_in_output.
+        stop_token_ids: tokens that end the text, as an end-of-sequence token does.
+        include_stop_str_in_output: what ended the text stays in it.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: report each drawn token's log-probability, and those of the so many likeliest tokens. They are the
+            model's own: log-softmax of the raw logits, before anything above.
+        prompt_logprobs: the same for the prompt's tokens, the first excepted.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        self._check_numbers()
+        check(-(2**63) <= self.seed < 2**63, f"seed is {self.seed}; it must fit in 64 bits")
+        check(all(self.stop), "stop holds an empty string; every stop string needs at least one character")
+        for name in ("logit_bias", "stop_token_ids"):
+            tokens = getattr(self, name)
+            check(
+                len(tokens) <= MAX_LISTED_TOKENS, f"{name} holds {len(tokens)} tokens; {MAX_LISTED_TOKENS} is the most"
+            )
+            check(all(token >= 0 for token in tokens), f"{name} holds a negative token id; ids begin at 0")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            within = value is None or 0 <= value <= MAX_LOGPROBS
+            check(within, f"{name} is {value}; it must be between 0 and {MAX_LOGPROBS}")
+
+    def _check_lengths(self) -> None:
+        check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1")
+        check(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; it must be at least 0")
+        sentence = f"min_tokens is {self.min_tokens}; it must be at most max_tokens, which is {self.max_tokens}"
+        check(self.min_tokens <= self.max_tokens, sentence)
+
+    def _check_numbers(self) -> None:
+        check(0.0 <= self.temperature <= 2.0, f"temperature is {self.temperature}; it must be between 0 and 2")
+        check(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        check(self.top_k >= -1, f"top_k is {self.top_k}; it must be at least 1, or 0 or -1 for all tokens")
+        check(0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; it must be between 0 and 1")
+        check(
+            0.0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            check(-2.0 <= value <= 2.0, f"{name} is {value}; it must be between -2 and 2")
+        in_range = all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values())
+        check(in_range, "logit_bias holds a value that is not between -100 and 100")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether a bias or penalty is asked for."""
+        return bool(
+            self.logit_bias or self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        )
+
+
+def check(holds: bool, sentence: str) -> None:
+    """ValueError with this sentence unless it holds."""
+    if not holds:
+        raise ValueError(sentence)
