@@ -15,10 +15,11 @@ import torch
 
 from parallel.mesh import SingleRank
 from parallel.spec import ModelSpec
+from workers.config import EngineConfig, KvConfig
 from workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from workers.engine import Engine
 from workers.executor import Executor
-from workers.scheduler import SchedulerConfig
+from workers.sizing import kv_size
 from workers.text import TextStream, Tokenizer
 
 __version__ = "0.1.0"
@@ -74,20 +75,36 @@ class LLM:
     """A model in this process, on one device.
 
     Args:
-        path: a Hugging Face directory of the Llama family.
+        path: a Hugging Face directory; `parallel/families.py` lists what is served.
         device: "cuda" or "cpu"; CUDA where there is one.
         kv_tokens: how many tokens the KV cache holds.
-        limits: fields of `SchedulerConfig`, such as max_sequences or max_step_tokens.
+        kv: the cache in full, in place of `kv_tokens`; without a number of tokens it is measured how many fit.
+        options: fields of `EngineConfig`, such as max_sequences, dtype or batch_invariant.
+
+    Raises:
+        ValueError: the model or an option is unusable.
     """
 
-    def __init__(self, path: str, device: str | None = None, kv_tokens: int = 16384, **limits: Any) -> None:
-        spec = ModelSpec.load(path)
+    def __init__(
+        self,
+        path: str,
+        device: str | None = None,
+        kv_tokens: int = 16384,
+        kv: KvConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if "max_queued_tokens" in options:
+            raise ValueError("max_queued_tokens is for servers, which refuse requests; an LLM queues all it is given")
+        engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
+        if engine.threads:
+            torch.set_num_threads(engine.threads)
+        spec = engine.of(ModelSpec.load(path))
         self.tokenizer = Tokenizer(path)
-        limits = {"block_size": 16, "max_model_len": min(spec.max_position, kv_tokens), **limits}
-        limits |= {"num_blocks": kv_tokens // limits["block_size"], "vocab_size": spec.vocab_size}
-        config = SchedulerConfig(eos_ids=spec.eos_ids, **limits)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.engine = Engine(config, Executor(spec, str(path), mesh, config.num_blocks, config.block_size))
+        executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant)
+        limits = engine.limits(spec, kv, kv_size(executor.model, engine, kv, mesh.device))
+        executor.allocate(limits.num_blocks, limits.block_size)
+        self.engine = Engine(limits, executor)
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+Neutral = Mapping[str, tuple[Any, ...]]
 ANYTHING = object()  # in a NEUTRAL table: a label, which by definition has no effect
 
 
@@ -16,7 +17,7 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    NEUTRAL: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod

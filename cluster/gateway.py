@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from time import monotonic
 from typing import Any
@@ -18,8 +18,10 @@ from cluster.listening import listen
 from cluster.router import Router
 from cluster.service import Service, ServiceConfig
 from cluster.wire import Endpoint
+from parallel.generation import GenerationDefaults
 from parallel.spec import ModelSpec
 from workers.actors import Place, configure_logging
+from workers.params import SamplingParams
 from workers.rank import resolve
 from workers.text import Tokenizer
 
@@ -65,6 +67,7 @@ class GatewayActor:
             vocab_size=spec.vocab_size,
             version=version("stepladder"),
             api_key=deployment.gateway.api_key,
+            defaults=replace(SamplingParams(), **GenerationDefaults.load(directory).sampling),
         )
         self._router = Router(self._name, deployment.secret, silence=deployment.cluster.hang_seconds * 3)
         self._service = Service(self._router, Tokenizer(directory), config)

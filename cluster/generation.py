@@ -22,6 +22,7 @@ class Choice:
         started: its first chunk has been made.
         scored: its tokens with their log-probabilities, if wanted.
         prompt_logprobs: of the prompt's tokens from the second on, if wanted.
+        cached_tokens: of the prompt, found in the prefix cache.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Choice:
     started: bool = False
     scored: list[ScoredToken] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
+    cached_tokens: int = 0
     _begun: bool = False
 
     def take(self, output: Output) -> "Piece":
@@ -63,7 +65,7 @@ class Choice:
     def _begin(self, output: Output) -> str:
         """What comes before the first token: the prompt, if it is echoed, and its log-probabilities."""
         self._begun = True
-        self.prompt_logprobs = output.prompt_logprobs
+        self.prompt_logprobs, self.cached_tokens = output.prompt_logprobs, output.cached_tokens
         if self.echo and output.prompt_logprobs is not None and output.logprobs is not None:
             logprobs = [None, *output.prompt_logprobs]
             where = offsets(self.text.tokenizer, self.request.prompt, len(self.echo))
@@ -195,7 +197,13 @@ class Generation:
     def usage(self) -> Json:
         generated = sum(choice.num_tokens for choice in self.choices)
         total = self.num_prompt_tokens + generated
-        return {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": generated, "total_tokens": total}
+        cached = min(self.num_prompt_tokens, sum(choice.cached_tokens for choice in self.choices))
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def body(self) -> Json:
         """The whole answer, once every choice has finished."""

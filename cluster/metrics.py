@@ -34,6 +34,8 @@ _ENGINE_GAUGES = {
 _ENGINE_COUNTERS = {
     "preemptions": ("num_preemptions", "Sequences that gave their KV blocks back and were recomputed."),
     "steps": ("engine_steps", "Steps run."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found there."),
 }
 
 

@@ -5,11 +5,11 @@ well-known ones that are not supported, with the values at which leaving them ou
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, WrapValidator, model_validator
 
-from cluster.body import ANYTHING, Body, Text, refusal
+from cluster.body import ANYTHING, Body, Neutral, Text, refusal
 from cluster.sampling import Sampling
 from workers.params import MAX_LOGPROBS
 
@@ -71,7 +71,7 @@ def _sentence(sentence: str) -> WrapValidator:
 class StreamOptions(Body):
     """include_usage: token counts in a last chunk. continuous_usage_stats: counts so far in every chunk (vLLM)."""
 
-    NEUTRAL = {"include_obfuscation": (False,)}
+    NEUTRAL: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -102,7 +102,13 @@ class TextPart(Body):
 class Message(Body):
     """One message of a conversation. An assistant message may be one of our own answers, with its null fields."""
 
-    NEUTRAL = {"annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],)}
+    NEUTRAL: ClassVar[Neutral] = {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "refusal": (),
+        "tool_calls": ([],),
+    }
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
@@ -183,7 +189,11 @@ class CompletionRequest(Generating):
 class TokenizeRequest(Body):
     """vLLM's: a prompt or a conversation."""
 
-    NEUTRAL = {"add_generation_prompt": (True,), "continue_final_message": (False,), "return_token_strs": (False,)}
+    NEUTRAL: ClassVar[Neutral] = {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "return_token_strs": (False,),
+    }
 
     model: str | None = None
     prompt: Text | None = None

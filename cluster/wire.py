@@ -56,7 +56,7 @@ class Link:
         self.flights: dict[str, Flight] = {}
         self.orphans: set[str] = set()  # names of requests that lost their gateway and run on there
         self.load = 0  # KV tokens that its flights may come to hold
-        self._sent = self._heard = 0
+        self._sent = self._heard = self._session = 0
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"{gateway}-{endpoint.generation}".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -69,8 +69,9 @@ class Link:
     async def hello(self) -> None:
         """Begin anew: the engine forgets whatever this gateway had asked for."""
         self._sent = self._heard = 0
+        self._session += 1
         self.last_heard = monotonic()
-        await self._send(Hello())
+        await self._send(Hello(self._session))
 
     async def submit(self, flight: Flight) -> None:
         flight.link = self
@@ -95,6 +96,8 @@ class Link:
     async def receive(self) -> bool:
         """Deliver one update to its flights; False if one before it was lost."""
         update = decode_update(await self._socket.recv())
+        if update.session != self._session:
+            return True  # sent before the engine heard that we had begun anew
         self.alive, self.last_heard, self.stats = True, monotonic(), update.stats
         self.orphans = set(update.orphans)
         if update.number != self._heard:

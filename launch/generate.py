@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -25,28 +24,12 @@ from cluster.config import ModelConfig
 from launch.build import build, plain
 from launch.prompts import Line, OutputFile, read_lines
 from stepladder import LLM
+from workers.config import EngineConfig, KvConfig
 from workers.core import Output, Request
 from workers.rank import resolve
 from workers.text import TextStream
 
 TERMINATED = 128 + signal.SIGTERM
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kv:
-    """As in `launch.serve`."""
-
-    tokens: int = 16384
-    block_size: int = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """As `engine` of `launch.serve`."""
-
-    max_sequences: int = 64
-    max_step_tokens: int = 512
-    max_model_len: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +40,13 @@ class GenerateConfig:
     prompts: str
     output: str
     device: str | None = None
-    threads: int | None = None
-    engine: Limits = field(default_factory=Limits)
-    kv: Kv = field(default_factory=Kv)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or null")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="generate")
@@ -104,11 +84,11 @@ def generate(config: GenerateConfig, stopping: Callable[[], bool] = lambda: Fals
 
 
 def _rows(config: GenerateConfig, lines: list[Line], stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    limits = {name: value for name, value in asdict(config.engine).items() if value is not None}
-    limits |= {"kv_tokens": config.kv.tokens, "block_size": config.kv.block_size}
-    return Batch(LLM(resolve(config.model.path), config.device, **limits)).run(lines, stopping)
+    options = asdict(config.engine)
+    if options.pop("max_queued_tokens") != EngineConfig.max_queued_tokens:
+        raise ValueError("engine.max_queued_tokens is for servers; offline, everything is queued")
+    llm = LLM(resolve(config.model.path), config.device, kv=config.kv, **options)
+    return Batch(llm).run(lines, stopping)
 
 
 @dataclass

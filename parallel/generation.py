@@ -40,7 +40,7 @@ class GenerationDefaults:
             raise ValueError(f"eos_token_id is {self.eos_ids!r}; it must be one token id or a list of them")
 
     @property
-    def sampling(self) -> dict[str, float | int]:
+    def sampling(self) -> dict[str, Any]:
         """The recommended sampling parameters by name, without those the file is silent about."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "eos_ids"}
         return {name: value for name, value in values.items() if value is not None}

@@ -67,8 +67,9 @@ class BlockManager:
 
     def count_lookup(self, sequence: Sequence) -> None:
         """Note what `reuse` found, once the sequence really begins."""
+        sequence.num_cached = sequence.num_computed
         self.queries += len(sequence.tokens)
-        self.hits += sequence.num_computed
+        self.hits += sequence.num_cached
 
     def keep(self, sequence: Sequence, computed_before: int) -> None:
         """Make the blocks known that have become full since `computed_before` tokens were computed."""

@@ -35,6 +35,7 @@ class Channel:
         self._socket.curve_publickey, self._socket.curve_secretkey = self._keys
         self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
         self._heard: dict[bytes, int] = {}
+        self._sessions: dict[bytes, int] = {}
         self._sent: defaultdict[bytes, int] = defaultdict(int)
 
     @property
@@ -67,7 +68,7 @@ class Channel:
         orphans: list[str],
     ) -> bool:
         """One update; False if the gateway is gone."""
-        body = encode(Update(self._sent[gateway], outputs, refusals, stats, orphans))
+        body = encode(Update(self._sessions.get(gateway, 0), self._sent[gateway], outputs, refusals, stats, orphans))
         try:
             self._socket.send_multipart([gateway, body], zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -79,6 +80,7 @@ class Channel:
     def forget(self, gateway: bytes) -> None:
         self._heard.pop(gateway, None)
         self._sent.pop(gateway, None)
+        self._sessions.pop(gateway, None)
 
     def close(self) -> None:
         self._authenticator.stop()
@@ -91,12 +93,12 @@ class Channel:
             return None  # it holds the secret but speaks another version: not ours to crash for
         if isinstance(message, Hello):
             self.forget(gateway)
-            self._heard[gateway] = 0
+            self._heard[gateway], self._sessions[gateway] = 0, message.session
         elif self._heard.get(gateway) == message.number - 1:
             self._heard[gateway] = message.number
         else:
             self.forget(gateway)
-            return Hello()
+            return Hello(session=0)
         return message
 
 

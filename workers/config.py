@@ -56,6 +56,8 @@ class EngineConfig:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"engine.threads is {self.threads}; it must be at least 1, or null")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"engine.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}, or null")
 

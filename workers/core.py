@@ -62,6 +62,7 @@ class Sequence:
     Attributes:
         tokens: prompt and output so far.
         num_computed: tokens whose keys and values are cached; the scheduler advances it.
+        num_cached: tokens that were found in the prefix cache when it last began.
         blocks, block_keys: KV blocks it holds, and the names of the full ones' content; the block manager sets them.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed. They outlive a
             preemption, so that nothing is scored twice.
@@ -72,6 +73,7 @@ class Sequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
+    num_cached: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ class Output:
     Attributes:
         logprobs: one per token, if they were asked for.
         prompt_logprobs: with the first token, if they were asked for: those of the prompt from its second token on.
+        cached_tokens: with the first token: how many of the prompt's tokens were found in the prefix cache.
     """
 
     id: str
@@ -178,3 +181,4 @@ class Output:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    cached_tokens: int = 0

@@ -24,6 +24,8 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
 @dataclass
@@ -85,4 +87,5 @@ class Engine:
         s, stats = self.scheduler, self.stats
         stats.preemptions = s.num_preemptions
         stats.running, stats.waiting = len(s.running), len(s.waiting)
+        stats.prefix_cache_queries, stats.prefix_cache_hits = s.blocks.queries, s.blocks.hits
         stats.kv_usage = 1 - s.blocks.num_free / s.blocks.num_blocks

@@ -15,8 +15,9 @@ from workers.engine import EngineStats
 
 
 class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
-    """First message of a gateway (number 0): send me updates from now on."""
+    """First message of a session of a gateway (number 0): send me updates from now on, under this session."""
 
+    session: int
     number: int = 0
 
 
@@ -41,9 +42,11 @@ class Refusal(msgspec.Struct, array_like=True, frozen=True):
 class Update(msgspec.Struct, array_like=True, frozen=True):
     """What one step did for one gateway's requests; at least one a second, so that silence means death.
 
+    session: the gateway's, so that what was on its way when it began anew is not taken for an answer.
     orphans: names of the requests that lost their gateway here; a retry of one belongs here.
     """
 
+    session: int
     number: int
     outputs: list[Output]
     refusals: list[Refusal]

@@ -52,6 +52,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
     def __post_init__(self) -> None:
         self._check_lengths()
         self._check_numbers()

@@ -16,7 +16,7 @@ from workers.config import EngineConfig, KvConfig
 from workers.engine import Engine
 from workers.executor import Executor
 from workers.service import EngineService
-from workers.sizing import kv_capacity, warm_up
+from workers.sizing import kv_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,7 @@ class Rank:
         store = dist.PrefixStore(config.prefix, self._store)
         self._mesh = join(store, shard, config.device, config.host, self._timeout, engine.batch_invariant)
         self._executor = Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant)
-        if config.kv.tokens is not None:
-            return config.kv.tokens
-        warm_up(self._executor.model, engine, config.kv.block_size, self._mesh.device)
-        return kv_capacity(self._executor.model, engine, config.kv, self._mesh.device, config.ranks_here)
+        return kv_size(self._executor.model, engine, config.kv, self._mesh.device, config.ranks_here)
 
     def begin(self, kv_tokens: int) -> str | None:
         """Allocate the KV cache, of equal size on every rank; rank 0 returns the address where its engine listens.

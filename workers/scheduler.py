@@ -38,7 +38,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.blocks = BlockManager(config.num_blocks, config.block_size, config.cache_salt, config.prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -86,9 +86,13 @@ class Scheduler:
             return plan
         while self.waiting and budget and len(self.running) < self.config.max_sequences:
             sequence = self.waiting[0]
+            if not len(sequence.unscored):  # the logits of a prompt that is to be scored are needed
+                self.blocks.reuse(sequence)
             tokens = min(sequence.num_pending, budget)
-            if not self._admits(sequence) or not self.blocks.grow(sequence, tokens):
+            if not self._admits(sequence) or not self.blocks.grow(sequence, sequence.num_computed + tokens):
+                self._put_back(sequence)
                 break
+            self.blocks.count_lookup(sequence)
             self.running.append(self.waiting.popleft())
             self._append(plan, sequence, tokens)
             budget -= tokens
@@ -103,6 +107,7 @@ class Scheduler:
             if not sequence.blocks:  # aborted while the step ran
                 continue
             sequence.num_computed += tokens
+            self.blocks.keep(sequence, sequence.num_computed - tokens)
             sequence.prompt_logprobs.extend(prompt_logprobs)
             if token is not None:
                 outputs.append(self._extend(sequence, token, result.logprobs.get(index)))
@@ -129,11 +134,15 @@ class Scheduler:
 
     def _preempt_youngest(self) -> Sequence:
         victim = self.running.pop()
-        self.blocks.release(victim)
-        victim.num_computed = 0
+        self._put_back(victim)
         self.waiting.appendleft(victim)
         self.num_preemptions += 1
         return victim
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """It gives back its blocks, and will begin anew."""
+        self.blocks.release(sequence)
+        sequence.num_computed = 0
 
     def _append(self, plan: StepPlan, sequence: Sequence, tokens: int) -> None:
         start, stop, first_row = sequence.num_computed, sequence.num_computed + tokens, len(plan.tokens)
@@ -170,7 +179,8 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
         prompt_logprobs = sequence.prompt_logprobs if first and params.prompt_logprobs is not None else None
-        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs)
+        cached = sequence.num_cached if first else 0
+        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs, cached)
 
     def _release(self, sequence: Sequence) -> None:
         """A sequence leaves for good."""

@@ -115,7 +115,7 @@ class EngineService:
         """A gateway is gone. What it had asked for runs on for a while."""
         for request_id in self._requests_of(gateway):
             sequence = self._engine.find(request_id)
-            if sequence and sequence.request.params.logprobs is None:  # the client would miss those of the past
+            if sequence and not sequence.request.params.wants_logprobs:  # the client would miss those of the past
                 self._orphans.take_in(sequence.request, sequence.output)
             elif sequence:
                 self._engine.abort(request_id)

@@ -8,9 +8,21 @@ from parallel.model import Transformer
 from workers.config import EngineConfig, KvConfig
 
 
+def kv_size(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int = 1) -> int:
+    """Tokens that the cache of this rank is to hold: as configured, or as many as fit. Every rank calls.
+
+    Raises:
+        ValueError: not even one sequence of the longest length fits.
+    """
+    if kv.tokens is not None:
+        return kv.tokens
+    _warm_up(model, engine, kv.block_size, device)
+    return _capacity(model, engine, kv, device, ranks_here)
+
+
 @torch.inference_mode()
-def warm_up(model: Transformer, engine: EngineConfig, block_size: int, device: torch.device) -> None:
-    """The largest step there can be, so that what the libraries allocate on the way is allocated. Every rank calls."""
+def _warm_up(model: Transformer, engine: EngineConfig, block_size: int, device: torch.device) -> None:
+    """The largest step there can be, so that what the libraries allocate on the way is allocated."""
     blocks = -(-engine.max_step_tokens // block_size)
     cache = KVCache(model.spec, model.num_kv_heads, blocks, block_size, device)
     tokens = torch.zeros(engine.max_step_tokens, dtype=torch.int64, device=device)
@@ -18,12 +30,8 @@ def warm_up(model: Transformer, engine: EngineConfig, block_size: int, device: t
     model.logits(hidden[-min(engine.max_sequences, len(tokens)) :])
 
 
-def kv_capacity(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int) -> int:
-    """Tokens that this rank can cache; whole blocks, and no more than its sequences could ever use twice over.
-
-    Raises:
-        ValueError: not even one sequence of the longest length fits.
-    """
+def _capacity(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int) -> int:
+    """Tokens that this rank can cache; whole blocks, and no more than its sequences could ever use twice over."""
     spec, size = model.spec, torch.empty((), dtype=model.spec.dtype).element_size()
     per_token = 2 * spec.num_layers * model.num_kv_heads * spec.head_dim * size
     room = _room(kv.memory_fraction, device, ranks_here)

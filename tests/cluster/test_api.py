@@ -33,7 +33,16 @@ def test_completion_is_what_llm_generates(server: Server, llm: LLM) -> None:
     body = server.post("/v1/completions", {**GREEDY, "prompt": "def f():", "max_tokens": 40}).json()
     strict(oai.Completion, body)
     assert body["choices"][0]["text"] == expected.text
-    assert body["usage"] == {"prompt_tokens": 8, "completion_tokens": 40, "total_tokens": 48}
+    cached = body["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert body["usage"] == {"prompt_tokens": 8, "completion_tokens": 40, "total_tokens": 48} and cached == 0
+
+
+def test_a_prompt_sent_again_is_cached(server: Server) -> None:
+    body = {**GREEDY, "prompt": "a prompt that fills several blocks of the cache", "max_tokens": 4}
+    first, second = (server.post("/v1/completions", body).json() for _ in range(2))
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)]
+    assert cached == [0, 32], "two whole blocks of 16"
 
 
 def test_chat_is_what_llm_generates(server: Server, llm: LLM) -> None:

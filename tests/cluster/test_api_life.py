@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.listening import listen
 from cluster.metrics import Metrics
 from tests.cluster.serving import Server, eventually, serve
+from workers.engine import EngineStats
 
 pytestmark = pytest.mark.timeout(60)
 LONG: dict[str, Any] = {"model": "org/tiny", "prompt": "a", "temperature": 0, "max_tokens": 7000}
@@ -150,7 +152,7 @@ def test_engine_metrics() -> None:
     def value(name: str, engine: str) -> float | None:
         return metrics.registry.get_sample_value(f"stepladder:{name}", {"model_name": "m", "engine": engine})
 
-    stats = {"running": 3, "waiting": 2, "kv_usage": 0.5, "preemptions": 4, "steps": 100}
+    stats = asdict(EngineStats(running=3, waiting=2, kv_usage=0.5, preemptions=4, steps=100))
     metrics.update_engine(stats)
     metrics.update_engine({**stats, "steps": 110}, engine="0")
     metrics.update_engine({**stats, "running": 1}, engine="1")

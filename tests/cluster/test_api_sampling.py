@@ -173,7 +173,7 @@ def test_a_prompt_can_be_scored_alone(server: Server) -> None:
     scored = answer["choices"][0]
     strict(oai.Completion, server.post(COMPLETION, {**body, "logprobs": None}).json())
     assert scored["text"] == PROMPT and scored["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == 8
     for key, values in scored["logprobs"].items():
         if key != "top_logprobs":
             assert values[1:] == (near if key == "token_logprobs" else list)(whole["logprobs"][key][1:-1])

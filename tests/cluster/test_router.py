@@ -24,6 +24,7 @@ from workers.service import EngineService
 SECRET = "known to both sides"
 PROMPT = tuple(range(20))
 LENGTH = 40
+MADE: list[Router] = []
 
 
 class Served:
@@ -76,6 +77,7 @@ def request(name: str = "request-0", **params: Any) -> Request:
 
 async def routed(*engines: Served, gateway: str = "gateway", silence: float = 30.0) -> Router:
     router = Router(gateway, SECRET, patience=10, silence=silence)
+    MADE.append(router)
     await router.update([engine.endpoint for engine in engines])
     while not all(link.alive for link in router._links.values()):
         await asyncio.sleep(0.01)
@@ -91,7 +93,12 @@ def tokens_of(outputs: list[Output]) -> list[int]:
 
 
 def within(work: Coroutine[Any, Any, Any], seconds: float = 30.0) -> Any:
-    return asyncio.run(asyncio.wait_for(work, seconds))
+    """Run a scene; whatever became of it, no socket is left that would hold up the collection of its context."""
+    try:
+        return asyncio.run(asyncio.wait_for(work, seconds))
+    finally:
+        while MADE:
+            MADE.pop()._context.destroy(linger=0)
 
 
 def test_a_lost_engine_is_replaced_in_the_middle(random_model: Path, expected: list[int]) -> None:
@@ -206,6 +213,7 @@ def test_refusals_have_their_reasons(random_model: Path) -> None:
 def test_nobody_without_the_secret_is_heard(random_model: Path) -> None:
     async def scene(engine: Served) -> None:
         stranger = Router("stranger", "guessed")
+        MADE.append(stranger)
         await stranger.update([engine.endpoint])
         friend = await routed(engine, gateway="friend")
         assert len(await collect(friend)) == LENGTH

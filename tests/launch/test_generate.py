@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from cluster.config import ModelConfig
-from launch.generate import TERMINATED, GenerateConfig, Kv, Limits, generate
+from launch.generate import TERMINATED, GenerateConfig, generate
 from launch.prompts import OutputFile
 from stepladder import LLM, SamplingParams
 from tests.cluster.models import write_random
+from workers.config import EngineConfig, KvConfig
 
 ROOT = Path(__file__).parents[2]
-LIMITS, KV = Limits(max_sequences=4, max_step_tokens=64), Kv(tokens=2048)
+LIMITS, KV = EngineConfig(max_sequences=4, max_step_tokens=64), KvConfig(tokens=2048)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def _interrupted(config: GenerateConfig, number: signal.Signals, at_least: int) 
     words = [f"sampling.{key}={str(value).lower()}" for key, value in config.sampling.items()]
     words += [f"engine.max_sequences={LIMITS.max_sequences}", f"engine.max_step_tokens={LIMITS.max_step_tokens}"]
     words += [f"kv.tokens={KV.tokens}"]
-    words += ["model=path", f"model.path={config.model.path}", "model.name=tiny", "device=cpu", "threads=1"]
+    words += ["model=path", f"model.path={config.model.path}", "model.name=tiny", "device=cpu", "engine.threads=1"]
     words += [f"prompts={config.prompts}", f"output={config.output}"]
     command = [sys.executable, "-m", "launch.generate", *words]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

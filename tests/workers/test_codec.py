@@ -12,6 +12,7 @@ from workers.core import Sample, SamplingParams, Score, StepPlan
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
+
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
     sequences = draw(st.integers(0, 5))

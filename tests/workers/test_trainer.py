@@ -66,10 +66,10 @@ def test_tiled_attention_equals_the_fused_kernel_and_so_does_its_gradient(length
     for attend in (TiledSequences(2, length).attend, lambda layer, q, k, v: causal_attention(q, k, v, 2)):
         torch.manual_seed(1)
         shapes = [(2 * length, heads, 8) for heads in (4, 2, 2)]
-        inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-        out = attend(0, *inputs)
+        q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+        out = attend(0, q, k, v)
         (out * torch.randn_like(out)).sum().backward()
-        results.append([out, *(x.grad for x in inputs)])
+        results.append([out, q.grad, k.grad, v.grad])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
