@@ -100,12 +100,13 @@ class Front:
         self.kill()
 
     def kill(self) -> None:
+        """End it, even if it hangs, and wait until its port is free again, unless its node is gone."""
         if self.actor is not None:
             with suppress(RayError):
                 ray.kill(self.actor)
         if self.place is not None:
-            kill_process(self.place)
-        self.actor, self.place = None, None
+            ray.wait([kill_process(self.place)], timeout=self.deployment.cluster.hang_seconds)
+        self.actor, self.place, self.stats = None, None, {}
 
     @property
     def _actor_name(self) -> str:

@@ -166,15 +166,16 @@ def _pinging(actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], 
     return asked
 
 
-def kill_process(place: Place) -> None:
-    """SIGKILL, from a task on the process's own node, without waiting for it."""
+def kill_process(place: Place) -> ray.ObjectRef:
+    """SIGKILL, from a task on the process's own node, without waiting for it; the result is there when it has ended."""
     here = NodeAffinitySchedulingStrategy(place.node, soft=False)
-    _kill.options(scheduling_strategy=here).remote(place.pid, place.born)
+    return _kill.options(scheduling_strategy=here).remote(place.pid, place.born)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill(pid: int, born: float) -> None:
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
         process = psutil.Process(pid)
         if process.create_time() == born:
             process.kill()
+            process.wait(timeout=5)

@@ -144,6 +144,8 @@ class Supervisor:
     def _restart_front(self) -> None:
         if self._front.actor is not None:
             self._front_restarts += 1
+            if self._phase != "starting":
+                self._set("mending", "the gateway was lost; starting it again")
             self._front.kill()
         self._journal.set(gateway_life=self._front.life + 1)
         self._front.start()

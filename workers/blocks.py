@@ -80,6 +80,11 @@ class BlockManager:
             if key not in self._block_of and block not in self._key_of:
                 self._block_of[key], self._key_of[block] = block, key
 
+    def forget(self) -> None:
+        """Know no content any more; whoever holds blocks keeps them."""
+        self._key_of.clear()
+        self._block_of.clear()
+
     def release(self, sequence: Sequence) -> None:
         """Take back everything `sequence` holds; its last blocks are the first to be used for something else."""
         for block in reversed(sequence.blocks):

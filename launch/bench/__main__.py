@@ -13,11 +13,15 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from launch.bench import serve
+from launch.bench import engine, failures, serve
 from launch.bench.report import Report, publish
 from launch.build import build, plain
 
-SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {"serve": (serve.ServeBench, serve.run)}
+SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
+    "engine": (engine.EngineBench, engine.run),
+    "failures": (failures.FailuresBench, failures.run),
+    "serve": (serve.ServeBench, serve.run),
+}
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="bench")

@@ -1,0 +1,136 @@
+"""A deployment that is to be hurt: its processes, its state as the controller tells it, and whatever is left of it."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group_table
+
+from cluster.names import CONTROLLER, namespace
+from cluster.supervisor import Status
+from launch.private_ray import PrivateRay
+from launch.quickstart import ROOT, ready
+
+POLL_SECONDS = 0.02
+TITLES = {"rank": "ray::RankActor", "gateway": "ray::GatewayActor", "controller": "ray::ControllerActor"}
+
+
+@dataclass
+class Victim:
+    """A running deployment with one engine of `tp` ranks; `name` is its own and its job's."""
+
+    cluster: PrivateRay
+    name: str
+    tp: int
+    url: str
+
+    def status(self) -> Status:
+        return ray.get(self._actor(CONTROLLER).status.remote(), timeout=2)
+
+    def process(self, kind: str, rank: int = 0) -> psutil.Process:
+        """The process of a rank, of the gateway or of the controller."""
+        if kind != "rank":
+            (process,) = self.cluster.processes(TITLES[kind])
+            return process
+        places = ray.get([actor.where.remote() for actor in self._ranks()], timeout=10)
+        return psutil.Process(next(place.pid for place in places if place.rank == rank))
+
+    def engine(self) -> dict[str, Any]:
+        """The engine's counters, now."""
+        answers = ray.get([actor.ping.remote() for actor in self._ranks()], timeout=10)
+        return next(answer for answer in answers if "generation_tokens" in answer)
+
+    def census(self) -> dict[str, int]:
+        """How many there are of everything that a failure could leave behind."""
+        count = {kind: len(self.cluster.processes(title)) for kind, title in TITLES.items()}
+        count["actors"] = len(self._names())
+        return count | {"placement groups": len(self._groups())}
+
+    def remains(self) -> list[str]:
+        """What is still there of a deployment that was stopped."""
+        processes = [f"{kind} {p.pid}" for kind, title in TITLES.items() for p in self.cluster.processes(title)]
+        return [*processes, *self._names(), *self._groups()]
+
+    def _actor(self, name: str) -> ActorHandle:
+        return ray.get_actor(name, namespace=namespace(self.name))
+
+    def _ranks(self) -> list[ActorHandle]:
+        generation = self.status().generations["engine-0"]
+        return [self._actor(f"{self.name}/{generation}/engine-0/{index}") for index in range(self.tp)]
+
+    def _names(self) -> list[str]:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return [actor["name"] for actor in actors if actor["namespace"] == namespace(self.name)]
+
+    def _groups(self) -> list[str]:
+        groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        return [group["name"] for group in groups if group["name"].startswith(f"{self.name}/")]
+
+
+@contextmanager
+def deployed(name: str, run_dir: str, tp: int, ray_cpus: int, options: list[str]) -> Iterator[Victim]:
+    """A deployment in a private Ray; whoever stops it has the rest of the Ray to look for what it left."""
+    command = ["python", "-m", "launch.serve", f"name={name}", f"run_dir={run_dir}", f"layout.tp={tp}", *options]
+    with PrivateRay(num_cpus=ray_cpus) as cluster:
+        os.environ.update({key: value for key, value in cluster.env.items() if key.startswith("RAY_")})
+        ray.init(address=cluster.address, namespace="bench", log_to_driver=False)
+        try:
+            cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
+            yield Victim(cluster, name, tp, ready(cluster, name))
+        finally:
+            ray.shutdown()
+
+
+@dataclass
+class Watch:
+    """Asks the controller over and over, in a thread, until the deployment was seen broken and ready again.
+
+    Attributes:
+        noticed: when the controller first said that something was amiss, or did not answer (`monotonic`).
+        ready: when it first said after that that all was well.
+    """
+
+    victim: Victim
+    before: Status
+    seconds: float
+    noticed: float | None = None
+    ready: float | None = None
+    _thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        deadline = monotonic() + self.seconds
+        while self.ready is None and monotonic() < deadline:
+            try:
+                status: Status | None = self.victim.status()
+            except (RayError, GetTimeoutError, ValueError):
+                status = None
+            if self.noticed is None and status != self.before:
+                self.noticed = monotonic()
+            if self.noticed is not None and status is not None and status.phase == "ready":
+                self.ready = monotonic()
+            threading.Event().wait(POLL_SECONDS)
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether it comes to hold in time."""
+    deadline = monotonic() + seconds
+    while not holds():
+        if monotonic() > deadline:
+            return False
+        threading.Event().wait(POLL_SECONDS)
+    return True
