@@ -72,7 +72,9 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[Gr
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, exact: bool) -> Tensor:
     (batch, context), (_, heads, dim), kv_heads = group.slots.shape, q.shape, k_cache.shape[1]
-    k, v = (c[group.slots.view(-1)].view(batch, context, kv_heads, dim).transpose(1, 2) for c in (k_cache, v_cache))
+    slots = group.slots.view(-1)
+    k = k_cache.index_select(0, slots).view(batch, context, kv_heads, dim).transpose(1, 2)
+    v = v_cache.index_select(0, slots).view(batch, context, kv_heads, dim).transpose(1, 2)
     dtype, length = q.dtype, q.shape[0] // batch
     if exact:
         q, k, v = q.double(), k.double(), v.double()

@@ -63,10 +63,11 @@ class Attention(nn.Module):
         """[T, h] -> partial [T, h]."""
         qkv = self.linear(self.norm(x), self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = (
-            rotate(norm(t), context.cos, context.sin, self.interleaved)
-            for norm, t in ((self.q_norm, q), (self.k_norm, k))
-        )
+        if self.q_norm is None or self.k_norm is None:
+            qk = qkv[:, : self.num_heads + self.num_kv_heads]
+        else:
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, context.cos, context.sin, self.interleaved).split([self.num_heads, self.num_kv_heads], dim=1)
         return self.linear(context.attend(self.layer, q, k, v, self.window).flatten(1), self.out, self.out_bias)
 
 
@@ -137,10 +138,10 @@ def bias_of_sum(name: str, spec: ModelSpec, shard: Shard) -> Sharded:
     return Sharded.of(rows(name, (size,), range(0 if shard.rank else size)), dtype=spec.dtype, rows=size)
 
 
-def _head_norm(spec: ModelSpec, name: str, total: int, heads: range) -> nn.Module:
+def _head_norm(spec: ModelSpec, name: str, total: int, heads: range) -> nn.Module | None:
     """The norm of this rank's query or key heads [T, heads, D] before they are rotated."""
     if spec.qk_norm == "none":
-        return nn.Identity()
+        return None
     if spec.qk_norm == "shared":
         return Norm(spec, whole(name, spec.head_dim))
     return Norm(spec, rows(name, (total, spec.head_dim), heads))

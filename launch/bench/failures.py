@@ -5,18 +5,16 @@ then must hold exactly the text of an undisturbed run, without having sent its r
 that was lost: then its stream ends, and a retry under the same X-Request-Id continues what runs on in the engine.
 """
 
+import os
+import secrets
 import shlex
 import signal
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from launch.bench.insist import Insisting
 from launch.bench.report import Goal, Report, Row, at_most
-from launch.bench.victim import Victim, Watch, deployed, within
 
 
 class Failure(NamedTuple):
@@ -48,7 +46,7 @@ class FailuresBench:
         tp: ranks of the engine; ray_cpus: processors that the private Ray believes in.
         batch_invariant: without it a replay may round otherwise, and now and then a text goes on otherwise.
         ping_seconds, hang_seconds: of `cluster`; they bound how soon a failure can be noticed.
-        failures: which of FAILURES, in this order. repeats: how often each.
+        failures: which of FAILURES, in turns. repeats: how often each; minutes: after which no more are begun.
         streams: requests under way at each. tokens: of each answer.
         recover_seconds: how long the deployment, and its clients, may take to come through one failure.
     """
@@ -63,6 +61,7 @@ class FailuresBench:
     hang_seconds: float = 3.0
     failures: list[str] = field(default_factory=lambda: list(FAILURES))
     repeats: int = 10
+    minutes: float = 60.0
     streams: int = 16
     tokens: int = 200
     recover_seconds: float = 90.0
@@ -85,8 +84,10 @@ class FailuresBench:
             f"cluster.hang_seconds={self.hang_seconds}",
         ]
 
-    def detection_bound(self, failure: Failure) -> float:
-        """Seconds, by the configured timeouts; the time to look comes on top."""
+    def detection_bound(self, failure: Failure) -> float | None:
+        """Seconds, by the configured timeouts; the time to look comes on top. Ray itself notices a lost controller."""
+        if failure.kind == "controller":
+            return None
         return self.ping_seconds + (self.hang_seconds if failure.signal == signal.SIGSTOP else 0.0)
 
 
@@ -116,10 +117,14 @@ class Occurrence:
 
 def run(config: FailuresBench) -> Report:
     """Raises RuntimeError if the deployment does not come up, or does not come back."""
+    # Ray reads these once, when it is imported; they must be the private Ray's
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
+    from launch.bench.strikes import Bench, deployed
+
     with deployed("failures", f"{config.run_dir}/serve", config.tp, config.ray_cpus, config.options) as victim:
         bench = Bench(config, victim)
         bench.prepare()
-        occurrences = {name: [bench.strike(name, nth) for nth in range(config.repeats)] for name in config.failures}
+        occurrences = bench.rounds()
         remains = bench.stop()
     rows = [Row("undisturbed", "longest pause", bench.pause, "s")]
     rows += [row for name, seen in occurrences.items() for row in _rows(config, name, seen)]
@@ -128,128 +133,6 @@ def run(config: FailuresBench) -> Report:
     summary = {line: goal for name, seen in occurrences.items() for line, goal in _summary(name, seen).items()}
     summary["ray job stop: left over"] = at_most(len(remains), 0)
     return Report("failures", rows, summary, details={"occurrences": details | {"ray job stop": {"left": remains}}})
-
-
-class Bench:
-    """One deployment, struck again and again."""
-
-    def __init__(self, config: FailuresBench, victim: Victim) -> None:
-        self._config, self._victim = config, victim
-        self._texts: list[str] = []
-        self._census: dict[str, int] = {}
-        self.pause = 0.0
-
-    def prepare(self) -> None:
-        """The undisturbed texts.
-
-        Raises:
-            RuntimeError: they cannot be had, or are not the same twice though the engine is to be batch invariant.
-        """
-        runs = [self._under_way("undisturbed", nth, lambda _: None) for nth in range(2)]
-        first, second = [[client.text for client in clients] for clients in runs]
-        if failure := next((client.failure for clients in runs for client in clients if client.failure), None):
-            raise RuntimeError(f"an undisturbed request failed: {failure}")
-        if self._config.batch_invariant and first != second:
-            raise RuntimeError("two undisturbed runs gave different texts though engine.batch_invariant=true")
-        self._texts, self._census = first, self._victim.census()
-        self.pause = max(client.longest_pause for client in runs[1])
-
-    def strike(self, name: str, nth: int) -> Occurrence:
-        """One occurrence of a failure; returns when the deployment is whole again.
-
-        Raises:
-            RuntimeError: it does not become so.
-        """
-        failure, config, victim = FAILURES[name], self._config, self._victim
-        process, generated = victim.process(failure.kind, failure.rank), victim.engine()["generation_tokens"]
-        struck: list[tuple[float, Watch]] = []
-
-        def hit(_: Sequence[Insisting]) -> None:
-            watch = Watch(victim, victim.status(), config.recover_seconds)
-            process.send_signal(failure.signal)
-            struck.append((monotonic(), watch))
-
-        clients = self._under_way(name, nth, hit)
-        (moment, watch) = struck[0]
-        watch.join()
-        if watch.ready is None:
-            raise RuntimeError(f"{name}: not ready again after {config.recover_seconds:.0f} s ({victim.status()})")
-        whole = within(10.0, lambda: victim.census() == self._census and not self._busy())
-        again = None
-        if failure.kind != "rank":
-            again = victim.engine()["generation_tokens"] - generated - config.streams * config.tokens
-        left = {} if whole else {**_excess(victim.census(), self._census), "requests in the engine": self._busy()}
-        seen = _judge(failure, clients, self._texts, moment, watch, again, left)
-        print(f"{name} {nth + 1}/{config.repeats}: {seen}", flush=True)
-        return seen
-
-    def stop(self) -> list[str]:
-        """`ray job stop`; what is left a while after it."""
-        self._victim.cluster.job("stop", self._victim.name)
-        within(60.0, lambda: not self._victim.remains())
-        return self._victim.remains()
-
-    def _busy(self) -> int:
-        counters = self._victim.engine()
-        return counters["running"] + counters["waiting"]
-
-    def _under_way(self, name: str, nth: int, hit: Callable[[Sequence[Insisting]], None]) -> list[Insisting]:
-        """All clients to their end; `hit` when every one has got text, and the first of them as much as is this
-        occurrence's turn."""
-        config = self._config
-        clients = [self._client(f"{name.replace(' ', '-')}-{nth}-{index}", index) for index in range(config.streams)]
-        begun = config.tokens // 20 + nth * config.tokens // 2 // config.repeats
-        with ThreadPoolExecutor(config.streams) as pool:
-            futures: list[Future[Insisting]] = [pool.submit(client.run) for client in clients]
-            if within(config.recover_seconds, lambda: all(c.arrivals for c in clients) and _begun(clients[0], begun)):
-                hit(clients)
-            return [future.result() for future in futures]
-
-    def _client(self, request_id: str, index: int) -> Insisting:
-        body: dict[str, Any] = {"model": "demo", "prompt": f"class Stack{index}:\n    def __init__(self, {'x' * index}"}
-        body |= {"max_tokens": self._config.tokens, "ignore_eos": True, "seed": index}
-        body["temperature"] = 0.0 if index % 2 else 0.8
-        return Insisting(self._victim.url, request_id, body, self._config.recover_seconds)
-
-
-def _begun(client: Insisting, chunks: int) -> bool:
-    return len(client.arrivals) >= chunks
-
-
-def _judge(
-    failure: Failure,
-    clients: Sequence[Insisting],
-    texts: Sequence[str],
-    moment: float,
-    watch: Watch,
-    again: int | None,
-    left: dict[str, int],
-) -> Occurrence:
-    hits_streams = failure.kind == "gateway"
-    pairs = list(zip(clients, texts, strict=True))
-    changed = sum(
-        client.text != text or not all(text.startswith(broken) for _, broken in client.broken)
-        for client, text in pairs
-        if not client.failure
-    )
-    breaks = [time - moment for client in clients for time, _ in client.broken]
-    cut = moment + max(breaks) if hits_streams and breaks else (watch.noticed or moment)
-    later = [time - moment for client in clients for time in client.arrivals if time > cut]
-    return Occurrence(
-        lost=sum(bool(client.failure) or bool(client.retries and not hits_streams) for client in clients),
-        changed=changed,
-        detected=watch.noticed - moment if watch.noticed else None,
-        ready=watch.ready - moment if watch.ready else None,
-        resumed=min(later, default=None) if failure.kind != "controller" else None,
-        ended=max(breaks, default=None) if hits_streams else None,
-        again=again,
-        longest_pause=max(client.longest_pause for client in clients),
-        left=left,
-    )
-
-
-def _excess(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    return {kind: now[kind] - count for kind, count in before.items() if now[kind] != count}
 
 
 def _rows(config: FailuresBench, name: str, seen: Sequence[Occurrence]) -> list[Row]:

@@ -122,6 +122,10 @@ def picture(report: Report, path: Path) -> bool:
                 cases, marks = zip(*marked, strict=True)
                 axes.scatter(cases, marks, marker=marker, s=200, color="#cc3311", label=name)
                 axes.legend(fontsize="small")
+        if len(rows) > 2:
+            axes.tick_params(axis="x", labelrotation=90, labelsize="small")
+        if not any(row.value for row in rows):
+            axes.set_ylim(0, 1)
         axes.set_title(metric, fontsize="medium")
         axes.set_ylabel(unit)
     figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")

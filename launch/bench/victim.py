@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -15,12 +15,21 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group_table
 
 from cluster.names import CONTROLLER, namespace
-from cluster.supervisor import Status
 from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT, ready
 
 POLL_SECONDS = 0.02
 TITLES = {"rank": "ray::RankActor", "gateway": "ray::GatewayActor", "controller": "ray::ControllerActor"}
+
+
+class State(NamedTuple):
+    """phase: the controller's word. serves: whether the engine takes requests. generation: which life it is in.
+    restarts: how often something was put back."""
+
+    phase: str
+    serves: bool
+    generation: int
+    restarts: int
 
 
 @dataclass
@@ -32,8 +41,10 @@ class Victim:
     tp: int
     url: str
 
-    def status(self) -> Status:
-        return ray.get(self._actor(CONTROLLER).status.remote(), timeout=2)
+    def state(self) -> State:
+        report = ray.get(self._actor(CONTROLLER).report.remote(), timeout=2)
+        engine = report["engines"]["engine-0"]
+        return State(report["phase"], engine["serves"], engine["generation"], report["restarts"])
 
     def process(self, kind: str, rank: int = 0) -> psutil.Process:
         """The process of a rank, of the gateway or of the controller."""
@@ -63,7 +74,7 @@ class Victim:
         return ray.get_actor(name, namespace=namespace(self.name))
 
     def _ranks(self) -> list[ActorHandle]:
-        generation = self.status().generations["engine-0"]
+        generation = self.state().generation
         return [self._actor(f"{self.name}/{generation}/engine-0/{index}") for index in range(self.tp)]
 
     def _names(self) -> list[str]:
@@ -99,7 +110,7 @@ class Watch:
     """
 
     victim: Victim
-    before: Status
+    before: State
     seconds: float
     noticed: float | None = None
     ready: float | None = None
@@ -116,12 +127,12 @@ class Watch:
         deadline = monotonic() + self.seconds
         while self.ready is None and monotonic() < deadline:
             try:
-                status: Status | None = self.victim.status()
+                state: State | None = self.victim.state()
             except (RayError, GetTimeoutError, ValueError):
-                status = None
-            if self.noticed is None and status != self.before:
+                state = None
+            if self.noticed is None and state != self.before:
                 self.noticed = monotonic()
-            if self.noticed is not None and status is not None and status.phase == "ready":
+            if self.noticed is not None and state is not None and state.phase == "ready" and state.serves:
                 self.ready = monotonic()
             threading.Event().wait(POLL_SECONDS)
 
