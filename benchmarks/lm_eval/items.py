@@ -1,7 +1,8 @@
 """Items for lm-eval from text that every machine with Python has, and that the bundled model has not been trained on.
 
-An item is a place in a held-out file of the standard library: what stands before a line, that line, and three other lines
-of the same file. Items differ between Python versions.
+An item is a place in a held-out file of the standard library: what stands before a line with the line's first word, the
+rest of the line, and the rests of three other lines of the file. It is cut at a space, where byte-level BPE cuts too;
+lm-eval encodes both sides and would otherwise send tokens that the text does not have. Items differ between Python versions.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from launch.corpus import Document, standard_library
 PER_DOCUMENT = 4
 CONTEXT_LINES = 16
 EXCERPT = 2400  # characters
-SHORTEST = 12  # characters of a line that is asked for
+SHORTEST = 8  # characters of what is asked for
 
 
 def lines(**_: Any) -> dict[str, Dataset]:
-    """Rows of context, line, choices and answer; lm-eval passes the task's metadata, which is not needed."""
+    """Rows of context, rest, choices and answer; lm-eval passes the task's metadata, which is not needed."""
     documents = [d for d in standard_library().held_out if d.name.endswith(".py")]
     return {"test": Dataset.from_list([item for document in documents for item in _items(document)])}
 
@@ -32,15 +33,21 @@ def excerpts(**_: Any) -> dict[str, Dataset]:
 def _items(document: Document) -> Iterator[dict[str, Any]]:
     random = Random(document.name)  # a string seeds alike in every process
     whole = document.text.splitlines()
-    long = sorted({line.strip() for line in whole if len(line.strip()) >= SHORTEST})
-    places = [i for i, line in enumerate(whole) if i >= CONTEXT_LINES and len(line.strip()) >= SHORTEST]
-    if len(long) < 2 * PER_DOCUMENT:
+    rests = {place: rest for place, line in enumerate(whole) if len(rest := _cut(line)[1]) >= SHORTEST}
+    others = sorted(set(rests.values()))
+    places = [place for place in rests if place >= CONTEXT_LINES]
+    if len(others) < 4:
         return
     for place in sorted(random.sample(places, min(PER_DOCUMENT, len(places)))):
-        line = whole[place].strip()
-        choices = random.sample([other for other in long if other != line], 3)
+        choices = random.sample([other for other in others if other != rests[place]], 3)
         answer = random.randrange(4)
-        choices.insert(answer, line)
-        indent = whole[place][: len(whole[place]) - len(whole[place].lstrip())]
-        context = "\n".join(whole[place - CONTEXT_LINES : place]) + "\n" + indent
-        yield {"context": context, "line": line, "choices": choices, "answer": answer}
+        choices.insert(answer, rests[place])
+        context = "\n".join([*whole[place - CONTEXT_LINES : place], _cut(whole[place])[0]])
+        yield {"context": context, "rest": rests[place], "choices": choices, "answer": answer}
+
+
+def _cut(line: str) -> tuple[str, str]:
+    """Up to the end of the first word, and from the space behind it on."""
+    indent = len(line) - len(line.lstrip())
+    word, space, rest = line[indent:].partition(" ")
+    return line[:indent] + word, (space + rest).rstrip()

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import requests
@@ -58,10 +59,9 @@ def _stream(url: str, streams: int, tokens: int) -> int:
     """Read `streams` streams at once; returns the number of tokens generated."""
 
     def one(index: int) -> None:
-        body = {"model": "random", "prompt": f"def number_{index}(", "max_tokens": tokens, "temperature": 0}
-        with requests.post(
-            f"{url}/v1/completions", json={**body, "stream": True, "ignore_eos": True}, stream=True
-        ) as answer:
+        body: dict[str, Any] = {"model": "random", "prompt": f"def number_{index}(", "max_tokens": tokens}
+        body |= {"temperature": 0, "ignore_eos": True, "stream": True}
+        with requests.post(f"{url}/v1/completions", json=body, stream=True) as answer:
             answer.raise_for_status()
             for _ in answer.iter_lines(chunk_size=1024):
                 pass

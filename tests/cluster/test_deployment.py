@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
+import psutil
 import pytest
 import ray
+import requests
 
 from launch import ctl
 from launch.private_ray import PrivateRay
@@ -45,7 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(cluster: PrivateRay, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    with submit(cluster, "tests", model, tmp_path_factory.mktemp("run"), "monitor.every_seconds=0.5") as job:
+    options = ("monitor.every_seconds=0.5", "cluster.hang_seconds=5")
+    with submit(cluster, "tests", model, tmp_path_factory.mktemp("run"), *options) as job:
         yield job
 
 
@@ -55,13 +59,14 @@ def undisturbed(job: Job) -> list[str]:
     return [complete(job, index) for index in range(len(PROMPTS))]
 
 
-def complete(job: Job, index: int, begun: Callable[[], None] = lambda: None) -> str:
+def complete(job: Job, index: int, begun: Callable[[], None] = lambda: None, request_id: str | None = None) -> str:
     """One streamed completion, greedy or seeded; `begun` is called after its tenth chunk."""
+    headers = {"X-Request-Id": request_id} if request_id else {}
     temperature = 0.0 if index % 2 else 0.8
     options = {"ignore_eos": True}
     chunks = job.client.completions.create(
         model="tiny", prompt=PROMPTS[index], max_tokens=250, temperature=temperature, seed=index, stream=True,
-        extra_body=options,
+        extra_body=options, extra_headers=headers,
     )  # fmt: skip
     text = ""
     for number, chunk in enumerate(chunks):
@@ -69,6 +74,14 @@ def complete(job: Job, index: int, begun: Callable[[], None] = lambda: None) -> 
         if number == 10:
             begun()
     return text
+
+
+def reachable(job: Job) -> bool:
+    """Whether the gateway is there and ready; it refuses connections while it is started again."""
+    try:
+        return job.ready()
+    except requests.ConnectionError:
+        return False
 
 
 def disturbed(job: Job, strike: Callable[[], None]) -> list[str]:
@@ -104,6 +117,30 @@ def test_a_killed_rank_costs_time_only(job: Job, undisturbed: list[str], rank: i
     assert disturbed(job, lambda: os.kill(place.pid, signal.SIGKILL)) == undisturbed
     assert job.generation == before + 1
     eventually(job.ready)
+
+
+def test_a_stopped_rank_is_found_and_killed(job: Job, undisturbed: list[str]) -> None:
+    before, place = job.generation, job.rank(0)
+    assert disturbed(job, lambda: os.kill(place.pid, signal.SIGSTOP)) == undisturbed
+    assert job.generation == before + 1
+    eventually(lambda: not psutil.pid_exists(place.pid))
+    eventually(job.ready)
+
+
+def test_a_killed_gateway_is_back_and_a_retry_continues(job: Job, undisturbed: list[str]) -> None:
+    """Its streams end at once; under the same X-Request-Id, what ran on in the engine is given out."""
+
+    def generated() -> int:
+        actors = [job.actor(f"tests/{job.generation}/engine-0/{rank}") for rank in range(2)]
+        return max(answer.get("generation_tokens", 0) for answer in ray.get([a.ping.remote() for a in actors]))
+
+    before, url = generated(), job.status().url
+    (gateway,) = job.cluster.processes("ray::GatewayActor")
+    with pytest.raises((httpx.HTTPError, openai.APIError)):
+        complete(job, 0, gateway.kill, request_id="again")
+    eventually(lambda: reachable(job))
+    assert complete(job, 0, request_id="again") == undisturbed[0]
+    assert job.status().url == url and generated() - before == 250
 
 
 def test_a_killed_controller_is_not_noticed(job: Job, undisturbed: list[str]) -> None:
