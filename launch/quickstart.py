@@ -21,9 +21,9 @@ from launch.private_ray import PrivateRay
 ROOT = Path(__file__).parent.parent
 TOKENS = 96
 PROMPTS = (
-    "def read_lines(path):\n    ",
-    "class Stack:\n    def __init__(self):\n        ",
-    "import os\n\ndef main():\n    ",
+    'def read_lines(path):\n    """Return the lines of a file."""\n    ',
+    'class Stack:\n    """A last-in, first-out queue."""\n\n    def __init__(self):\n        ',
+    "import argparse\nimport sys\n\ndef main():\n    parser = argparse.ArgumentParser()\n    ",
 )
 
 
@@ -100,11 +100,12 @@ def stream(url: str, prompt: str) -> Timing:
         "model": "demo",
         "prompt": prompt,
         "max_tokens": TOKENS,
-        "temperature": 0.7,
-        "seed": 7,
+        "temperature": 0.8,
+        "repetition_penalty": 1.15,
+        "seed": 3,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    body["stream_options"] = {"include_usage": True}
     timing = Timing(monotonic())
     with requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=60) as answer:
         answer.raise_for_status()

@@ -2,7 +2,7 @@
 
 An item is a place in a held-out file of the standard library: what stands before a line with the line's first word, the
 rest of the line, and the rests of three other lines of the file. It is cut at a space, where byte-level BPE cuts too;
-lm-eval encodes both sides and would otherwise send tokens that the text does not have. Items differ between Python versions.
+lm-eval encodes both sides and would otherwise send tokens that the text does not have. Items differ between Pythons.
 """
 
 from collections.abc import Iterator
