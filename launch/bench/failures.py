@@ -158,6 +158,9 @@ def _rows(config: FailuresBench, name: str, seen: Sequence[Occurrence]) -> list[
 
 def _summary(name: str, seen: Sequence[Occurrence]) -> dict[str, Goal]:
     failure = FAILURES[name]
+    if not seen:
+        return {f"{name}: times": Goal(0, ">= 1", False)}
+    again = at_most(sum(abs(one.again or 0) for one in seen), 0)
     goals = {
         f"{name}: lost requests of {len(seen)} times": at_most(sum(one.lost for one in seen), 0),
         f"{name}: changed texts": at_most(sum(one.changed for one in seen), 0),
@@ -166,7 +169,7 @@ def _summary(name: str, seen: Sequence[Occurrence]) -> dict[str, Goal]:
     if failure == FAILURES["SIGKILL gateway"]:
         ended = [one.ended for one in seen if one.ended is not None]
         goals[f"{name}: streams end, worst"] = at_most(max(ended, default=None), ENDS_WITHIN)
-        goals[f"{name}: tokens generated again"] = at_most(sum(one.again or 0 for one in seen), 0)
+        goals[f"{name}: tokens generated again"] = again
     if failure.kind == "controller":
-        goals[f"{name}: tokens generated again"] = at_most(sum(one.again or 0 for one in seen), 0)
+        goals[f"{name}: tokens generated again"] = again
     return goals

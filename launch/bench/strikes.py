@@ -5,6 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any
 
+import requests
+
 from launch.bench.failures import FAILURES, Failure, FailuresBench, Occurrence
 from launch.bench.insist import Insisting
 from launch.bench.victim import Victim, Watch, deployed, within
@@ -17,6 +19,7 @@ class Bench:
 
     def __init__(self, config: FailuresBench, victim: Victim) -> None:
         self._config, self._victim = config, victim
+        self._model: str = requests.get(f"{victim.url}/v1/models", timeout=30).json()["data"][0]["id"]
         self._texts: list[str] = []
         self._census: dict[str, int] = {}
         self.pause = 0.0
@@ -27,7 +30,7 @@ class Bench:
         Raises:
             RuntimeError: they cannot be had, or are not the same twice though the engine is to be batch invariant.
         """
-        runs = [self._under_way("undisturbed", nth, lambda _: None) for nth in range(2)]
+        runs = [self._under_way("undisturbed", nth, lambda: None) for nth in range(2)]
         first, second = [[client.text for client in clients] for clients in runs]
         if failure := next((client.failure for clients in runs for client in clients if client.failure), None):
             raise RuntimeError(f"an undisturbed request failed: {failure}")
@@ -56,13 +59,15 @@ class Bench:
         process, generated = victim.process(failure.kind, failure.rank), victim.engine()["generation_tokens"]
         struck: list[tuple[float, Watch]] = []
 
-        def hit(_: Sequence[Insisting]) -> None:
+        def hit() -> None:
             watch = Watch(victim, victim.state(), config.recover_seconds)
             process.send_signal(failure.signal)
             struck.append((monotonic(), watch))
 
         clients = self._under_way(name, nth, hit)
-        (moment, watch) = struck[0]
+        if not struck:
+            raise RuntimeError(f"{name}: the requests before it did not begin ({clients[0].failure or 'too slow'})")
+        ((moment, watch),) = struck
         watch.join()
         if watch.ready is None:
             raise RuntimeError(f"{name}: not ready again after {config.recover_seconds:.0f} s ({victim.state()})")
@@ -85,7 +90,7 @@ class Bench:
         counters = self._victim.engine()
         return counters["running"] + counters["waiting"]
 
-    def _under_way(self, name: str, nth: int, hit: Callable[[Sequence[Insisting]], None]) -> list[Insisting]:
+    def _under_way(self, name: str, nth: int, hit: Callable[[], None]) -> list[Insisting]:
         """All clients to their end; `hit` when every one has got text, and the first of them as much as is this
         occurrence's turn."""
         config = self._config
@@ -94,12 +99,13 @@ class Bench:
         with ThreadPoolExecutor(config.streams) as pool:
             futures: list[Future[Insisting]] = [pool.submit(client.run) for client in clients]
             if within(config.recover_seconds, lambda: all(c.arrivals for c in clients) and _begun(clients[0], begun)):
-                hit(clients)
+                hit()
             return [future.result() for future in futures]
 
     def _client(self, request_id: str, index: int) -> Insisting:
-        body: dict[str, Any] = {"model": "demo", "prompt": f"class Stack{index}:\n    def __init__(self, {'x' * index}"}
-        body |= {"max_tokens": self._config.tokens, "ignore_eos": True, "seed": index}
+        prompt = f"class Stack{index}:\n    def __init__(self, {'x' * index}"
+        body: dict[str, Any] = {"model": self._model, "prompt": prompt, "seed": index}
+        body |= {"max_tokens": self._config.tokens, "ignore_eos": True}
         body["temperature"] = 0.0 if index % 2 else 0.8
         return Insisting(self._victim.url, request_id, body, self._config.recover_seconds)
 

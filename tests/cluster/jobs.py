@@ -12,6 +12,7 @@ import openai
 import psutil
 import ray
 import requests
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from launch.private_ray import PrivateRay
@@ -47,6 +48,13 @@ class Job:
 
     def status(self) -> ray.ObjectRef:
         return ray.get(self.actor("controller").status.remote(), timeout=30)
+
+    def phase(self) -> str:
+        """As the controller says, if it is there: while Ray restarts it, it is not."""
+        try:
+            return self.status().phase
+        except RayError:
+            return "no controller"
 
     def ready(self) -> bool:
         return requests.get(f"{self.url}/ready", timeout=5).status_code == 200

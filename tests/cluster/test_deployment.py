@@ -147,7 +147,7 @@ def test_a_killed_controller_is_not_noticed(job: Job, undisturbed: list[str]) ->
     before, place = job.generation, job.rank(0)
     (controller,) = job.cluster.processes("ray::ControllerActor")
     assert disturbed(job, controller.kill) == undisturbed
-    eventually(lambda: job.status().phase == "ready", job.status)
+    eventually(lambda: job.phase() == "ready", job.phase)
     assert (job.generation, job.rank(0).pid) == (before, place.pid)
 
 
