@@ -112,7 +112,10 @@ def picture(report: Report, path: Path) -> bool:
     except ImportError:
         return False
     metrics = {(row.metric, row.unit): [r for r in report.rows if r.metric == row.metric] for row in report.rows}
-    figure = Figure(figsize=(3.2 * min(4, len(metrics)), 2.6 * -(-len(metrics) // 4)), layout="constrained")
+    labels = max((len(row.case) for row in report.rows), default=0)  # upright ones take their length in height
+    height = 2.6 + 0.065 * labels
+    figure = Figure(figsize=(3.4 * min(4, len(metrics)), 0.6 + height * -(-len(metrics) // 4)), layout="constrained")
+    shown = {}
     for number, ((metric, unit), rows) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(-(-len(metrics) // 4), min(4, len(metrics)), number)
         axes.bar([row.case for row in rows], [row.value or 0.0 for row in rows], color="#4477aa")
@@ -120,14 +123,15 @@ def picture(report: Report, path: Path) -> bool:
             marked = [(row.case, getattr(row, name)) for row in rows if getattr(row, name) is not None]
             if marked:
                 cases, marks = zip(*marked, strict=True)
-                axes.scatter(cases, marks, marker=marker, s=200, color="#cc3311", label=name)
-                axes.legend(fontsize="small")
+                shown[name] = axes.scatter(cases, marks, marker=marker, s=60, color="#cc3311")
         if len(rows) > 2:
             axes.tick_params(axis="x", labelrotation=90, labelsize="small")
         if not any(row.value for row in rows):
             axes.set_ylim(0, 1)
         axes.set_title(metric, fontsize="medium")
         axes.set_ylabel(unit)
+    if shown:
+        figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, fontsize="small")
     figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
     figure.savefig(path, dpi=120)
     return True
