@@ -1,7 +1,5 @@
 """Runs StepPlans on one rank: rank 0 leads (broadcasts the plan, samples), the other ranks follow."""
 
-from collections.abc import Callable
-
 import torch
 
 from parallel.checkpoint import load_weights
@@ -57,10 +55,9 @@ class Executor:
         logits = self._forward(plan)
         return StepResult([]) if logits is None else resolve(logits, plan)
 
-    def follow(self, alive: Callable[[], None] = lambda: None) -> None:
-        """The other ranks' loop, until rank 0 stops. `alive` is called at every plan."""
+    def follow(self) -> None:
+        """The other ranks' loop, until rank 0 stops."""
         while (values := self.mesh.broadcast(None)) != [self.STOP]:
-            alive()
             self._forward(decode(values))
 
     def stop(self) -> None:
