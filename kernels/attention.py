@@ -9,20 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CACHED = 1 << 20  # elements: 4 MB of fp32, which a CPU still has in its cache when it comes to read them
+
 
 @dataclass(frozen=True)
 class Group:
     """The sequences of a step that bring equally many query tokens, padded to the longest context among them.
 
-    The context of a layer with a sliding window begins at the first position that any of the queries sees.
+    The context of a layer with a sliding window begins with the block of the first position that any query sees.
 
-    rows: [B * q] rows of the step's tokens; slots: [B, L] cache slots of each context, 0 where padded;
-    mask: bool [B, 1, q, L], True where a query may look, or None where every slot is visible to every query;
-    causal: q == L and B == 1, so that SDPA's own causal mask does it.
+    rows: [B * q] rows of the step's tokens; blocks: [B, n] cache blocks of each context, 0 where padded; length: L, of
+    the longest context, at most n * block size; mask: bool [B, 1, q, L], True where a query may look, or None where
+    every position is visible to every query; causal: q == L and B == 1, so that SDPA's own causal mask does it.
     """
 
     rows: Tensor
-    slots: Tensor
+    blocks: Tensor
+    length: int
     mask: Tensor | None
     causal: bool
 
@@ -54,7 +57,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[Gr
 
     Args:
         q: [T, H, D].
-        k_cache, v_cache: [S, K, D].
+        k_cache, v_cache: [blocks, block size, K, D].
         groups: cover every row of q exactly once.
         exact: compute in fp64 and round once at the end. SDPA adds up in an order that depends on the shape of the
             batch; what is left of that after the rounding is nothing, but for one row in many millions.
@@ -71,18 +74,41 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[Gr
 
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, exact: bool) -> Tensor:
-    (batch, context), (_, heads, dim), kv_heads = group.slots.shape, q.shape, k_cache.shape[1]
-    slots = group.slots.view(-1)
-    k = k_cache.index_select(0, slots).view(batch, context, kv_heads, dim).transpose(1, 2)
-    v = v_cache.index_select(0, slots).view(batch, context, kv_heads, dim).transpose(1, 2)
-    dtype, length = q.dtype, q.shape[0] // batch
-    if exact:
-        q, k, v = q.double(), k.double(), v.double()
-    if length == 1:  # the G heads that share one KV head become G queries of it: nothing is repeated
-        q = q.view(batch, kv_heads, heads // kv_heads, dim)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).reshape(batch, heads, dim).to(dtype)
-    q = q.view(batch, length, heads, dim).transpose(1, 2)
+    batch, (_, heads, dim), kv_heads = len(group.blocks), q.shape, k_cache.shape[2]
+    length, dtype = len(q) // batch, torch.float64 if exact else q.dtype
+    if length == 1:
+        return _decode(q.view(batch, kv_heads, heads // kv_heads, dim), k_cache, v_cache, group, dtype)
+    k, v = (_gather(cache, group.blocks, group.length).to(dtype) for cache in (k_cache, v_cache))
+    wide = q.view(batch, length, heads, dim).transpose(1, 2).to(dtype)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=group.mask, is_causal=group.causal, enable_gqa=heads != kv_heads
+        wide, k, v, attn_mask=group.mask, is_causal=group.causal, enable_gqa=heads != kv_heads
     )
-    return out.transpose(1, 2).reshape(-1, heads, dim).to(dtype)
+    return out.transpose(1, 2).reshape(-1, heads, dim).to(q.dtype)
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """One query a sequence. The G heads that share one KV head become G queries of it: nothing is repeated.
+
+    Args:
+        q: [B, K, G, D].
+        dtype: to compute in; on a CPU bf16 becomes fp32, where SDPA takes half the time, conversion included.
+
+    Returns:
+        [B, H, D], in the dtype of q.
+    """
+    (batch, kv_heads, _, dim), part = q.shape, len(q)
+    if q.device.type == "cpu":
+        dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        part = max(1, CACHED // (group.length * kv_heads * dim))
+    outs = []
+    for some in (slice(first, first + part) for first in range(0, batch, part)):
+        k, v = (_gather(cache, group.blocks[some], group.length).to(dtype) for cache in (k_cache, v_cache))
+        mask = None if group.mask is None else group.mask[some]
+        outs.append(F.scaled_dot_product_attention(q[some].to(dtype), k, v, attn_mask=mask))
+    return torch.cat(outs).flatten(1, 2).to(q.dtype)
+
+
+def _gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The contexts in `blocks` [B, n], cut to `length` positions: a copy seen as [B, K, length, D]."""
+    found = cache.flatten(1).index_select(0, blocks.flatten())
+    return found.view(len(blocks), -1, *cache.shape[2:])[:, :length].transpose(1, 2)

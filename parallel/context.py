@@ -1,7 +1,8 @@
 """What the modules of a step need besides the stream: rotary tables, and attention over this step's contexts."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,13 +41,13 @@ class WholeSequences:
 class KVCache:
     """Keys and values of every layer of this rank, in blocks of `block_size` tokens.
 
-    keys, values: [layers, num_blocks * block_size, kv_heads, head_dim]
+    keys, values: [layers, num_blocks, block_size, kv_heads, head_dim]
     """
 
     def __init__(
         self, spec: ModelSpec, kv_heads: int, num_blocks: int, block_size: int, device: torch.device | str = "cpu"
     ) -> None:
-        shape = (spec.num_layers, num_blocks * block_size, kv_heads, spec.head_dim)
+        shape = (spec.num_layers, num_blocks, block_size, kv_heads, spec.head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
@@ -77,19 +78,22 @@ class PagedSequences:
     ) -> None:
         self.cache, self._exact = cache, exact
         self.device = cache.keys.device
-        self._contexts = [
-            _slots(table, s + n, cache.block_size) for s, n, table in zip(starts, lengths, block_tables, strict=True)
-        ]
-        self._positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-        self._longest = max((len(context) for context in self._contexts), default=0)
+        self._tables, size = block_tables, cache.block_size
+        self._spans = [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+        self._longest = max((span.stop for span in self._spans), default=0)
         self._groups: dict[int | None, list[Group]] = {}
-        self.positions = torch.cat(self._positions).to(self.device)
-        self.slots = torch.cat([c[s:] for c, s in zip(self._contexts, starts, strict=True)]).to(self.device)
+        self.positions = self._tensor([p for span in self._spans for p in span])
+        self.slots = self._tensor(
+            [t[p // size] * size + p % size for t, span in zip(block_tables, self._spans, strict=True) for p in span]
+        )
+
+    def _tensor(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots] = k
-        values[self.slots] = v
+        keys.flatten(0, 1)[self.slots] = k
+        values.flatten(0, 1)[self.slots] = v
         return paged_attention(q, keys, values, self.groups(window), self._exact)
 
     def groups(self, window: int | None = None) -> list[Group]:
@@ -102,29 +106,26 @@ class PagedSequences:
 
     def _build(self, window: int | None) -> list[Group]:
         by_length: dict[int, list[int]] = {}
-        for index, p in enumerate(self._positions):
-            by_length.setdefault(len(p), []).append(index)
-        ends = torch.tensor([len(p) for p in self._positions]).cumsum(0).tolist()
-        first = [0 if window is None else max(0, int(p[0]) - window + 1) for p in self._positions]
-        groups = []
-        for length, members in by_length.items():
-            rows = torch.cat([torch.arange(ends[i] - length, ends[i]) for i in members])
-            slots = torch.nn.utils.rnn.pad_sequence([self._contexts[i][first[i] :] for i in members], batch_first=True)
-            positions = torch.stack([self._positions[i] - first[i] for i in members])
-            groups.append(self._group(rows, slots, positions, window))
-        return groups
+        for index, span in enumerate(self._spans):
+            by_length.setdefault(len(span), []).append(index)
+        return [self._group(members, window) for members in by_length.values()]
 
-    def _group(self, rows: Tensor, slots: Tensor, positions: Tensor, window: int | None) -> Group:
-        """`positions`: [B, q] places of the queries among the slots."""
-        (batch, length), context = positions.shape, slots.shape[1]
-        causal = batch == 1 and length == context > 1 and (window is None or window >= context)
+    def _group(self, members: list[int], window: int | None) -> Group:
+        """Of the sequences `members`, which bring equally many tokens."""
+        size, spans = self.cache.block_size, [self._spans[i] for i in members]
+        first = [0 if window is None else max(0, span.start - window + 1) // size for span in spans]
+        context = max(span.stop - f * size for span, f in zip(spans, first, strict=True))
+        width = -(-context // size)
+        blocks = [
+            [*self._tables[i][f : -(-span.stop // size)]] for i, span, f in zip(members, spans, first, strict=True)
+        ]
+        lone, sees_all = len(members) == 1, window is None or window >= context
+        causal = lone and sees_all and len(spans[0]) == context > 1
         mask = None
-        if not causal and not (batch == 1 and length == 1):
-            mask = visible(positions[:, None], context, window).to(self.device)
-        return Group(rows.to(self.device), slots.to(self.device), mask, causal)
-
-
-def _slots(table: Sequence[int], length: int, block_size: int) -> Tensor:
-    """Cache slots of the positions 0..length-1 of a sequence: int64 [length]."""
-    starts = torch.tensor(table, dtype=torch.int64)[:, None] * block_size
-    return (starts + torch.arange(block_size)).view(-1)[:length]
+        if not causal and not (lone and sees_all and len(spans[0]) == 1):
+            places = self._tensor([[p - f * size for p in span] for span, f in zip(spans, first, strict=True)])
+            mask = visible(places[:, None], context, window)
+        ends = [0, *accumulate(len(span) for span in self._spans)]
+        rows = [row for i in members for row in range(ends[i], ends[i + 1])]
+        padded = [listed + [0] * (width - len(listed)) for listed in blocks]
+        return Group(self._tensor(rows), self._tensor(padded), context, mask, causal)

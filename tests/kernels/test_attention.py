@@ -69,7 +69,8 @@ def check_paged(
     for table, (start, _), context in zip(tables, shapes, contexts, strict=True):
         for position in range(start):
             slot = table[position // block_size] * block_size + position % block_size
-            cache.keys[1, slot], cache.values[1, slot] = context[0, position], context[1, position]
+            cache.keys[1].flatten(0, 1)[slot] = context[0, position]
+            cache.values[1].flatten(0, 1)[slot] = context[1, position]
     q = torch.randn(sum(n for _, n in shapes), heads, 6, dtype=torch.float64, generator=generator)
     k, v = (torch.cat([c[i, s:] for c, (s, _) in zip(contexts, shapes, strict=True)]) for i in (0, 1))
     step = PagedSequences(cache, [s for s, _ in shapes], [n for _, n in shapes], tables)
@@ -83,9 +84,7 @@ def check_paged(
             assert int(step.positions[row]) == position
             row += 1
     assert torch.equal(cache.keys[0], before[0]), "another layer's cache was written"
-    untouched = set(range(cache.keys.shape[1])) - {
-        b * block_size + i for t in tables for b in t for i in range(block_size)
-    }
+    untouched = set(range(cache.num_blocks)) - {block for table in tables for block in table}
     assert torch.equal(cache.keys[1, sorted(untouched)], before[1, sorted(untouched)]), "a free block was written"
 
 
@@ -127,6 +126,6 @@ def test_paged_attention_of_every_kind_of_step(
 def test_windows_share_their_groups_and_read_no_more_of_the_cache_than_they_see() -> None:
     cache = KVCache(spec_of(4, 2), 2, 20, 4)
     step = PagedSequences(cache, [30, 8], [1, 1], [list(range(8)), list(range(8, 11))])
-    assert [group.slots.shape for group in step.groups(5)] == [(2, 5)]
-    assert [group.slots.shape for group in step.groups()] == [(2, 31)]
+    assert [(group.blocks.shape, group.length) for group in step.groups(5)] == [((2, 2), 7)]
+    assert [(group.blocks.shape, group.length) for group in step.groups()] == [((2, 8), 31)]
     assert step.groups(5) is step.groups(5) and step.groups(31) is step.groups()
