@@ -146,13 +146,18 @@ class Gang:
             shard=Shard(rank, len(self.ranks)),
             prefix=self.group,
             host=place.host,
-            ranks_here=sum(other.node == place.node for other in self.places),
+            ranks_here=max(sum(other.node == place.node for other in self.places), self._expected_per_node()),
             device=self.deployment.cluster.device,
             secret=self.deployment.secret,
             collective_seconds=self.deployment.cluster.collective_seconds,
             engine=self.deployment.engine,
             kv=self.deployment.kv,
         )
+
+    def _expected_per_node(self) -> int:
+        """Ranks of all replicas that a node gets if they spread evenly: another one may be loading beside this one."""
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        return -(-self.deployment.layout.replicas * self.deployment.layout.tp // nodes)
 
 
 def _pinging(actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], bool]:

@@ -1,5 +1,6 @@
 """One rank of a tensor-parallel group, from an empty process to a running loop. No Ray: `actors.py` wraps it."""
 
+import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ class RankConfig:
             installed project.
         prefix: names this life of this group in the store; it carries the deployment's generation.
         host: the address of this rank's machine that gateways and other ranks can reach.
-        ranks_here: how many ranks share this machine.
+        ranks_here: how many ranks of the deployment share this machine.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
     """
@@ -55,7 +56,8 @@ class Rank:
 
     def __init__(self, config: RankConfig) -> None:
         self.config = config
-        cores = torch.get_num_threads() if config.engine.threads is None else 0
+        # not torch's own default: Ray sets OMP_NUM_THREADS to the CPUs an actor reserves, which is 1
+        cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(config.engine.threads or max(1, cores // config.ranks_here))
         self._stopping = False
         self._engine: Engine | None = None

@@ -1,6 +1,8 @@
 """What serving costs besides the engine: CPU time of every process of a deployment while it answers streams."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,35 +14,46 @@ from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT, ready
 
 ENGINE = "ray::RankActor"
+IDLE_SECONDS = 15.0
 
 
-def cpu_seconds_of_serving(model: Path, streams: int, tokens: int) -> tuple[float, float]:
-    """CPU-seconds per generated token: the engine's process, and all other processes of Ray and of the deployment.
+@dataclass(frozen=True)
+class Costs:
+    """CPU-seconds per generated token. engine: the rank's process; idle: what the same Ray cluster took in the same
+    time before anything was deployed on it; serving: all that is left, of Ray, ZeroMQ, controller and gateway."""
 
-    One rank, float32, `streams` concurrent streaming requests of `tokens` tokens each, three rounds.
-    """
+    engine: float
+    serving: float
+    idle: float
+
+
+def cpu_seconds_of_serving(model: Path, streams: int, tokens: int) -> Costs:
+    """One rank, float32, `streams` concurrent streaming requests of `tokens` tokens each, three rounds."""
     with PrivateRay() as ray, TemporaryDirectory() as run_dir:
-        command = [
-            "python",
-            "-m",
-            "launch.serve",
-            "model=path",
-            f"model.path={model}",
-            "model.name=random",
-            "layout.tp=1",
-        ]
-        command += [f"run_dir={run_dir}", "monitor=jsonl", "name=overhead"]
+        idle_per_second = _idle(ray)
+        command = ["python", "-m", "launch.serve", "model=path", f"model.path={model}", "model.name=random"]
+        command += ["layout.tp=1", f"run_dir={run_dir}", "monitor=jsonl", "name=overhead"]
         ray.job("submit", "--no-wait", "--submission-id", "overhead", "--working-dir", str(ROOT), "--", *command)
         url = ready(ray, "overhead")
         _stream(url, streams, tokens)
-        before = _cpu(ray)
+        before, began = _cpu(ray), time.monotonic()
         total = sum(_stream(url, streams, tokens) for _ in range(3))
-        after = _cpu(ray)
-        used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in after.items()}
+        used, seconds = _since(before, _cpu(ray)), time.monotonic() - began
         engines = {p.pid for p in ray.processes(ENGINE)}
-        engine = sum(seconds for pid, seconds in used.items() if pid in engines)
         ray.job("stop", "overhead")
-    return engine / total, (sum(used.values()) - engine) / total
+    engine, idle = sum(used[pid] for pid in engines), idle_per_second * seconds
+    return Costs(engine / total, (sum(used.values()) - engine - idle) / total, idle / total)
+
+
+def _idle(ray: PrivateRay) -> float:
+    """CPU-seconds per second of a Ray cluster that has nothing to do."""
+    before, began = _cpu(ray), time.monotonic()
+    time.sleep(IDLE_SECONDS)
+    return sum(_since(before, _cpu(ray)).values()) / (time.monotonic() - began)
+
+
+def _since(before: dict[int, float], after: dict[int, float]) -> dict[int, float]:
+    return {pid: seconds - before.get(pid, 0.0) for pid, seconds in after.items()}
 
 
 def _cpu(ray: PrivateRay) -> dict[int, float]:
