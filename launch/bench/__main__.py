@@ -14,12 +14,14 @@ import hydra
 from omegaconf import DictConfig
 
 from launch.bench import engine, failures, serve
+from launch.bench.overlap import suite as overlap
 from launch.bench.report import Report, publish
 from launch.build import build, plain
 
 SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
     "engine": (engine.EngineBench, engine.run),
     "failures": (failures.FailuresBench, failures.run),
+    "overlap": (overlap.OverlapBench, overlap.run),
     "serve": (serve.ServeBench, serve.run),
 }
 

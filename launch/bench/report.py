@@ -3,8 +3,9 @@
 import json
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Report:
     Attributes:
         emulated: what was not real (link speed, sleeps, virtual ranks); None if everything was.
         details: more results as plain data, each written to a JSON file of its own under its name.
+        draw: fills a matplotlib Figure in its own way; None for a panel per metric with a bar per case.
     """
 
     suite: str
@@ -65,6 +67,7 @@ class Report:
     summary: Mapping[str, Goal]
     emulated: str | None = None
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    draw: Callable[[Any], None] | None = None
 
     def to_json(self, command: str) -> dict[str, Any]:
         return {
@@ -106,15 +109,24 @@ def machine() -> dict[str, Any]:
 
 
 def picture(report: Report, path: Path) -> bool:
-    """A panel per metric, a bar per case, with bounds and rivals as marks; False without matplotlib."""
+    """The report as a PNG; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    figure = Figure(layout="constrained")
+    (report.draw or partial(_bars, report))(figure)
+    figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _bars(report: Report, figure: Any) -> None:
+    """A panel per metric, a bar per case, with bounds and rivals as marks."""
     metrics = {(row.metric, row.unit): [r for r in report.rows if r.metric == row.metric] for row in report.rows}
     labels = max((len(row.case) for row in report.rows), default=0)  # upright ones take their length in height
     height = 2.6 + 0.065 * labels
-    figure = Figure(figsize=(3.4 * min(4, len(metrics)), 0.6 + height * -(-len(metrics) // 4)), layout="constrained")
+    figure.set_size_inches(3.4 * min(4, len(metrics)), 0.6 + height * -(-len(metrics) // 4))
     shown = {}
     for number, ((metric, unit), rows) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(-(-len(metrics) // 4), min(4, len(metrics)), number)
@@ -132,9 +144,6 @@ def picture(report: Report, path: Path) -> bool:
         axes.set_ylabel(unit)
     if shown:
         figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
-    figure.savefig(path, dpi=120)
-    return True
 
 
 def _rows_table(report: Report) -> str:

@@ -1,0 +1,43 @@
+"""How long a step would take at best, from the times of its parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.bench.overlap.task import BOUND
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Measured seconds. attention, ffn: compute of one block of each; reduce: a lone all-reduce, from issue to done;
+    spacing: from one reduce's end to the next one's, if both were issued together (0 on a link that is only slow to
+    answer, `reduce` on one that is only narrow); rest: of a step, what is neither block nor reduce."""
+
+    attention: float
+    ffn: float
+    reduce: float
+    spacing: float
+    rest: float
+    layers: int
+
+
+def shortest_step(parts: Parts, wiring: str) -> float:
+    """Seconds of a step in which nothing waits but for what it needs.
+
+    Block k begins when block k-1 has been computed and the reduce of block k-1-lag is done; a reduce is done `reduce`
+    after its issue and `spacing` after the one before it. For equal blocks this is the model of Ladder Residual's
+    authors' measurements: standard c + a a module, ladder max(c, a) where reduces queue and max(c, (c + a)/2) where
+    they do not, parallel c + a/2. The embedding's reduce and the last one have nothing to hide under.
+    """
+    layer = [parts.attention, parts.ffn]
+    blocks = ([sum(layer)] if wiring.endswith("parallel") else layer) * parts.layers
+    if wiring == BOUND:
+        return sum(blocks) + parts.rest
+    return parts.rest + parts.reduce + _last_reduce(blocks, int(wiring.startswith("ladder")), parts)
+
+
+def _last_reduce(blocks: Sequence[float], lag: int, parts: Parts) -> float:
+    computed, done = 0.0, [float("-inf")] * (lag + 1)
+    for seconds in blocks:
+        computed = max(computed, done[-1 - lag]) + seconds
+        done.append(max(computed + parts.reduce, done[-1] + parts.spacing))
+    return done[-1]

@@ -1,0 +1,92 @@
+"""One rank of the overlap suite: a process that reads a setup and tasks as JSON lines and answers each with a line."""
+
+import sys
+from datetime import timedelta
+from time import perf_counter
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from launch.bench.overlap.late import LateGroup
+from launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
+from launch.bench.overlap.task import WIRINGS, Answer, Setup, Task
+from launch.bench.overlap.trace import Recorder
+from parallel.mesh import Group, Mesh
+from parallel.model import Transformer
+from parallel.shards import Shard
+
+LOOKS = 4  # steps of each wiring with counters on and a trace
+TIMEOUT = timedelta(seconds=120)
+
+
+def main() -> None:
+    setup = msgspec.json.decode(sys.stdin.readline(), type=Setup)
+    torch.set_num_threads(setup.threads)
+    store = dist.TCPStore(setup.store_host, setup.port, None, setup.rank == 0, wait_for_workers=False)
+    _say(store.port)
+    shard = Shard(setup.rank, setup.ranks)
+    kind = LateGroup if setup.device == "cpu" else Group
+    mesh = kind(dist.PrefixStore("overlap", store), shard, setup.device, setup.host, TIMEOUT)
+    with torch.inference_mode():
+        model = random_model(setup.shapes.spec(), mesh)
+        for line in sys.stdin:
+            _say(measure(model, mesh, msgspec.json.decode(line, type=Task)))
+    mesh.close()
+
+
+def measure(model: Transformer, mesh: Group, task: Task) -> Answer:
+    """All that one case takes; every rank does the same."""
+    if isinstance(mesh, LateGroup):
+        mesh.late = task.late
+    steps = Steps(model, mesh, task.case)
+    size = (task.case.tokens, model.spec.hidden_size)
+    answer = Answer({}, [], [], {})
+    for number, order in enumerate([*orders(1), *orders(task.rounds)]):
+        seconds = {variant: steps(variant) for variant in order}
+        lone, pair = (_reduces(mesh, size, model.spec.dtype, count) for count in (1, 2))
+        if number:  # the first warms up
+            answer.reduce.append(lone)
+            answer.pair.append(pair)
+            for variant, one in seconds.items():
+                answer.steps.setdefault(variant, []).append(one)
+    looks = [steps.blocks_alone() for _ in range(LOOKS)]
+    answer.blocks.update({name: sorted(look[name] for look in looks)[LOOKS // 2] for name in looks[0]})
+    if mesh.device.type == "cpu":
+        for wiring in WIRINGS:
+            _look(answer, wiring, steps, mesh, task.late)
+    return answer
+
+
+def _reduces(mesh: Mesh, size: tuple[int, int], dtype: torch.dtype, count: int) -> float:
+    """Seconds from the first issue to the last completion of `count` reduces issued together."""
+    tensors = [torch.ones(size, dtype=dtype, device=mesh.device) for _ in range(count)]
+    meet(mesh)
+    began = perf_counter()
+    for pending in [mesh.all_reduce(tensor) for tensor in tensors]:
+        pending.wait()
+    settle(mesh)
+    return perf_counter() - began
+
+
+def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, late: float) -> None:
+    """Some steps with the group's counters on and a trace, both of the same reduces."""
+    mesh.meter.total = mesh.meter.exposed = 0.0
+    answer.spans[wiring] = []
+    for _ in range(LOOKS):
+        recorder = Recorder(late)
+        blocks = [recorder.block(block, f"block {k}") for k, block in enumerate(steps.blocks[wiring])]
+        meet(mesh)
+        mesh.meter.on = True
+        steps.run_eagerly(blocks, recorder.reduce(mesh.all_reduce))
+        mesh.meter.on = False
+        answer.spans[wiring].append(recorder.spans)
+    answer.hidden[wiring] = mesh.meter.hidden_share or 0.0
+
+
+def _say(value: object) -> None:
+    print(msgspec.json.encode(value).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""One step of each variant on one rank, over the same weights: only the order of blocks and reduces differs."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
+from parallel.context import KVCache, PagedSequences
+from parallel.mesh import Mesh
+from parallel.model import Transformer
+from parallel.modules import init_weights
+from parallel.pack import pack_weights
+from parallel.residual import Block, Done, Reduce
+from parallel.spec import ModelSpec
+from parallel.wiring import wiring
+
+BLOCK_SIZE = 16
+
+
+def random_model(spec: ModelSpec, mesh: Mesh) -> Transformer:
+    """This rank's shard of a model that was never trained."""
+    with torch.device(mesh.device):
+        model = Transformer(spec, mesh.shard, mesh.all_reduce).requires_grad_(False)
+    init_weights(model, spec, seed=mesh.shard.rank)
+    pack_weights(model)
+    return model
+
+
+def rewired(model: Transformer, residual: str) -> list[Block]:
+    """The modules of `model`, standard, as the blocks of another wiring."""
+    plans = wiring(model.spec)
+    modules = {(p.layer, name): m for p, m in zip(plans, model.modules_of_blocks, strict=True) for name in p.modules}
+    other = wiring(replace(model.spec, residual=residual))
+    return [Block(plan.lag, [modules[plan.layer, name] for name in plan.modules]) for plan in other]
+
+
+class Steps:
+    """The steps of one case. On CUDA, decode is captured in a graph per variant; elsewhere it runs as it is."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, case: Case) -> None:
+        self.model, self.mesh, self.case = model, mesh, case
+        self.blocks = {name: rewired(model, name) for name in WIRINGS}
+        self.blocks[BOUND] = self.blocks["standard"]
+        width = -(-(case.context + case.length) // BLOCK_SIZE)
+        self.cache = KVCache(model.spec, model.num_kv_heads, case.batch * width, BLOCK_SIZE, mesh.device)
+        self._tables = [list(range(i * width, (i + 1) * width)) for i in range(case.batch)]
+        draw = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(0, model.spec.vocab_size, (case.tokens,), generator=draw).to(mesh.device)
+        captured = mesh.device.type == "cuda" and case.length == 1
+        self._run = {name: self._captured(name) if captured else self._eager(name) for name in VARIANTS}
+
+    def __call__(self, variant: str) -> float:
+        """Seconds of one step, from a moment that all ranks share to this rank's last result."""
+        meet(self.mesh)
+        began = perf_counter()
+        self._run[variant]()
+        settle(self.mesh)
+        return perf_counter() - began
+
+    def run_eagerly(self, blocks: list[Block], reduce: Reduce) -> Tensor:
+        """A step with these blocks and this reduce instead of a variant's own."""
+        self.model.blocks, self.model.reduce = blocks, reduce
+        return self.model(self._tokens, self._context())
+
+    def blocks_alone(self) -> dict[str, float]:
+        """Seconds of compute of an attention block and of a feed-forward block, without communication."""
+        x = torch.randn(self.case.tokens, self.model.spec.hidden_size, device=self.mesh.device).to(
+            self.model.spec.dtype
+        )
+        context = self._context()
+        self.model(self._tokens, context)  # sets the context's rotary tables
+        seconds: dict[str, list[float]] = {"attention": [], "ffn": []}
+        for index, block in enumerate(self.blocks[BOUND]):
+            settle(self.mesh)
+            began = perf_counter()
+            block(x, context)
+            settle(self.mesh)
+            seconds[("attention", "ffn")[index % 2]].append(perf_counter() - began)
+        return {name: sum(each) / len(each) for name, each in seconds.items()}
+
+    def _eager(self, variant: str) -> Callable[[], object]:
+        reduce = Done if variant == BOUND else self.mesh.all_reduce
+        return lambda: self.run_eagerly(self.blocks[variant], reduce)
+
+    def _captured(self, variant: str) -> Callable[[], object]:
+        step, graph, side = self._eager(variant), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels and communicators set themselves up, which cannot be captured
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        context = self._context()
+        context.groups()  # built on the host, before the capture
+        with torch.cuda.graph(graph):
+            self.model(self._tokens, context)  # with the blocks and the reduce of the steps just run
+        return graph.replay
+
+    def _context(self) -> PagedSequences:
+        starts, lengths = [self.case.context] * self.case.batch, [self.case.length] * self.case.batch
+        return PagedSequences(self.cache, starts, lengths, self._tables)
+
+
+def meet(mesh: Mesh) -> None:
+    """A moment that all ranks share."""
+    mesh.all_reduce(torch.zeros(1, device=mesh.device)).wait()
+    settle(mesh)
+
+
+def settle(mesh: Mesh) -> None:
+    """Wait for what this rank has queued on its device."""
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+
+
+def orders(rounds: int) -> list[list[str]]:
+    """The variants in a new order for every round, the same on every rank."""
+    draw = random.Random(0)
+    return [draw.sample(VARIANTS, len(VARIANTS)) for _ in range(rounds)]

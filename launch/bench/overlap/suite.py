@@ -1,0 +1,226 @@
+"""suite=overlap: four wirings and the same work without communication, over links of several speeds.
+
+All variants run the same shapes, weights and steps, in turns, on two ranks: on the CPU two processes on two hosts made
+of network namespaces, with gloo over a shaped link; with two GPUs two processes with NCCL, decode in a CUDA graph.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from launch.bench import netns
+from launch.bench.hosts import Hosts, Link
+from launch.bench.overlap.bound import Parts, shortest_step
+from launch.bench.overlap.figure import draw
+from launch.bench.overlap.paired import Ratio, paired_ratio
+from launch.bench.overlap.ranks import Ranks
+from launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
+from launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
+from launch.bench.report import Goal, Report, Row, at_least, at_most
+
+RANKS = 2
+NEAR = (0.7, 1.4)  # a reduce takes about one module's compute
+
+
+@dataclass(frozen=True)
+class Wire:
+    """rate: Mbit/s of each host's link, None for as fast as the machine goes. late_ms: added to every reduce,
+    emulated."""
+
+    rate: float | None = None
+    late_ms: float = 0.0
+
+    @property
+    def name(self) -> str:
+        speed = "unshaped" if self.rate is None else f"{self.rate:g} Mbit/s"
+        return speed + (f" + {self.late_ms:g} ms (emulated)" if self.late_ms else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapBench:
+    """device: cpu, cuda, or null for cuda where there are two GPUs. wires: the links to try, CPU only. batches: of
+    decode, behind `context` tokens each. prefill: tokens of one prompt. trace: where to write a Perfetto trace.
+    """
+
+    name: str
+    run_dir: str
+    device: str | None
+    shapes: Shapes
+    wires: list[Wire]
+    batches: list[int]
+    context: int
+    prefill: int
+    rounds: int
+    threads: int = 1
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "prefill", "rounds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or null")
+        if self.device == "cuda" and torch.cuda.device_count() < RANKS:
+            raise ValueError(f"device is cuda, but this machine has {torch.cuda.device_count()} GPUs; it takes {RANKS}")
+        if not self.batches or not self.wires or min(self.batches) < 1:
+            raise ValueError("batches and wires must not be empty, and every batch at least 1")
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda" or (self.device is None and torch.cuda.device_count() >= RANKS)
+
+    @property
+    def cases(self) -> list[Case]:
+        return [*(Case(batch, 1, self.context) for batch in self.batches), Case(1, self.prefill, 0)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case over one link. steps: seconds by variant and round, of the slower rank."""
+
+    wire: Wire
+    case: Case
+    steps: dict[str, list[float]]
+    parts: Parts
+    answers: list[Answer]
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.wire.name}, {self.case.name}"
+
+    @property
+    def weight(self) -> float:
+        """A reduce's time over the mean module's."""
+        return 2 * self.parts.reduce / (self.parts.attention + self.parts.ffn)
+
+    def of_bound(self, wiring: str) -> float:
+        return median(self.steps[wiring]) / shortest_step(self.parts, wiring)
+
+    def hidden(self, wiring: str) -> tuple[float, float] | None:
+        """(by the ranks' counters, by their traces), means of the ranks; None on CUDA."""
+        if not self.answers[0].hidden:
+            return None
+        traced = [hidden_share(spans) for answer in self.answers for spans in answer.spans[wiring]]
+        return sum(a.hidden[wiring] for a in self.answers) / len(self.answers), sum(traced) / len(traced)
+
+
+def run(config: OverlapBench) -> Report:
+    """Raises ValueError where neither two GPUs nor network namespaces are to be had."""
+    wires = [Wire()] if config.cuda else config.wires
+    points = []
+    with ExitStack() as stack:
+        hosts = None if config.cuda else stack.enter_context(_hosts())
+        ranks = stack.enter_context(
+            Ranks(RANKS, config.shapes, "cuda" if config.cuda else "cpu", config.threads, hosts)
+        )
+        bar = stack.enter_context(tqdm(total=len(wires) * len(config.cases), unit="case"))
+        for wire in wires:
+            for host in hosts or ():
+                host.shape(Link(rate=wire.rate))
+            for case in config.cases:
+                bar.set_postfix_str(f"{wire.name}, {case.name}")
+                points.append(_point(wire, case, ranks.measure(Task(case, config.rounds, wire.late_ms / 1e3)), config))
+                bar.update()
+    if config.trace:
+        _write_trace(points, Path(config.trace).absolute())
+    emulated = None if config.cuda else "link rates by tc-tbf between namespaces of one machine, latency by waiting"
+    details = {"points": {"points": [_plain(point) for point in points]}}
+    return Report("overlap", _rows(points), _summary(points), emulated, details, lambda figure: draw(figure, points))
+
+
+def _hosts() -> Hosts:
+    if why := netns.unavailable():
+        raise ValueError(f"suite=overlap needs two GPUs or network namespaces; {why}")
+    return Hosts(RANKS)
+
+
+def _point(wire: Wire, case: Case, answers: list[Answer], config: OverlapBench) -> Point:
+    steps = {v: [max(each) for each in zip(*(a.steps[v] for a in answers), strict=True)] for v in VARIANTS}
+    attention, ffn = (max(a.blocks[name] for a in answers) for name in ("attention", "ffn"))
+    lone, pair = (median(max(each) for each in zip(*times, strict=True)) for times in (
+        [a.reduce for a in answers], [a.pair for a in answers]))  # fmt: skip
+    layers, alone = config.shapes.layers, median(steps[BOUND])
+    scale = min(1.0, alone / (layers * (attention + ffn)))  # blocks timed one by one cannot take longer than together
+    attention, ffn = attention * scale, ffn * scale
+    parts = Parts(attention, ffn, lone, max(0.0, pair - lone), alone - layers * (attention + ffn), layers)
+    ratios = {name: paired_ratio(steps["standard"], steps[name]) for name in VARIANTS}
+    return Point(wire, case, steps, parts, answers, ratios)
+
+
+def _rows(points: list[Point]) -> list[Row]:
+    rows = []
+    for point in points:
+        standard = median(point.steps["standard"]) * 1e3
+        for variant in VARIANTS:
+            bound = shortest_step(point.parts, variant) * 1e3
+            value = median(point.steps[variant]) * 1e3
+            rows.append(Row(point.name, f"{variant}: step", value, "ms", bound, standard))
+        for wiring in WIRINGS:
+            if hidden := point.hidden(wiring):
+                rows.append(Row(point.name, f"{wiring}: reduce time hidden", hidden[0] * 100, "%", 100.0))
+    return rows
+
+
+def _summary(points: list[Point]) -> dict[str, Goal]:
+    decodes = [p for p in points if p.case.length == 1]
+    summary: dict[str, Goal] = {}
+    for kind, chosen in (("shaped link", [p for p in decodes if p.wire.rate]),
+                         ("emulated latency", [p for p in decodes if p.wire.late_ms])):  # fmt: skip
+        near = min(chosen, key=lambda p: abs(p.weight - 1), default=None)
+        if near and near.answers[0].spans:
+            under = [under_the_next_block(s) for a in near.answers for s in a.spans["ladder"]]
+            summary[f"{kind}: ladder's reduces on their way under the next block, %"] = at_least(min(under) * 100, 100)
+        if near and NEAR[0] <= near.weight <= NEAR[1]:
+            where = f"{near.name} (reduce = {near.weight:.2f} modules)"
+            summary[f"{kind}: standard / ladder, {where}"] = at_least(near.ratios["ladder"].median, 1.6)
+            summary[f"{kind}: ladder / its bound, {where}"] = at_most(near.of_bound("ladder"), 1.1)
+    if shaped := [p for p in points if p.wire.rate]:
+        worst = min(shaped, key=lambda p: p.ratios["ladder"].low)
+        summary[f"lower end of standard / ladder, worst shaped: {worst.name}"] = at_least(
+            worst.ratios["ladder"].low, 0.98
+        )
+    if seen := [p for p in points if p.hidden("ladder")]:
+        apart = max(abs(a - b) for p in seen for w in WIRINGS for a, b in [p.hidden(w) or (0.0, 0.0)])
+        summary["hidden share, counters against trace: points apart"] = at_most(apart * 100, 5)
+    return summary
+
+
+def _write_trace(points: list[Point], path: Path) -> None:
+    """The decode case whose reduces take most nearly one module's compute, standard beside ladder."""
+    chosen = [p for p in points if p.answers[0].spans and p.case.length == 1]
+    if not chosen:
+        raise ValueError("trace needs a CPU run with a decode batch; on CUDA use torch.profiler or Nsight Systems")
+    point = min(chosen, key=lambda p: abs(p.weight - 1))
+    steps = {wiring: [answer.spans[wiring][0] for answer in point.answers] for wiring in WIRINGS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(perfetto(steps) | {"otherData": {"case": point.name}}))
+    print(f"trace of {point.name} written to {path}; open it in https://ui.perfetto.dev")
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    wirings = {
+        name: {
+            "ms": median(point.steps[name]) * 1e3,
+            "bound_ms": shortest_step(point.parts, name) * 1e3,
+            "standard_over_this": point.ratios[name]._asdict(),
+            "hidden": dict(zip(("counters", "trace"), point.hidden(name) or (), strict=False)) if name != BOUND else {},
+        }
+        for name in VARIANTS
+    }
+    parts = {name: getattr(point.parts, name) * 1e3 for name in ("attention", "ffn", "reduce", "spacing", "rest")}
+    return {
+        "link": point.wire.name,
+        "rate_mbit": point.wire.rate,
+        "late_ms": point.wire.late_ms,
+        "case": point.case.name,
+        "reduce_over_module": point.weight,
+        "parts_ms": parts,
+        "variants": wirings,
+    }

@@ -1,0 +1,106 @@
+"""What the suite asks of its rank processes, and what they answer: plain data that goes through pipes as JSON."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from parallel.spec import ModelSpec
+
+WIRINGS = ("standard", "ladder", "parallel", "ladder-parallel")
+BOUND = "no communication"  # the standard wiring with every partial sum taken for the sum: right in time only
+VARIANTS = (*WIRINGS, BOUND)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model of random weights: SwiGLU, as many KV heads as heads."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+    dtype: str
+
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_layers=self.layers,
+            num_heads=self.heads,
+            num_kv_heads=self.heads,
+            head_dim=self.hidden // self.heads,
+            max_position=1 << 16,
+            tie_embeddings=True,
+            dtype=getattr(torch, self.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A rank process's start. port: of rank 0's store, 0 for rank 0 itself. host: where the others reach this rank."""
+
+    rank: int
+    ranks: int
+    store_host: str
+    port: int
+    host: str
+    device: str
+    threads: int
+    shapes: Shapes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: `batch` sequences that bring `length` tokens each behind `context` cached ones."""
+
+    batch: int
+    length: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.batch}" if self.length == 1 else f"prefill {self.batch} x {self.length}"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Task:
+    """rounds: each runs every variant once, in an order of its own. late: seconds added to every reduce, emulated."""
+
+    case: Case
+    rounds: int
+    late: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that one rank did, in seconds of the machine's monotonic clock. kind: compute, wait or reduce."""
+
+    kind: str
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One rank's measurements, in seconds; lists by round.
+
+    Attributes:
+        steps: by variant. reduce: a lone all-reduce of the case's size. pair: two that were issued together.
+        blocks: by module, the compute of one of its blocks, without communication.
+        hidden: by wiring, the share of the reduces' time that the rank's counters call hidden. CPU ranks only.
+        spans: by wiring, some steps as they went, for the same share computed from a trace. CPU ranks only.
+    """
+
+    steps: dict[str, list[float]]
+    reduce: list[float]
+    pair: list[float]
+    blocks: dict[str, float]
+    hidden: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, list[list[Span]]] = field(default_factory=dict)
