@@ -21,6 +21,8 @@ from workers.actors import configure_logging
 
 log = logging.getLogger(__name__)
 
+HEAD = "node:__internal_head__"  # a resource that Ray gives the head node, and no other
+
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
 class ControllerActor:
@@ -68,7 +70,9 @@ def _monitor(deployment: Deployment) -> Monitor:
 
 
 def start_controller(deployment: Deployment) -> ActorHandle:
-    """Start the deployment's controller.
+    """Start the deployment's controller, on the head node: without it there is no Ray, and the driver is there too.
+
+    On another node the controller could be lost alone, and Ray takes a minute to notice that.
 
     Raises:
         ValueError: a deployment of this name is running.
@@ -78,7 +82,7 @@ def start_controller(deployment: Deployment) -> ActorHandle:
         ray.get_actor(CONTROLLER, namespace=space)
     except ValueError:
         return ControllerActor.options(  # type: ignore[attr-defined]
-            name=CONTROLLER, namespace=space, lifetime="detached"
+            name=CONTROLLER, namespace=space, lifetime="detached", resources={HEAD: 0.001}
         ).remote(deployment)
     raise ValueError(
         f"a deployment named {deployment.name!r} already runs in this Ray cluster; stop it or choose another `name`"
