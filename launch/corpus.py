@@ -25,10 +25,14 @@ class Document:
     text: str
 
     @property
+    def hash(self) -> int:
+        """Of the name, the same on every machine."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
+
+    @property
     def held_out(self) -> bool:
         """About 4.5 % of all names."""
-        digest = hashlib.sha256(self.name.encode()).digest()
-        return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
+        return self.hash % 1000 < HELD_OUT_PER_MILLE
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from launch import demo
-from launch.build import build
+from launch import convert, demo, twins
+from launch.build import build, plain
 
-RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {"demo": (demo.DemoRecipe, demo.run)}
+RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "demo": (demo.DemoRecipe, demo.run),
+    "twins": (twins.TwinsRecipe, twins.run),
+    "convert": (convert.ConvertRecipe, convert.run),
+}
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
@@ -30,14 +33,9 @@ def recipe_of(config: DictConfig) -> tuple[Any, Callable[[Any], None]]:
     """The recipe's dataclass, resolved and checked, and the function that runs it.
 
     Raises:
-        ValueError: an option that does not exist or cannot be.
+        ValueError: an option that is missing, does not exist or cannot be.
     """
-    try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
-    assert isinstance(values, dict)
-    options = {str(key): value for key, value in values.items()}
+    options = plain(config)
     if options["name"] not in RECIPES:
         raise ValueError(f"name is {options['name']!r}; the recipes are {', '.join(RECIPES)}")
     kind, run = RECIPES[options["name"]]

@@ -54,9 +54,10 @@ def windows(document: Sequence[int], context: int) -> list[Window]:
 @torch.no_grad()
 def _nats(model: Transformer, group: Sequence[Window]) -> float:
     """Summed cost of the counted targets of equally long windows."""
-    tokens = torch.tensor([window.tokens for window in group])
+    device = model.embedding.weight.device
+    tokens = torch.tensor([window.tokens for window in group], device=device)
     batch, length = len(group), tokens.shape[1] - 1
-    hidden = model(tokens[:, :-1].reshape(-1), WholeSequences(batch, length)).view(batch, length, -1)
+    hidden = model(tokens[:, :-1].reshape(-1), WholeSequences(batch, length, device)).view(batch, length, -1)
     total = 0.0
     for states, targets, window in zip(hidden, tokens[:, 1:], group, strict=True):
         total += _cross_entropy(model, states[window.counted :], targets[window.counted :])

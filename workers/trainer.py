@@ -1,136 +1,117 @@
-"""Training from scratch on one rank: windows over a token stream, Muon and AdamW, a fixed number of tokens.
+"""Training under DeepSpeed: data-parallel ranks, each with its share of a step and of the optimiser's state (ZeRO-1).
 
 Everything a step does is a function of (seed, step) and the state of the last one, so that a run that was killed
-and resumed from its checkpoint ends with the weights of an uninterrupted one.
+and resumed from its checkpoint ends with the weights of an uninterrupted one. Weights, gradients and reductions are
+fp32; `precision: bf16` is torch's autocast.
+
+Muon is DeepSpeed's own, whose ZeRO-1 gives every rank the whole gradient of its matrices. It is run without
+torch.compile, and on the checkpoint's matrices (workers/stacked.py) rather than with its `muon_num_heads`, which
+0.19.8 forgets where a partition is padded (stage_1_and_2.py, `get_flat_partition`).
 """
 
+import logging
 import math
 import os
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
-from parallel.checkpoint import sharded_parameters
+from parallel.context import WholeSequences
 from parallel.model import Transformer
+from parallel.modules import Norm
+from workers.sliced_loss import sliced_cross_entropy
+from workers.stacked import put_together, take_apart
+from workers.train_config import TrainConfig
 from workers.training_context import TiledSequences
+from workers.windows import Windows
 
-LOSS_ROWS = 256  # logits of this many tokens at a time: 4 MB at 4096 words, which stays in cache
 Log = Callable[[dict[str, Any]], None]
+BUCKET = 5_000_000  # elements reduced at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train; which model and which text is the recipe's business.
+class Ranks:
+    """The data-parallel ranks that train together; see `training_ranks`."""
 
-    tokens: in all, rounded down to whole steps. batch_tokens: of one step. contexts: window lengths in tokens, each
-    for an equal share of the steps, in this order. warmup, decay: the shares of all steps in which the learning rate
-    rises from and falls to 0, linearly. muon_lr: of the matrices inside the blocks; adam_lr: of embedding and norms.
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+
+    def mean(self, value: float) -> float:
+        """Over the ranks; each gives its own."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total) / self.size
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; all wait for it."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+@contextmanager
+def training_ranks() -> Iterator[Ranks]:
+    """Join the ranks that `torchrun` started, or be the only one: NCCL on CUDA, gloo on CPU.
+
+    DeepSpeed needs torch's default group and the rank in the environment. A lone rank meets itself at a free port.
     """
-
-    seed: int
-    tokens: int
-    batch_tokens: int
-    contexts: tuple[int, ...]
-    muon_lr: float
-    adam_lr: float
-    weight_decay: float
-    warmup: float
-    decay: float
-    clip: float
-    precision: str
-    log_every: int
-    checkpoint_every: int
-
-    def __post_init__(self) -> None:
-        positive = ("tokens", "batch_tokens", "muon_lr", "adam_lr", "clip", "log_every", "checkpoint_every")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be above 0")
-        for length in self.contexts:
-            if length < 1 or self.batch_tokens % length:
-                raise ValueError(
-                    f"train.contexts has {length}; it must divide train.batch_tokens ({self.batch_tokens})"
-                )
-        if self.steps < len(self.contexts) or not self.contexts:
-            raise ValueError(f"train.tokens is {self.tokens}; every one of train.contexts needs at least one step")
-        if min(self.warmup, self.decay, self.weight_decay) < 0 or self.warmup + self.decay > 1:
-            raise ValueError("train.warmup and train.decay are shares of the run; neither negative, at most 1 together")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"train.precision is {self.precision!r}; it must be bf16 or fp32")
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // self.batch_tokens
-
-    def stage(self, step: int) -> tuple[int, int]:
-        """(index into `contexts`, first step of that stage) of a step."""
-        stage = step * len(self.contexts) // self.steps
-        return stage, -(-stage * self.steps // len(self.contexts))
-
-    def lr_scale(self, step: int) -> float:
-        """Trapezoid (Hägele et al. 2405.18392): linear warm-up, constant, linear to 0."""
-        warmup, decay = self.warmup * self.steps, self.decay * self.steps
-        return min(1.0, (step + 1) / max(warmup, 1), (self.steps - step) / max(decay, 1))
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES.items())
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed reads it once, when it is imported
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        _leave()
 
 
-class Windows:
-    """An endless shuffled sequence of windows of `length + 1` tokens; each pass cuts the stream at another offset.
-
-    Raises:
-        ValueError: the stream is shorter than two windows.
-    """
-
-    def __init__(self, stream: Tensor, length: int, seed: int) -> None:
-        self.stream, self.length, self.seed = stream, length, seed
-        self.per_pass = (len(stream) - 1) // length - 1
-        if self.per_pass < 1:
-            raise ValueError(f"the training text has {len(stream)} tokens; windows of {length} need {2 * length + 1}")
-        self._pass, self._starts = -1, torch.empty(0, dtype=torch.int64)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Window `index`: int64 [length + 1]."""
-        number, place = divmod(index, self.per_pass)
-        if number != self._pass:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number * 101 + self.length)
-            offset = int(torch.randint(self.length, (1,), generator=generator))
-            self._starts = torch.randperm(self.per_pass, generator=generator) * self.length + offset
-            self._pass = number
-        start = int(self._starts[place])
-        return self.stream[start : start + self.length + 1].long()
-
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) of `count` windows: two int64 [count * length]."""
-        windows = torch.stack([self[first + i] for i in range(count)])
-        return windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
+RANK_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 class Trainer:
-    """One model, its optimisers and how far it has come.
+    """One model, its optimiser and how far it has come, on one of the ranks that train it.
 
     Args:
-        model: a whole, initialised model; its parameters are set to require gradients.
+        model: a whole, initialised fp32 model, alike on all ranks; its parameters are set to require gradients. While
+            it trains, its merged matrices are in pieces; `close` puts them together again.
         stream: the training text, int [tokens].
-        directory: where `trainer.pt` is kept; a checkpoint found there is continued.
+        directory: where checkpoints are kept; one found there is continued.
     """
 
-    def __init__(self, model: Transformer, stream: Tensor, config: TrainConfig, directory: Path) -> None:
-        self.model, self.config = model.train(), config
-        self.checkpoint = directory / "trainer.pt"
+    def __init__(self, model: Transformer, stream: Tensor, config: TrainConfig, directory: Path, ranks: Ranks) -> None:
+        self.model, self.config, self.ranks = model.to(ranks.device).train(), config, ranks
+        self.directory = directory / "checkpoint"
+        for stage in range(len(config.contexts)):
+            config.share(stage, ranks.size)
+        self.windows = [Windows(stream, length, config.seed) for length in config.contexts]
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        self.matrices = _matrices(model)
-        self.optimizers = _optimizers(model, self.matrices, config)
-        self.windows = [Windows(stream, length, config.seed) for length in config.contexts]
+        self._taken = take_apart(model) if config.muon_lr is not None else []
+        self.optimizer = _optimizer(model, config)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.engine = _engine(model, self.optimizer, config, ranks)
         self.step, self.seconds = 0, 0.0
-        if self.checkpoint.exists():
-            self._load()
+        self._load()
 
     def run(self, log: Log, until: int | None = None) -> Iterator[int]:
         """Train, yielding the number of steps done after each; ends at `until` or the configured number of tokens.
@@ -141,120 +122,156 @@ class Trainer:
         last = self.config.steps if until is None else min(until, self.config.steps)
         losses, since = [], time.monotonic()
         while self.step < last:
-            loss, norm = self._train_step()
-            losses.append(loss)
+            losses.append(self._train_step())
             if self.step % self.config.log_every == 0 or self.step == last:
                 seconds, since = time.monotonic() - since, time.monotonic()
                 self.seconds += seconds
-                log(self._metrics(losses, norm, seconds))
+                log(self._metrics(losses, seconds))
                 losses = []
             if self.step % self.config.checkpoint_every == 0:
                 self.save()
+                since = time.monotonic()
             yield self.step
 
     def save(self) -> None:
-        """Write the state so that a kill at any moment leaves the old file or the new one."""
+        """Write the state so that a kill at any moment leaves the old checkpoint or the new one; all ranks call it."""
+        tag = f"step{self.step}"
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "config": asdict(self.config),
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "ranks": self.ranks.size,
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        self.engine.save_checkpoint(str(self.directory), tag=tag, client_state={"training": state}, save_latest=False)
+        dist.barrier()
+        if self.ranks.rank == 0:
+            partial = self.directory / "latest.partial"
+            partial.write_text(tag)
+            os.replace(partial, self.directory / "latest")
+            for old in self.directory.glob("step*"):
+                if old.name != tag:
+                    shutil.rmtree(old)
+        dist.barrier()
+
+    def close(self) -> None:
+        """Let go of the engine and leave `model` as it came, with its present weights, on every rank."""
+        self.engine.destroy()
+        put_together(self._taken)
+        for parameter in self.model.parameters():
+            parameter.data, parameter.grad = parameter.data.clone(), None
+            parameter.requires_grad_(False)
+        self.model.eval()
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["config"] != asdict(self.config):
-            raise ValueError(f"{self.checkpoint} was written with other settings; remove it or choose another run_dir")
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        latest = self.directory / "latest"
+        if not latest.exists():
+            return
+        _, client = self.engine.load_checkpoint(str(self.directory), tag=latest.read_text())
+        state = client["training"]
+        if state["config"] != asdict(self.config) or state["ranks"] != self.ranks.size:
+            raise ValueError(
+                f"{self.directory} was written with other settings ({state['ranks']} ranks); remove it or choose "
+                f"another run_dir"
+            )
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def _train_step(self) -> tuple[float, float]:
-        """One optimiser step: (mean loss in nats per token, norm of the gradient before clipping)."""
+    def _train_step(self) -> float:
+        """One optimiser step: mean loss in nats per token."""
         config, (stage, first_step) = self.config, self.config.stage(self.step)
-        batch = config.batch_tokens // config.contexts[stage]
-        inputs, targets = self.windows[stage].batch((self.step - first_step) * batch, batch)
-        loss = self._backward(inputs, targets, TiledSequences(batch, config.contexts[stage]))
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
-        if not math.isfinite(loss + norm):
-            raise RuntimeError(f"the loss is {loss} at step {self.step}; lower train.muon_lr and train.adam_lr")
-        for matrix in self.matrices:
-            matrix.take_gradient()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * config.lr_scale(self.step)
-            optimizer.step()
-        self.model.zero_grad()
+        length, share = config.contexts[stage], config.share(stage, self.ranks.size)
+        first = (self.step - first_step) * (config.batch_tokens // length) + self.ranks.rank * share * config.accumulate
+        loss = 0.0
+        with torch.compiler.set_stance("force_eager"):
+            for micro in range(config.accumulate):
+                if micro:
+                    self.engine.step()  # DeepSpeed counts micro-batches in it; the last one's is the optimiser's step
+                loss += self._micro_batch(stage, first + micro * share, share) / config.accumulate
+            loss = self.ranks.mean(loss)
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss is {loss} at step {self.step}; lower train.muon_lr and train.adam_lr")
+            for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * config.lr_scale(self.step)
+            self.engine.step()
         self.step += 1
-        return loss, norm
+        return loss
 
-    def _backward(self, inputs: Tensor, targets: Tensor, context: TiledSequences) -> float:
-        """Accumulate the gradients. Head and loss go slice by slice: the logits of a whole batch fit no cache."""
-        total = 0.0
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
-            hidden = self.model(inputs, context)
-            slices = [part.detach().requires_grad_() for part in hidden.split(LOSS_ROWS)]
-            for part, wanted in zip(slices, targets.split(LOSS_ROWS), strict=True):
-                loss = F.cross_entropy(self.model.logits(part).float(), wanted, reduction="sum") / len(targets)
-                loss.backward()
-                total += loss.item()
-        hidden.backward(torch.cat([part.grad for part in slices]))
-        return total
+    def _micro_batch(self, stage: int, first: int, count: int) -> float:
+        """Accumulate the gradients of `count` windows."""
+        device, length = self.ranks.device, self.config.contexts[stage]
+        inputs, targets = (t.to(device) for t in self.windows[stage].batch(first, count))
+        sequences = TiledSequences if device.type == "cpu" else WholeSequences
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            hidden = self.model(inputs, sequences(count, length, device))
+            loss = sliced_cross_entropy(self.model, hidden, targets)
+        self.engine.backward(loss)
+        return loss.item()
 
-    def _metrics(self, losses: list[float], norm: float, seconds: float) -> dict[str, Any]:
+    def _metrics(self, losses: list[float], seconds: float) -> dict[str, Any]:
         return {
             "train/step": self.step,
             "train/tokens": self.step * self.config.batch_tokens,
             "train/loss": sum(losses) / len(losses),
-            "train/grad_norm": norm,
             "train/lr_scale": self.config.lr_scale(self.step - 1),
             "train/tokens_per_s": len(losses) * self.config.batch_tokens / seconds,
         }
 
 
-class Matrix(nn.Parameter):
-    """One checkpoint matrix inside a merged parameter (query in query-key-value, say), sharing its storage.
+def _optimizer(model: Transformer, config: TrainConfig) -> Optimizer:
+    """AdamW, without weight decay for vocabulary, norms and biases; Muon, if wanted, for the matrices in the blocks."""
+    others = {id(model.embedding.weight), id(model.head.weight)}
+    others |= {id(p) for module in model.modules() if isinstance(module, Norm) for p in module.parameters()}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in others]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    adam: dict[str, Any] = {"lr": config.adam_lr, "betas": (0.9, 0.95), "eps": 1e-10}
+    if config.muon_lr is None:
+        decayed = {"params": matrices, "weight_decay": config.weight_decay}
+        return AdamW([decayed, {"params": rest, "weight_decay": 0.0}], **adam)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    Muon orthogonalises what it is given; query, key and value are three matrices, not one tall one.
-    """
-
-    owner: nn.Parameter
-    part: slice
-
-    @staticmethod
-    def of(owner: nn.Parameter, part: slice) -> "Matrix":
-        matrix = Matrix(owner.data[part])
-        matrix.owner, matrix.part = owner, part
-        return matrix
-
-    def take_gradient(self) -> None:
-        assert self.owner.grad is not None
-        self.grad = self.owner.grad[self.part]
-
-
-def _matrices(model: Transformer) -> list[Matrix]:
-    """The matrices inside the blocks, each as the checkpoint names it."""
-    vocabulary = {id(model.embedding.weight), id(model.head.weight)}
-    hidden = [p for p in sharded_parameters(model) if p.dim() == 2 and id(p) not in vocabulary]
-    return [
-        Matrix.of(parameter, slice(piece.offset, piece.offset + piece.shape[0]))
-        for parameter in hidden
-        for piece in parameter.pieces
+    for parameter in model.parameters():
+        setattr(parameter, "use_muon", id(parameter) in inside)  # noqa: B010
+    muon = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "ns_method": "standard"}
+    groups = [
+        {"params": matrices, "use_muon": True, "name": "muon", **muon},
+        {"params": rest, "use_muon": False, "name": "adam", "weight_decay": 0.0, **adam},
     ]
+    optimizer: Optimizer = MuonWithAuxAdam(groups)
+    return optimizer
 
 
-def _optimizers(model: Transformer, matrices: list[Matrix], config: TrainConfig) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for embedding, head and norms."""
-    owners = {id(matrix.owner) for matrix in matrices}
-    rest = [p for p in model.parameters() if id(p) not in owners]
-    muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
-    adam = AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return [muon, adam]
+def _engine(model: Transformer, optimizer: Optimizer, config: TrainConfig, ranks: Ranks) -> Any:
+    """DeepSpeed around the model: ZeRO-1 in fp32. Windows are its samples."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # On CPU DeepSpeed would compile a C++ all-reduce for inference, for two minutes; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = {
+        "train_micro_batch_size_per_gpu": config.share(0, ranks.size),
+        "gradient_accumulation_steps": config.accumulate,
+        "gradient_clipping": config.clip or 0.0,
+        "steps_per_print": 10**12,
+        "zero_optimization": {
+            "stage": 1,
+            "overlap_comm": ranks.device.type == "cuda",
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def _leave() -> None:
+    """Leave the default group, which DeepSpeed knows by a name of its own once an engine has been made."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()

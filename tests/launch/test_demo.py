@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from launch.corpus import primed_xz_bits_per_byte, standard_library
-from launch.demo import DemoRecipe, model_bits_per_byte, run
+from launch.demo import DemoRecipe, run
 from launch.train import recipe_of
+from launch.training import Words
 from parallel.checkpoint import load_weights
 from parallel.model import Transformer
 from parallel.modules import kv_heads_of
@@ -31,7 +33,8 @@ def test_the_bundled_model_beats_primed_xz_on_held_out_documents() -> None:
     assert len(sample) >= 6
     model = Transformer(ModelSpec.load(DEMO))
     load_weights(model, DEMO)
-    assert model_bits_per_byte(model, DEMO, sample) < primed_xz_bits_per_byte(corpus.train, sample)
+    words = Words.of_bundled(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    assert words.bits_per_byte(model, sample, 1024) < primed_xz_bits_per_byte(corpus.train, sample)
 
 
 def test_the_bundled_model_is_a_ladder_that_four_ranks_can_share() -> None:

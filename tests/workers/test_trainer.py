@@ -1,21 +1,27 @@
 """The training loop: the model's own attention, every token once per pass, and a resumed run is the same run."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.attention import causal_attention
+from parallel.checkpoint import sharded_parameters
 from parallel.model import Transformer
 from parallel.modules import init_weights
 from parallel.spec import ModelSpec
-from workers.trainer import TrainConfig, Trainer, Windows
+from workers.sliced_loss import LOSS_ROWS, sliced_cross_entropy
+from workers.train_config import TrainConfig
+from workers.trainer import Ranks, Trainer, training_ranks
 from workers.training_context import TiledSequences
+from workers.windows import Windows
 
 SPEC = ModelSpec(
     vocab_size=64,
@@ -33,13 +39,14 @@ CONFIG = TrainConfig(
     seed=5,
     tokens=24 * 128,
     batch_tokens=128,
+    accumulate=1,
     contexts=(16, 32),
     muon_lr=0.02,
     adam_lr=0.01,
     weight_decay=0.1,
     warmup=0.1,
     decay=0.5,
-    clip=1.0,
+    clip=None,
     precision="fp32",
     log_every=4,
     checkpoint_every=5,
@@ -47,10 +54,25 @@ CONFIG = TrainConfig(
 STREAM = (torch.arange(4000) ** 2 % 61).to(torch.int32)  # a rule that two layers can learn
 
 
-def new_trainer(directory: Path, config: TrainConfig = CONFIG) -> Trainer:
-    model = Transformer(SPEC)
-    init_weights(model, SPEC, config.seed)
-    return Trainer(model, STREAM, config, directory)
+ADAMW = replace(CONFIG, muon_lr=None, clip=1.0)
+OPTIMIZERS = pytest.mark.parametrize("config", [CONFIG, ADAMW], ids=["muon", "adamw"])
+ALONE: list[Ranks] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks() -> Iterator[None]:
+    """DeepSpeed knows one group per process, so these tests take turns in it."""
+    with training_ranks() as alone:
+        ALONE.append(alone)
+        yield
+        ALONE.clear()
+
+
+def new_trainer(directory: Path, config: TrainConfig = CONFIG, spec: ModelSpec = SPEC) -> Trainer:
+    model = Transformer(spec)
+    init_weights(model, spec, config.seed)
+    directory.mkdir(exist_ok=True)
+    return Trainer(model, STREAM, config, directory, ALONE[0])
 
 
 def finish(trainer: Trainer, until: int | None = None) -> list[dict[str, Any]]:
@@ -89,44 +111,109 @@ def test_another_pass_has_another_order() -> None:
     assert first == [int(windows[i][0]) for i in range(10)]
 
 
-def test_the_loss_falls_and_every_step_is_logged_once(tmp_path: Path) -> None:
-    rows = finish(new_trainer(tmp_path))
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_sliced_loss_and_its_gradients_are_those_of_all_logits_at_once(tied: bool) -> None:
+    spec = replace(SPEC, tie_embeddings=tied, logit_scale=0.5)
+    model = Transformer(spec)
+    init_weights(model, spec, seed=1)
+    model.head.weight.requires_grad_(True)
+    targets = torch.arange(2 * LOSS_ROWS + 9) % 64
+    results = []
+    for sliced in (True, False):
+        hidden = torch.randn(len(targets), 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        loss = (
+            sliced_cross_entropy(model, hidden, targets) if sliced else F.cross_entropy(model.logits(hidden), targets)
+        )
+        results.append([loss, *torch.autograd.grad(3 * loss, (hidden, model.head.weight))])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@OPTIMIZERS
+def test_the_loss_falls_and_every_step_is_logged_once(tmp_path: Path, config: TrainConfig) -> None:
+    rows = finish(new_trainer(tmp_path, config))
     assert [row["train/step"] for row in rows] == [4, 8, 12, 16, 20, 24]
     assert rows[0]["train/loss"] > 3.5
     assert rows[-1]["train/loss"] < 0.6 * rows[0]["train/loss"]
 
 
-def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path) -> None:
+@OPTIMIZERS
+def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, config: TrainConfig) -> None:
     """The kill comes at step 13, three steps after the last checkpoint: those are done again."""
-    (tmp_path / "killed").mkdir()
-    whole = new_trainer(tmp_path)
+    whole = new_trainer(tmp_path / "whole", config)
     finish(whole)
-    killed = new_trainer(tmp_path / "killed")
+    killed = new_trainer(tmp_path / "killed", config)
     list(itertools.islice(killed.run(lambda row: None), 13))
-    resumed = new_trainer(tmp_path / "killed")
+    resumed = new_trainer(tmp_path / "killed", config)
     assert resumed.step == 10
     finish(resumed)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path)
+    finish(trainer, until=5)
+    half = tmp_path / "checkpoint" / "step10"
+    half.mkdir()
+    (half / "mp_rank_00_model_states.pt").write_bytes(b"half a file")
+    resumed = new_trainer(tmp_path)
+    assert resumed.step == 5
+    finish(resumed, until=10)
+    assert new_trainer(tmp_path).step == 10
+    assert [path.name for path in (tmp_path / "checkpoint").glob("step*")] == ["step10"]
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     new_trainer(tmp_path).save()
-    with pytest.raises(ValueError, match="written with other settings; remove it or choose another run_dir"):
+    with pytest.raises(ValueError, match=r"written with other settings .*; remove it or choose another run_dir"):
         new_trainer(tmp_path, replace(CONFIG, adam_lr=0.1))
 
 
-def test_merged_matrices_are_orthogonalised_one_by_one(tmp_path: Path) -> None:
+@OPTIMIZERS
+def test_micro_batches_add_up_to_the_step(tmp_path: Path, config: TrainConfig) -> None:
+    losses = []
+    for accumulate in (1, 4):
+        rows = finish(new_trainer(tmp_path / str(accumulate), replace(config, accumulate=accumulate)))
+        losses.append([row["train/loss"] for row in rows])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_closed_trainer_leaves_the_model_whole(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path)
-    assert len(trainer.matrices) == 7 * SPEC.num_layers  # q, k, v, o, gate, up, down
-    before = [matrix.detach().clone() for matrix in trainer.matrices]
+    names = [name for name, _ in Transformer(SPEC).named_parameters()]
+    finish(trainer, until=3)
+    tokens, context = torch.arange(16), TiledSequences(1, 16)
+    before = trainer.model.logits(trainer.model(tokens, context)).detach()
+    trainer.close()
+    assert sorted(name for name, _ in trainer.model.named_parameters()) == sorted(names)
+    assert torch.equal(trainer.model.logits(trainer.model(tokens, context)), before)
+    assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert len(sharded_parameters(trainer.model)) == len(names)
+
+
+def test_the_matrices_of_the_checkpoint_are_orthogonalised_one_by_one(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path)
+    matrices = [p for p in trainer.model.parameters() if p.use_muon]
+    assert len(matrices) == 7 * SPEC.num_layers  # q, k, v, o, gate, up, down
+    before = [matrix.detach().clone() for matrix in matrices]
     finish(trainer, until=1)
+    assert CONFIG.muon_lr is not None
     lr = CONFIG.muon_lr * CONFIG.lr_scale(0)
-    for matrix, old in zip(trainer.matrices, before, strict=True):
+    for matrix, old in zip(matrices, before, strict=True):
         rows, columns = matrix.shape
         update = (old * (1 - lr * CONFIG.weight_decay) - matrix) / (lr * max(1, rows / columns) ** 0.5)
         values = torch.linalg.svdvals(update)
         assert values.median() > 0.3 and values.max() < 1.4  # Newton-Schulz brings them near 1
+
+
+def test_muon_is_for_the_matrices_inside_the_blocks_only(tmp_path: Path) -> None:
+    """Not for an untied head, and not for norms that have a weight per head."""
+    spec = replace(SPEC, tie_embeddings=False, qk_norm="per-head", norm="layer", qkv_bias=True)
+    model = new_trainer(tmp_path, spec=spec).model
+    adam = {name for name, p in model.named_parameters() if not p.use_muon}
+    assert {"embedding.weight", "head.weight", "norm.weight", "modules_of_blocks.0.q_norm.weight"} <= adam
+    assert sum(p.use_muon for p in model.parameters()) == 7 * SPEC.num_layers
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
@@ -139,7 +226,6 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
 def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
-        (tmp_path / precision).mkdir()
         losses.append(finish(new_trainer(tmp_path / precision, replace(CONFIG, precision=precision)))[-1]["train/loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
@@ -149,3 +235,26 @@ def test_the_learning_rate_rises_stays_and_falls_to_almost_nothing() -> None:
     assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert scales[10:50] == [1.0] * 40
     assert scales[-1] == pytest.approx(1 / 50)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"clip": 1.0}, "train.clip works with AdamW only; set train.clip=null, or train.muon_lr=null"),
+        ({"muon_lr": 0.0}, "train.muon_lr is 0.0; it must be above 0, or null"),
+        ({"accumulate": 0}, "train.accumulate is 0; it must be above 0"),
+        ({"tokens": 100}, "train.tokens is 100; every one of train.contexts needs at least one step"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        replace(CONFIG, **changes)
+    assert sentence in str(error.value)
+
+
+def test_windows_that_cannot_be_dealt_out_are_refused() -> None:
+    assert replace(CONFIG, accumulate=2).share(1, ranks=2) == 1
+    with pytest.raises(
+        ValueError, match=r"4 windows of 32 tokens, which 3 ranks with train\.accumulate=1 cannot share"
+    ):
+        CONFIG.share(1, ranks=3)
