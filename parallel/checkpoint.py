@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.model import Transformer
 from parallel.shards import Piece, Sharded
+from parallel.spec import ModelSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 UNUSED = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints carry it along
@@ -85,22 +88,32 @@ class Checkpoint:
             raise ValueError(f"{path} cannot be read: {error}; copy the checkpoint again") from None
 
 
-def load_weights(model: Transformer, directory: str | Path) -> None:
+class Loadable(Protocol):
+    """A whole model, a shard of one, or one side of a disaggregated one."""
+
+    spec: ModelSpec
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def load_weights(model: Loadable, directory: str | Path) -> None:
     """Fill every parameter of `model` with its slices, cast to the parameter's dtype, on the parameter's device.
 
     Raises:
         ValueError: a file is broken, or a tensor is missing, of the wrong shape or dtype, or of no use to this model.
     """
     checkpoint = Checkpoint(directory)
-    parameters = sharded_parameters(model)
-    _refuse_unused(checkpoint, {piece.name for parameter in parameters for piece in parameter.pieces}, model)
-    for parameter in parameters:
+    with torch.device("meta"):
+        everything = Transformer(model.spec)
+    _refuse_unused(checkpoint, everything)
+    for parameter in sharded_parameters(model):
         for piece in parameter.pieces:
             parameter.view_of(piece).copy_(checkpoint.read(piece))
 
 
-def _refuse_unused(checkpoint: Checkpoint, used: set[str], model: Transformer) -> None:
-    """A tensor that no parameter holds would change the model if it were left out."""
+def _refuse_unused(checkpoint: Checkpoint, model: Transformer) -> None:
+    """A tensor that no parameter of the whole model holds would change it if it were left out."""
+    used = {piece.name for parameter in sharded_parameters(model) for piece in parameter.pieces}
     unused = {name for name in checkpoint.names - used if not name.endswith(UNUSED)}
     if model.spec.tie_embeddings and "lm_head.weight" in unused:
         for piece in model.embedding.weight.pieces:
@@ -156,7 +169,7 @@ def save_weights(model: Transformer, directory: str | Path, dtype: torch.dtype) 
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
 
-def sharded_parameters(model: Transformer) -> list[Sharded]:
+def sharded_parameters(model: Loadable) -> list[Sharded]:
     """The model's parameters, each once even where embedding and head are tied."""
     parameters = list(model.parameters())
     assert all(isinstance(p, Sharded) for p in parameters)

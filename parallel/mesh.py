@@ -60,6 +60,10 @@ class Mesh(Protocol):
         """Rank 0's integers, on every rank; the others pass None and wait."""
         ...
 
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, from device to device; the others pass one of its shape to be filled."""
+        ...
+
     def close(self) -> None:
         """Leave the group, once; the others' collectives fail. Not while this rank is in a collective itself."""
         ...
@@ -80,6 +84,9 @@ class SingleRank:
     def broadcast(self, values: list[int] | None) -> list[int]:
         assert values is not None
         return values
+
+    def share(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def close(self) -> None:
         pass
@@ -111,7 +118,7 @@ class Group:
     ) -> None:
         self._ordered = ordered and shard.size > 2
         self.shard, self.device, self.meter = shard, torch.device(device), ReduceMeter()
-        self._control = _gloo(dist.PrefixStore("control", store), shard, host, timeout)
+        self._control = gloo_group(dist.PrefixStore("control", store), shard.rank, shard.size, host, timeout)
         self._tensors = self._control
         if self.device.type == "cuda":
             self._tensors = _nccl(dist.PrefixStore("tensors", store), shard, timeout)
@@ -147,6 +154,10 @@ class Group:
         self._broadcast(rest)
         return first[1:].tolist() + rest.tolist()
 
+    def share(self, tensor: Tensor) -> Tensor:
+        self._tensors.broadcast(tensor, 0).wait()
+        return tensor
+
     def close(self) -> None:
         if self.device.type == "cuda":
             self._tensors.abort()
@@ -172,12 +183,13 @@ def join(
     return Group(store, shard, device, host, timeout, ordered)
 
 
-def _gloo(store: dist.Store, shard: Shard, host: str, timeout: timedelta) -> dist.ProcessGroup:
+def gloo_group(store: dist.Store, rank: int, size: int, host: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of CPU ranks. host: the address of this machine that the others can reach."""
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 2  # two reduces are in flight at most
-    return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, shard.rank, shard.size, options))
+    return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, options))
 
 
 def _nccl(store: dist.Store, shard: Shard, timeout: timedelta) -> dist.ProcessGroup:

@@ -5,7 +5,7 @@ a copy rounds alike. With lag 1 this is Ladder Residual (Zhang et al. 2501.06589
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -69,12 +69,17 @@ class Block:
 
     Args:
         lag: how many of the newest contributions this block does not see.
-        modules: each maps (x [tokens, hidden], step context) to this rank's partial sum [tokens, hidden].
+        modules: each maps (x [tokens, hidden], step context) to this rank's partial sum [tokens, hidden]; none where
+            all of the block is computed elsewhere.
+        elsewhere: the pools of ranks that compute the rest of this block, if it is split over several.
     """
 
-    def __init__(self, lag: int, modules: Iterable[Callable[[Tensor, Any], Tensor]]) -> None:
+    def __init__(
+        self, lag: int, modules: Iterable[Callable[[Tensor, Any], Tensor]], elsewhere: Sequence[str] = ()
+    ) -> None:
         self.lag = lag
         self.modules = tuple(modules)
+        self.elsewhere = tuple(elsewhere)
 
     def __call__(self, x: Tensor, context: Any) -> Tensor:
         total = self.modules[0](x, context)
@@ -83,9 +88,30 @@ class Block:
         return total
 
 
-def run_blocks(blocks: Iterable[Block], x: Tensor, context: Any, reduce: Reduce) -> Tensor:
-    """The whole model between embedding and final norm: [tokens, hidden] -> [tokens, hidden]."""
-    stream = ResidualStream(x)
-    for block in blocks:
-        stream.add(reduce(block(stream.input(block.lag), context)))
-    return stream.settle()
+class Contribute(Protocol):
+    """How a side of the model gets a block's contribution for one micro-batch: the parts, in the order to add up."""
+
+    def __call__(
+        self, number: int, block: Block, micro: int, stream: ResidualStream, context: Any
+    ) -> Sequence[Pending]: ...
+
+
+def run_blocks(
+    blocks: Iterable[Block], inputs: Sequence[Tensor], contexts: Sequence[Any], contribute: Contribute
+) -> list[Tensor]:
+    """The model between embedding and final norm, for one or several micro-batches in rotation: the whole model and
+    either side of a disaggregated one. inputs, results: [tokens, hidden] of each micro-batch."""
+    streams = [ResidualStream(x) for x in inputs]
+    for number, block in enumerate(blocks):
+        for micro, (stream, context) in enumerate(zip(streams, contexts, strict=True)):
+            stream.add(*contribute(number, block, micro, stream, context))
+    return [stream.settle() for stream in streams]
+
+
+def together(reduce: Reduce) -> Contribute:
+    """All modules are here; the ranks of one group add up their partial sums."""
+
+    def contribute(number: int, block: Block, micro: int, stream: ResidualStream, context: Any) -> Sequence[Pending]:
+        return (reduce(block(stream.input(block.lag), context)),)
+
+    return contribute
