@@ -19,6 +19,7 @@ from workers.config import EngineConfig, KvConfig
 from workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from workers.engine import Engine
 from workers.executor import Executor
+from workers.graphs import CudaCapture
 from workers.sizing import kv_size
 from workers.text import TextStream, Tokenizer
 
@@ -101,8 +102,9 @@ class LLM:
         spec = engine.of(ModelSpec.load(path))
         self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant)
-        limits = engine.limits(spec, kv, kv_size(executor.model, engine, kv, mesh.device))
+        capture = CudaCapture(mesh.device) if engine.graphs_on(mesh.device) else None
+        executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant, capture=capture)
+        limits = engine.limits(spec, kv, kv_size(executor.model, engine, kv, mesh.device), mesh.device)
         executor.allocate(limits.num_blocks, limits.block_size)
         self.engine = Engine(limits, executor)
         self._ids = map(str, count())

@@ -27,7 +27,10 @@ class Disconnected(Exception):
 
 
 class Answer(Response):
-    """Runs what `prepare` makes. Errors before the first output have a status of their own, later ones are events."""
+    """Runs what `prepare` makes. Errors before the first output have a status of their own, later ones are events.
+
+    The generation, and an error that became an event, are left in `scope["state"]` for middleware.
+    """
 
     def __init__(
         self, service: Service, request_id: str, prepare: Callable[[InFlightRequest], Awaitable[Generation]]
@@ -39,7 +42,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with self._service.in_flight.enter(self._request_id) as request, _watched(receive, request):
-                generation = await self._prepare(request)
+                generation = scope["state"]["generation"] = await self._prepare(request)
                 if generation.stream:
                     await self._stream(generation, send)
                     return
@@ -50,6 +53,7 @@ class Answer(Response):
         except Exception as error:
             if not self._started:
                 raise
+            scope["state"]["error"] = error
             await _send_error(error, send)
 
     async def _stream(self, generation: Generation, send: Send) -> None:

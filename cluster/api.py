@@ -5,19 +5,22 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from cluster.answer import Answer
 from cluster.errors import Unavailable, install_handlers
-from cluster.middleware import Edge
+from cluster.middleware import OPEN_PATHS, Edge
 from cluster.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.service import Service
+from cluster.tracing import Traced, Traces
 
 
-def build_app(service: Service) -> FastAPI:
-    """The OpenAI-compatible server of one model, for any ASGI server."""
+def build_app(service: Service, traces: Traces | None = None) -> FastAPI:
+    """The OpenAI-compatible server of one model, for any ASGI server; with `traces`, a span per request."""
     app = FastAPI(title="Stepladder", version=service.config.version, redirect_slashes=False)
     app.add_middleware(Edge, api_key=service.config.api_key, max_body_bytes=service.config.max_body_bytes)
+    if traces:
+        app.add_middleware(Traced, traces=traces, untraced=OPEN_PATHS)  # sees what the other refuses
     install_handlers(app)
     _add_generation(app, service)
     _add_models(app, service)
@@ -64,6 +67,13 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         return await service.detokenize(body)
+
+    if service.config.tokenizer_info:
+        info = service.tokenizer_info()
+
+        @app.get("/tokenizer_info")
+        async def tokenizer_info() -> Response:
+            return JSONResponse(info)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from cluster.tracing import check_endpoint
 from workers.config import EngineConfig, KvConfig
 
 WANDB_MODES = ("online", "offline", "disabled")
@@ -39,6 +40,8 @@ class GatewayConfig:
         drain_seconds: how long requests in flight may still run after SIGTERM.
         resource: a Ray resource that the gateway's node must have, such as node:__internal_head__ for the head; None
             takes any node.
+        otlp_traces_endpoint: an OpenTelemetry collector that gets a span per request, over HTTP; None sends none.
+        tokenizer_info: serve /tokenizer_info, which shows the chat template.
     """
 
     host: str = "127.0.0.1"
@@ -46,10 +49,14 @@ class GatewayConfig:
     api_key: str | None = None
     drain_seconds: float = 30.0
     resource: str | None = None
+    otlp_traces_endpoint: str | None = None
+    tokenizer_info: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port is {self.port}; it must be between 0 and 65535")
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)
 
 
 @dataclass(frozen=True, kw_only=True)

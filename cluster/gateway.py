@@ -17,6 +17,7 @@ from cluster.config import Deployment
 from cluster.listening import listen
 from cluster.router import Router
 from cluster.service import Service, ServiceConfig
+from cluster.tracing import Traces
 from cluster.wire import Endpoint
 from parallel.generation import GenerationDefaults
 from parallel.spec import ModelSpec
@@ -56,7 +57,7 @@ class GatewayActor:
         """Listen; returns the port, chosen by the system if `port` is 0.
 
         Raises:
-            ValueError: the model's tokenizer or limits are unusable, or the port is taken.
+            ValueError: the model's tokenizer or limits are unusable, the port is taken, or packages are missing here.
         """
         deployment = self._deployment
         directory = resolve(deployment.model.path)
@@ -67,12 +68,15 @@ class GatewayActor:
             vocab_size=spec.vocab_size,
             version=version("stepladder"),
             api_key=deployment.gateway.api_key,
+            tokenizer_info=deployment.gateway.tokenizer_info,
             defaults=replace(SamplingParams(), **GenerationDefaults.load(directory).sampling),
         )
         self._router = Router(self._name, deployment.secret, silence=deployment.cluster.hang_seconds * 3)
         self._service = Service(self._router, Tokenizer(directory), config)
+        endpoint = deployment.gateway.otlp_traces_endpoint
+        self._traces = Traces(endpoint, config.version) if endpoint else None
         listener = listen(deployment.gateway.host, port)
-        app = build_app(self._service)
+        app = build_app(self._service, self._traces)
         self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         self._watching = asyncio.create_task(self._watch())
@@ -99,6 +103,8 @@ class GatewayActor:
         await self._service.drain(seconds)
         self._server.should_exit = True
         await self._serving
+        if self._traces:
+            await asyncio.to_thread(self._traces.close)
         await self._router.close()
 
     async def _watch(self) -> None:

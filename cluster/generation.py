@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cluster.logprobs import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
+from cluster.metrics import SequenceMeter
 from cluster.protocol import StreamOptions
-from workers.core import FinishReason, Output, Request, TokenLogprob
+from workers.core import FinishReason, Output, Request, Start, TokenLogprob
 from workers.text import TextStream, Tokenizer
 
 
@@ -22,7 +23,8 @@ class Choice:
         started: its first chunk has been made.
         scored: its tokens with their log-probabilities, if wanted.
         prompt_logprobs: of the prompt's tokens from the second on, if wanted.
-        cached_tokens: of the prompt, found in the prefix cache.
+        start: how the engine came to the first token; None before it, or if another gateway was told.
+        meter: its clock, once it runs.
     """
 
     index: int
@@ -35,8 +37,14 @@ class Choice:
     started: bool = False
     scored: list[ScoredToken] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
-    cached_tokens: int = 0
+    start: Start | None = None
+    meter: SequenceMeter | None = None
     _begun: bool = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, found in the prefix cache."""
+        return self.start.cached_tokens if self.start else 0
 
     def take(self, output: Output) -> "Piece":
         """Append an output's tokens, up to a stop string; return what is new."""
@@ -65,7 +73,7 @@ class Choice:
     def _begin(self, output: Output) -> str:
         """What comes before the first token: the prompt, if it is echoed, and its log-probabilities."""
         self._begun = True
-        self.prompt_logprobs, self.cached_tokens = output.prompt_logprobs, output.cached_tokens
+        self.prompt_logprobs, self.start = output.prompt_logprobs, output.start
         if self.echo and output.prompt_logprobs is not None and output.logprobs is not None:
             logprobs = [None, *output.prompt_logprobs]
             where = offsets(self.text.tokenizer, self.request.prompt, len(self.echo))
@@ -179,6 +187,7 @@ class Generation:
     Attributes:
         id: of the request, without the endpoint's prefix.
         arrived: `time.monotonic()` when the request came in.
+        n: choices per prompt.
         num_prompt_tokens: of all prompts, each counted once.
         stream: answer with chunks; with these options.
     """
@@ -188,6 +197,7 @@ class Generation:
     model: str
     format: Format
     choices: list[Choice]
+    n: int
     num_prompt_tokens: int
     stream: bool
     options: StreamOptions

@@ -1,7 +1,8 @@
 """Prometheus metrics under vLLM's names with the prefix `stepladder:`, measured where the client is served.
 
-Intervals are differences of this process's `time.monotonic()`, so TTFT includes tokenization and queueing. Names and
-buckets: https://docs.vllm.ai/en/latest/design/metrics.html.
+Intervals are differences of this process's `time.monotonic()`, so TTFT includes tokenization and queueing; those of an
+engine (queue, prefill) come from there as durations. Names and buckets:
+https://docs.vllm.ai/en/latest/design/metrics.html.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,12 @@ from time import monotonic
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cluster.window import Window
+from workers.core import Start
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _BETWEEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_PHASE = _WHOLE[1:]  # exactly vLLM's
 _TOKENS = tuple(mantissa * 10**power for power, mantissa in product(range(6), (1, 2, 5)))
 
 _HISTOGRAMS = {
@@ -22,6 +25,10 @@ _HISTOGRAMS = {
     "inter_token_latency_seconds": ("Between two outputs of a sequence; an output may hold several tokens.", _BETWEEN),
     "request_time_per_output_token_seconds": ("TPOT: (last - first token) / (tokens - 1).", _BETWEEN),
     "e2e_request_latency_seconds": ("From arrival to the last token.", _WHOLE),
+    "request_queue_time_seconds": ("From arrival in the engine to the first place in a step.", _PHASE),
+    "request_prefill_time_seconds": ("From the first place in a step to the first token.", _PHASE),
+    "request_decode_time_seconds": ("From the first token to the last.", _PHASE),
+    "request_inference_time_seconds": ("Prefill and decode.", _PHASE),
     "request_prompt_tokens": ("Prompt tokens of a sequence.", _TOKENS),
     "request_generation_tokens": ("Generated tokens of a sequence.", _TOKENS),
 }
@@ -105,12 +112,41 @@ class Metrics:
 
 
 class SequenceMeter:
-    """The clock of one sequence, read at every output."""
+    """The clock of one sequence, read at every output.
+
+    Attributes:
+        ended: why; None while it runs.
+    """
 
     def __init__(self, metrics: Metrics, arrived: float, num_prompt_tokens: int) -> None:
         self._metrics, self._arrived, self._num_prompt_tokens = metrics, arrived, num_prompt_tokens
         self._first = self._last = arrived
         self._num_tokens = 0
+        self._start: Start | None = None
+        self.ended: str | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been an output."""
+        return self._last > self._arrived
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self._first - self._arrived
+
+    @property
+    def e2e(self) -> float:
+        return self._last - self._arrived
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of queue, prefill, decode and inference. Those of the attempt that gave the first token, if it was
+        replayed; a retry that continues one of another gateway has only decode."""
+        decode = self._last - self._first
+        if self._start is None:
+            return {"decode": decode}
+        queue, prefill = self._start.queue_seconds, self._start.prefill_seconds
+        return {"queue": queue, "prefill": prefill, "decode": decode, "inference": prefill + decode}
 
     def output(self, num_tokens: int) -> None:
         """The engine has sent this many tokens, now."""
@@ -127,9 +163,13 @@ class SequenceMeter:
         metrics.generation_tokens.inc(num_tokens)
         metrics.window.token(num_tokens)
 
-    def end(self, reason: str) -> None:
-        """It has ended, for this reason. Latencies of unfinished sequences would mislead and are not counted."""
-        metrics = self._metrics
+    def end(self, reason: str, start: Start | None) -> None:
+        """It has ended, for this reason. Latencies of unfinished sequences would mislead and are not counted.
+
+        Args:
+            start: what the engine said with the first token.
+        """
+        metrics, self.ended, self._start = self._metrics, reason, start
         metrics.ended(reason)
         if reason not in ("stop", "length"):
             return
@@ -137,6 +177,9 @@ class SequenceMeter:
         metrics.window.finished(per_token)
         if per_token is not None:
             metrics.observe("request_time_per_output_token_seconds", per_token)
-        metrics.observe("e2e_request_latency_seconds", self._last - self._arrived)
+        metrics.observe("e2e_request_latency_seconds", self.e2e)
+        if start is not None:
+            for phase, seconds in self.phases.items():
+                metrics.observe(f"request_{phase}_time_seconds", seconds)
         metrics.observe("request_prompt_tokens", self._num_prompt_tokens)
         metrics.observe("request_generation_tokens", self._num_tokens)

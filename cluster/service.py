@@ -60,6 +60,7 @@ class ServiceConfig:
         max_choices: prompts times n of one HTTP request.
         max_body_bytes: of one HTTP request.
         created: when the model came to be, in Unix seconds.
+        tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
             The only place for such defaults, as of a generation_config.json.
     """
@@ -72,6 +73,7 @@ class ServiceConfig:
     max_choices: int = 128
     max_body_bytes: int = 16 << 20
     created: int = field(default_factory=lambda: int(time()))
+    tokenizer_info: bool = False
     defaults: SamplingParams = field(default_factory=SamplingParams)
 
 
@@ -153,6 +155,10 @@ class Service:
         self._check_ids(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(self._tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The model's tokenizer_config.json and chat template."""
+        return self._tokenizer.info()
+
     def check_model(self, name: str) -> None:
         if name != self.config.model_name:
             sentence = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
@@ -188,7 +194,9 @@ class Service:
                 choices.append(Choice(index, request, TextStream.of(self._tokenizer, params)))
         options = body.stream_options or StreamOptions()
         num_prompt_tokens = sum(map(len, prompts))
-        return Generation(http.id, http.arrived, body.model, format, choices, num_prompt_tokens, body.stream, options)
+        return Generation(
+            http.id, http.arrived, body.model, format, choices, body.n, num_prompt_tokens, body.stream, options
+        )
 
     def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
         try:
@@ -225,9 +233,12 @@ class Service:
 
     async def _pieces_of(self, choice: Choice, arrived: float) -> AsyncGenerator[Piece, None]:
         meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"
+        choice.meter = meter
         try:
             async with aclosing(self._outputs(choice.request)) as outputs:
                 async for output in outputs:
+                    if not output.tokens and not output.finish_reason:
+                        continue  # a retry that found its request still in the queue
                     before = choice.num_tokens
                     piece = choice.take(output)
                     meter.output(choice.num_tokens - before)
@@ -239,7 +250,7 @@ class Service:
             ended = choice.finish_reason or "abort"
             raise
         finally:
-            meter.end(ended)
+            meter.end(ended, choice.start)
 
     async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
         """The backend's outputs; an end without a reason, or for the engine's own reasons, is an error."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Group, causal_attention, paged_attention, visible
+from kernels.transfer import upload
 from parallel.spec import ModelSpec
 
 
@@ -50,45 +51,30 @@ class KVCache:
         shape = (spec.num_layers, num_blocks, block_size, kv_heads, spec.head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.device = torch.device(device)
         self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
         self.values = torch.zeros(shape, dtype=spec.dtype, device=device)
 
 
-class PagedSequences:
-    """A ragged batch over the paged cache; built once per step, shared by every layer.
+class _Paged:
+    """A step over the paged cache, in general. Subclasses say which slots it writes, and which contexts it reads.
 
     Args:
-        cache: this rank's KV cache.
-        starts: for each sequence, the position of its first token in this step.
-        lengths: for each sequence, how many tokens it brings.
-        block_tables: for each sequence, the cache blocks of its context, including this step's tokens.
+        longest: no context has more positions.
         exact: round attention independently of the batch; see `paged_attention`.
+
+    Attributes:
+        slots: [tokens] int64, where the cache takes each token's key and value.
     """
 
+    positions: Tensor
+    slots: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(
-        self,
-        cache: KVCache,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        exact: bool = False,
-    ) -> None:
-        self.cache, self._exact = cache, exact
-        self.device = cache.keys.device
-        self._tables, size = block_tables, cache.block_size
-        self._spans = [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-        self._longest = max((span.stop for span in self._spans), default=0)
+    def __init__(self, cache: KVCache, longest: int, exact: bool = False) -> None:
+        self.cache, self._longest, self._exact = cache, longest, exact
         self._groups: dict[int | None, list[Group]] = {}
-        self.positions = self._tensor([p for span in self._spans for p in span])
-        self.slots = self._tensor(
-            [t[p // size] * size + p % size for t, span in zip(block_tables, self._spans, strict=True) for p in span]
-        )
-
-    def _tensor(self, values: list[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -103,6 +89,40 @@ class PagedSequences:
         if window not in self._groups:
             self._groups[window] = self._build(window)
         return self._groups[window]
+
+    def _build(self, window: int | None) -> list[Group]:
+        raise NotImplementedError
+
+
+class PagedSequences(_Paged):
+    """A ragged batch over the paged cache; built once per step, shared by every layer.
+
+    Args:
+        cache: this rank's KV cache.
+        starts: for each sequence, the position of its first token in this step.
+        lengths: for each sequence, how many tokens it brings.
+        block_tables: for each sequence, the cache blocks of its context, including this step's tokens.
+        exact: round attention independently of the batch; see `paged_attention`.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        exact: bool = False,
+    ) -> None:
+        self._spans = [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+        super().__init__(cache, max((span.stop for span in self._spans), default=0), exact)
+        self._tables, size = block_tables, cache.block_size
+        self.positions = self._tensor([p for span in self._spans for p in span])
+        self.slots = self._tensor(
+            [t[p // size] * size + p % size for t, span in zip(block_tables, self._spans, strict=True) for p in span]
+        )
+
+    def _tensor(self, values: list[Any]) -> Tensor:
+        return upload(values, self.cache.device)
 
     def _build(self, window: int | None) -> list[Group]:
         by_length: dict[int, list[int]] = {}
@@ -129,3 +149,27 @@ class PagedSequences:
         rows = [row for i in members for row in range(ends[i], ends[i + 1])]
         padded = [listed + [0] * (width - len(listed)) for listed in blocks]
         return Group(self._tensor(rows), self._tensor(padded), context, mask, causal)
+
+
+class DecodeSequences(_Paged):
+    """A batch that brings one token per sequence, in tensors of fixed shape. Nothing here is read on the host, so that
+    a CUDA graph can hold all of it, and serves every batch that is written into the same tensors.
+
+    Args:
+        cache: this rank's KV cache.
+        positions: [B] int64.
+        blocks: [B, n] int64, the cache blocks of each context; what stands behind a context is not looked at.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, blocks: Tensor) -> None:
+        size = cache.block_size
+        super().__init__(cache, blocks.shape[1] * size)
+        self.positions, self._blocks = positions, blocks
+        block = blocks.gather(1, (positions // size)[:, None])[:, 0]
+        self.slots = block * size + positions % size
+
+    def _build(self, window: int | None) -> list[Group]:
+        """One group; a window is only masked, since where it begins is not known here."""
+        rows = torch.arange(len(self._blocks), device=self._blocks.device)
+        mask = visible(self.positions[:, None, None], self._longest, window)
+        return [Group(rows, self._blocks, self._longest, mask, causal=False)]

@@ -15,6 +15,8 @@ from parallel.meter import ReduceMeter
 from parallel.residual import Done, Pending
 from parallel.shards import Shard
 
+RUN_LOOPS = 2  # threads of a gloo group that run collectives: two reduces are in flight at most
+
 
 class _Reducing:
     """An all-reduce under way on `tensor`."""
@@ -188,7 +190,7 @@ def gloo_group(store: dist.Store, rank: int, size: int, host: str, timeout: time
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    options._threads = 2  # two reduces are in flight at most
+    options._threads = RUN_LOOPS
     return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, options))
 
 

@@ -3,12 +3,12 @@
 import logging
 import os
 import threading
+from dataclasses import replace
 from time import monotonic
 from typing import Any, NamedTuple
 
 import psutil
 import ray
-import torch
 
 from parallel.checkpoint import fingerprint
 from workers.rank import Rank, RankConfig, resolve
@@ -115,6 +115,6 @@ def configure_logging() -> None:
 
 def _on_this_device(config: RankConfig) -> RankConfig:
     """All GPUs of the machine stay visible, so that ranks can reach each other's memory; take the one Ray gave us."""
-    if config.device == "cuda":
-        torch.cuda.set_device(int(ray.get_runtime_context().get_accelerator_ids()["GPU"][0]))
-    return config
+    if config.device != "cuda":
+        return config
+    return replace(config, device=f"cuda:{ray.get_runtime_context().get_accelerator_ids()['GPU'][0]}")

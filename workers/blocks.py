@@ -71,11 +71,11 @@ class BlockManager:
         self.queries += len(sequence.tokens)
         self.hits += sequence.num_cached
 
-    def keep(self, sequence: Sequence, computed_before: int) -> None:
-        """Make the blocks known that have become full since `computed_before` tokens were computed."""
+    def keep(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Make the blocks known that became full when its tokens from `start` to `stop` were computed."""
         if not self.caching:
             return
-        for index in range(computed_before // self.block_size, sequence.num_computed // self.block_size):
+        for index in range(start // self.block_size, stop // self.block_size):
             block, key = sequence.blocks[index], self._key(sequence, index)
             if key not in self._block_of and block not in self._key_of:
                 self._block_of[key], self._key_of[block] = block, key

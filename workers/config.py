@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from parallel.spec import DTYPES, ModelSpec
 from workers.limits import SchedulerConfig
 
@@ -45,6 +47,9 @@ class EngineConfig:
         dtype: of weights, activations and KV cache; None takes the checkpoint's.
         batch_invariant: round every row alike in any batch, so that a request gets the same tokens alone, in any
             company, at any chunk size and after a replay. On CPU only.
+        lookahead: how many steps are queued behind the one whose tokens are read, 0 or 1; None is 1 on CUDA, where the
+            device then works while the host plans, and 0 on CPU, where there is nothing to gain.
+        cuda_graphs: launch a decode step as one CUDA graph; None does so on CUDA.
     """
 
     max_sequences: int = 64
@@ -54,16 +59,30 @@ class EngineConfig:
     threads: int | None = None
     dtype: str | None = None
     batch_invariant: bool = False
+    lookahead: int | None = None
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"engine.threads is {self.threads}; it must be at least 1, or null")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"engine.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}, or null")
+        if self.lookahead not in (None, 0, 1):
+            raise ValueError(f"engine.lookahead is {self.lookahead}; it must be 0, 1 or null")
 
     def of(self, spec: ModelSpec) -> ModelSpec:
         """The model as this engine runs it."""
         return spec if self.dtype is None else replace(spec, dtype=DTYPES[self.dtype])
+
+    def graphs_on(self, device: torch.device) -> bool:
+        """Whether decode steps are launched as CUDA graphs.
+
+        Raises:
+            ValueError: they are asked for on another device.
+        """
+        if self.cuda_graphs and device.type != "cuda":
+            raise ValueError(f"engine.cuda_graphs is true, but this engine runs on {device.type}; set it to null")
+        return device.type == "cuda" and self.cuda_graphs is not False
 
     def model_len(self, spec: ModelSpec, kv_tokens: int) -> int:
         """Prompt and output together, for a cache of `kv_tokens`.
@@ -76,8 +95,8 @@ class EngineConfig:
             raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.max_position} tokens")
         return length
 
-    def limits(self, spec: ModelSpec, kv: KvConfig, kv_tokens: int) -> SchedulerConfig:
-        """The scheduler's view of this for one model and a cache of `kv_tokens`.
+    def limits(self, spec: ModelSpec, kv: KvConfig, kv_tokens: int, device: torch.device) -> SchedulerConfig:
+        """The scheduler's view of this for one model and a cache of `kv_tokens` on `device`.
 
         Raises:
             ValueError: the limits contradict each other or the model.
@@ -92,4 +111,5 @@ class EngineConfig:
             cache_salt=spec.wiring_key,
             eos_ids=spec.eos_ids,
             vocab_size=spec.vocab_size,
+            lookahead=int(device.type == "cuda") if self.lookahead is None else self.lookahead,
         )

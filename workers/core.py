@@ -5,6 +5,7 @@ same thing in it: "run these q tokens of sequence s". There is no other kind of 
 """
 
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Literal, NamedTuple
 
 from workers.params import SamplingParams, check
@@ -17,6 +18,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "Sequence",
+    "Start",
     "StepPlan",
     "StepResult",
     "TokenLogprob",
@@ -55,17 +57,34 @@ class TokenLogprob(NamedTuple):
     top_logprobs: list[float]
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a sequence came to its first token. Times are measurements, so equal starts may differ in them.
+
+    Attributes:
+        cached_tokens: how many of the prompt's tokens were found in the prefix cache.
+        queue_seconds: from its arrival to its first place in a step, by the engine's clock.
+        prefill_seconds: from there to the first token; preemptions included.
+    """
+
+    cached_tokens: int
+    queue_seconds: float = field(compare=False)
+    prefill_seconds: float = field(compare=False)
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request inside an engine. Invariant: 0 <= num_computed < len(tokens), until it finishes.
 
     Attributes:
-        tokens: prompt and output so far.
-        num_computed: tokens whose keys and values are cached; the scheduler advances it.
+        tokens: prompt and output so far. A token that a step under way draws is there already, as -1-k: the k-th
+            that this step draws. Nobody asks for it in any other step than the next one.
+        num_computed: tokens whose keys and values are cached, or will be by the steps under way.
         num_cached: tokens that were found in the prefix cache when it last began.
         blocks, block_keys: KV blocks it holds, and the names of the full ones' content; the block manager sets them.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed. They outlive a
             preemption, so that nothing is scored twice.
+        added, scheduled: `time.monotonic()` when it came, and when it first got a place.
     """
 
     request: Request
@@ -75,23 +94,36 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
     num_cached: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    added: float = field(default_factory=monotonic)
+    scheduled: float | None = None
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.request.output]
 
     @property
     def num_output(self) -> int:
+        """Tokens generated, here or before a replay, and those being drawn."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
     def output(self) -> list[int]:
         """Tokens generated so far, here or before a replay."""
-        return self.tokens[len(self.request.prompt) :]
+        return [token for token in self.tokens[len(self.request.prompt) :] if token >= 0]
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether a step under way draws its last token."""
+        return self.tokens[-1] < 0
 
     @property
     def num_pending(self) -> int:
         """Tokens that still have to be run: 1 when decoding, more in prefill."""
         return len(self.tokens) - self.num_computed
+
+    def start(self) -> Start:
+        """Of a sequence that gets its first token now."""
+        assert self.scheduled is not None
+        return Start(self.num_cached, self.scheduled - self.added, monotonic() - self.scheduled)
 
     @property
     def unscored(self) -> range:
@@ -134,7 +166,8 @@ class StepPlan:
     """One step of one tensor-parallel group. An empty plan is a heartbeat.
 
     Attributes:
-        tokens: [T] token ids, sequence after sequence.
+        tokens: [T] token ids, sequence after sequence. -1-k is the k-th token that the step before this one draws: the
+            host need not know it, so that this step can be queued before that one is read.
         starts: [B] position of each sequence's first token in this step.
         lengths: [B] how many of the tokens are this sequence's; sums to T.
         block_tables: [B] the KV blocks of each sequence, including those this step writes.
@@ -173,7 +206,7 @@ class Output:
     Attributes:
         logprobs: one per token, if they were asked for.
         prompt_logprobs: with the first token, if they were asked for: those of the prompt from its second token on.
-        cached_tokens: with the first token: how many of the prompt's tokens were found in the prefix cache.
+        start: with the first token; with a replay that continues behind it, never.
     """
 
     id: str
@@ -181,4 +214,4 @@ class Output:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
-    cached_tokens: int = 0
+    start: Start | None = None

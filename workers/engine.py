@@ -1,5 +1,6 @@
 """Requests in, tokens out: one scheduler and one executor. It knows tokens, nothing of text, HTTP or Ray."""
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -7,10 +8,20 @@ from workers.core import Output, Request, Sequence, StepPlan, StepResult
 from workers.scheduler import Scheduler, SchedulerConfig
 
 
+class Step(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for it."""
+        ...
+
+
 class Runs(Protocol):
     """What an engine needs of an executor."""
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def submit(self, plan: StepPlan) -> Step:
+        """Queue a step; they run in this order."""
+        ...
 
 
 @dataclass
@@ -30,7 +41,10 @@ class EngineStats:
 
 @dataclass
 class Engine:
-    """Continuous batching over one group of ranks; `step` is the whole of it."""
+    """Continuous batching over one group of ranks; `step` is the whole of it.
+
+    `config.lookahead` steps stay queued behind the one that is read, so that the device has work while the host plans.
+    """
 
     config: SchedulerConfig
     executor: Runs
@@ -38,10 +52,11 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
+        self._under_way: deque[Step] = deque()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._under_way)
 
     @property
     def queued_tokens(self) -> int:
@@ -64,16 +79,16 @@ class Engine:
         return found
 
     def step(self) -> list[Output]:
-        """Run one step and return what it did for each sequence that got a token."""
-        plan = self.scheduler.schedule()
-        result = self.executor.run(plan)
-        outputs = self.scheduler.commit(result)
+        """Read one step and return what it did for each sequence that got a token."""
+        while len(self._under_way) <= self.config.lookahead and (plan := self.scheduler.schedule()).tokens:
+            self._under_way.append(self.executor.submit(plan))
+        outputs = self.scheduler.commit(self._under_way.popleft().result()) if self._under_way else []
         self._count(outputs)
         return outputs
 
     def heartbeat(self) -> None:
         """When idle: tell the other ranks that this one is alive, and check that nothing leaked."""
-        self.executor.run(StepPlan())
+        self.executor.submit(StepPlan())
         self.scheduler.check_integrity()
         self._look()
 

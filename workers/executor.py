@@ -1,7 +1,9 @@
 """Runs StepPlans on one rank: rank 0 leads (broadcasts the plan, samples), the other ranks follow."""
 
 import torch
+from torch import Tensor
 
+from kernels.transfer import upload
 from parallel.checkpoint import load_weights
 from parallel.context import KVCache, PagedSequences
 from parallel.mesh import Mesh
@@ -9,19 +11,23 @@ from parallel.model import Transformer
 from parallel.pack import pack_weights
 from parallel.spec import ModelSpec
 from workers.codec import decode, encode
-from workers.core import StepPlan, StepResult
-from workers.sampler import resolve
+from workers.core import StepPlan
+from workers.graphs import Capture, DecodeGraphs
+from workers.sampler import Drawn, draw
 
 
 class Executor:
     """One rank's model and KV cache.
 
+    On CUDA steps are queued: nothing on the way from a plan to its tokens waits for the device, only reading them does.
+
     Args:
         spec, path: the checkpoint.
         mesh: this rank's group.
         num_blocks, block_size: the KV cache, as in `allocate`; without blocks that is called later.
-        measure_every: reduces of every n-th step are time-stamped.
+        measure_every: on CPU, reduces of every n-th step are time-stamped.
         batch_invariant: round every row alike in any batch. The mesh must then be an `ordered` one.
+        capture: records decode steps, so that they are launched as one; None launches every kernel by itself.
     """
 
     STOP = -1  # as the only integer of a broadcast: leave the loop
@@ -35,25 +41,37 @@ class Executor:
         block_size: int = 16,
         measure_every: int = 16,
         batch_invariant: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         self.mesh, self._measure_every, self._steps = mesh, measure_every, 0
-        self._batch_invariant = batch_invariant
+        self._measures = mesh.device.type == "cpu"  # the stamps are the host's, which on CUDA is far ahead
+        self._batch_invariant, self._capture = batch_invariant, capture
+        self._nothing = torch.zeros(0, dtype=torch.int64, device=mesh.device)
+        self._last_drawn = self._nothing
         with torch.device(mesh.device):
             self.model = Transformer(spec, mesh.shard, mesh.all_reduce).requires_grad_(False)
         load_weights(self.model, path)
         pack_weights(self.model, batch_invariant)
+        assert not (batch_invariant and capture), "graphs round as the batch has it"
         if num_blocks:
             self.allocate(num_blocks, block_size)
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Make the KV cache; equal on every rank, and before the first step."""
-        self.cache = KVCache(self.model.spec, self.model.num_kv_heads, num_blocks, block_size, self.mesh.device)
+        spare = 1 if self._capture else 0
+        spec, kv_heads = self.model.spec, self.model.num_kv_heads
+        self.cache = KVCache(spec, kv_heads, num_blocks + spare, block_size, self.mesh.device)
+        self._graphs = DecodeGraphs(self.model, self.cache, self._capture) if self._capture else None
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """One step, on rank 0; an empty plan only tells the followers that rank 0 is alive."""
+    def submit(self, plan: StepPlan) -> Drawn:
+        """Queue one step, on rank 0; an empty plan only tells the followers that rank 0 is alive."""
         self.mesh.broadcast(encode(plan))
         logits = self._forward(plan)
-        return StepResult([]) if logits is None else resolve(logits, plan)
+        if logits is None:
+            return Drawn(plan, self._nothing, [], None)
+        drawn = draw(logits, plan)
+        self._last_drawn = drawn.tokens
+        return drawn
 
     def follow(self) -> None:
         """The other ranks' loop, until rank 0 stops."""
@@ -65,16 +83,31 @@ class Executor:
         self.mesh.broadcast([self.STOP])
 
     @torch.inference_mode()
-    def _forward(self, plan: StepPlan) -> torch.Tensor | None:
+    def _forward(self, plan: StepPlan) -> Tensor | None:
         """Logits of the wanted rows, [R, vocab] on rank 0."""
         if not plan.tokens:
             return None
         self._steps += 1
-        self.mesh.meter.on = self._steps % self._measure_every == 0
-        context = PagedSequences(self.cache, plan.starts, plan.lengths, plan.block_tables, self._batch_invariant)
-        hidden = self.model(torch.tensor(plan.tokens, device=self.mesh.device), context)
-        if not plan.rows:
-            return None
-        wanted = hidden[torch.tensor(plan.rows, device=self.mesh.device)]
-        logits = self.mesh.gather(self.model.logits(wanted))
-        return None if logits is None else logits[:, : self.model.spec.vocab_size]
+        tokens = self._known(plan.tokens)
+        if self._graphs and self._graphs.fits(plan):
+            self.mesh.meter.on = False
+            logits = self._graphs.run(tokens, plan)
+        else:
+            self.mesh.meter.on = self._measures and self._steps % self._measure_every == 0
+            context = PagedSequences(self.cache, plan.starts, plan.lengths, plan.block_tables, self._batch_invariant)
+            hidden = self.model(tokens, context)
+            if not plan.rows:
+                return None
+            logits = self.model.logits(hidden[upload(plan.rows, self.mesh.device)])
+        gathered = self.mesh.gather(logits)
+        return None if gathered is None else gathered[:, : self.model.spec.vocab_size]
+
+    def _known(self, tokens: list[int]) -> Tensor:
+        """A plan's tokens on the device, those that the last step draws filled in: from rank 0, which draws them."""
+        given, missing = upload(tokens, self.mesh.device), -min(tokens)
+        if missing <= 0:
+            return given
+        if self.mesh.shard.rank:
+            self._last_drawn = given.new_empty(missing)
+        drawn = self.mesh.share(self._last_drawn[:missing])
+        return torch.where(given < 0, drawn[(-1 - given).clamp_min(0)], given)

@@ -18,6 +18,7 @@ class SchedulerConfig:
         prefix_caching: whether known beginnings of prompts are reused.
         cache_salt: what keys and values depend on besides the tokens.
         vocab_size: token ids from 0 to this are the model's; None checks none.
+        lookahead: how many steps may be under way when the next one is planned, 0 or 1.
     """
 
     max_sequences: int = 64
@@ -29,6 +30,7 @@ class SchedulerConfig:
     prefix_caching: bool = True
     cache_salt: str = ""
     vocab_size: int | None = None
+    lookahead: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_step_tokens", "max_model_len", "num_blocks", "block_size"):
@@ -39,6 +41,8 @@ class SchedulerConfig:
                 f"engine.max_step_tokens ({self.max_step_tokens}) must be at least engine.max_sequences "
                 f"({self.max_sequences}), so that every running sequence can decode"
             )
+        if self.lookahead not in (0, 1):
+            raise ValueError(f"engine.lookahead is {self.lookahead}; it must be 0 or 1")
         if self.num_blocks * self.block_size < self.max_model_len:
             raise ValueError(
                 f"the KV cache holds {self.num_blocks * self.block_size} tokens, fewer than one sequence of "

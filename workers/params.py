@@ -94,11 +94,14 @@ class SamplingParams:
         check(in_range, "logit_bias holds a value that is not between -100 and 100")
 
     @property
+    def penalises(self) -> bool:
+        """Whether the sequence's own tokens change its logits."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+    @property
     def adjusts_logits(self) -> bool:
         """Whether a bias or penalty is asked for."""
-        return bool(
-            self.logit_bias or self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
-        )
+        return bool(self.logit_bias) or self.penalises
 
 
 def check(holds: bool, sentence: str) -> None:

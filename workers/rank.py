@@ -16,6 +16,7 @@ from workers.channel import Channel
 from workers.config import EngineConfig, KvConfig
 from workers.engine import Engine
 from workers.executor import Executor
+from workers.graphs import CudaCapture
 from workers.service import EngineService
 from workers.sizing import kv_size
 
@@ -81,7 +82,9 @@ class Rank:
             self._store = dist.TCPStore(store_host, store_port, None, False, timeout=self._timeout)
         store = dist.PrefixStore(config.prefix, self._store)
         self._mesh = join(store, shard, config.device, config.host, self._timeout, engine.batch_invariant)
-        self._executor = Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant)
+        self._take_device()
+        capture = CudaCapture(self._mesh.device) if engine.graphs_on(self._mesh.device) else None
+        self._executor = Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant, capture=capture)
         return kv_size(self._executor.model, engine, config.kv, self._mesh.device, config.ranks_here)
 
     def begin(self, kv_tokens: int) -> str | None:
@@ -91,7 +94,7 @@ class Rank:
             ValueError: the limits contradict each other or the model.
         """
         config = self.config
-        limits = config.engine.limits(self._spec, config.kv, kv_tokens)
+        limits = config.engine.limits(self._spec, config.kv, kv_tokens, self._mesh.device)
         self._executor.allocate(limits.num_blocks, limits.block_size)
         if config.shard.rank:
             return None
@@ -101,6 +104,7 @@ class Rank:
 
     def run(self) -> None:
         """Until `stop`, or until the group breaks (then it raises)."""
+        self._take_device()
         if self._engine is None or self._channel is None:
             self._executor.follow()
             return
@@ -122,6 +126,11 @@ class Rank:
         meter = self._mesh.meter
         numbers: dict[str, Any] = {"reduce_seconds": meter.total, "exposed_seconds": meter.exposed}
         return numbers | (asdict(self._engine.stats) if self._engine else {})
+
+    def _take_device(self) -> None:
+        """Make this rank's GPU the current one, which is a property of a thread: `run` has another than `load`."""
+        if self._mesh.device.type == "cuda":
+            torch.cuda.set_device(self._mesh.device)
 
     @property
     def _timeout(self) -> timedelta:

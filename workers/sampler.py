@@ -1,51 +1,87 @@
 """From logits to tokens, on rank 0. Each feature touches only the rows that ask for it, all of them at once.
 
-Everything is a function of the sequence's own tokens, parameters and position, so that a replay draws the same.
+Everything is a function of the sequence's own tokens, parameters and position, so that a replay draws the same. All of
+it is queued on the device; only `Drawn.result` waits for it.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.noise import gumbel
+from kernels.transfer import Download, upload
 from workers.core import Sample, StepPlan, StepResult
-from workers.logprobs import token_logprobs
+from workers.logprobs import Judged, judge, tell
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
+class Drawn:
+    """What a step drew and scored, on its way to the host.
+
+    Args:
+        plan: what was asked for.
+        tokens: [samples] int64, the tokens drawn.
+        judged: log-probabilities of the samples in `asked`, then of all scores' targets; None if none are wanted.
+
+    Attributes:
+        tokens: as above, on the device.
+    """
+
+    def __init__(self, plan: StepPlan, tokens: Tensor, asked: list[int], judged: Judged | None) -> None:
+        self.tokens, self._asked = tokens, asked
+        self._tops = [[plan.samples[i].params.logprobs or 0] for i in asked]
+        self._tops += [[score.top] * len(score.targets) for score in plan.scores]
+        self._landing = Download((tokens, *(judged or ())), tokens.device)
+
+    def result(self) -> StepResult:
+        """Wait for it."""
+        tokens, *judged = self._landing.wait()
+        found = iter(tell(Judged(*judged), list(chain(*self._tops))) if judged else ())
+        parts = [[next(found) for _ in top] for top in self._tops]
+        logprobs = {i: one for i, (one,) in zip(self._asked, parts, strict=False)}
+        return StepResult(tokens.tolist(), logprobs, parts[len(self._asked) :])
+
+
 @torch.inference_mode()
-def resolve(logits: Tensor, plan: StepPlan) -> StepResult:
+def draw(logits: Tensor, plan: StepPlan) -> Drawn:
     """What a plan asks of its logits [rows, vocab]: tokens drawn, and log-probabilities where they are wanted."""
-    sampled = logits[[s.row for s in plan.samples]] if plan.scores else logits  # without scores, row i is sample i's
-    tokens = sample(sampled, plan.samples)
-    asked = {i: s.params.logprobs for i, s in enumerate(plan.samples) if s.params.logprobs is not None}
-    found = token_logprobs(sampled[list(asked)], [tokens[i] for i in asked], list(asked.values())) if asked else []
-    scores = [
-        token_logprobs(logits[s.row : s.row + len(s.targets)], s.targets, [s.top] * len(s.targets)) for s in plan.scores
-    ]
-    return StepResult(tokens, dict(zip(asked, found, strict=True)), scores)
+    rows = [s.row for s in plan.samples]
+    tokens = sample(_rows(logits, rows), plan.samples)
+    asked = [i for i, s in enumerate(plan.samples) if s.params.logprobs is not None]
+    if not asked and not plan.scores:
+        return Drawn(plan, tokens, [], None)
+    rows = [rows[i] for i in asked] + [score.row + i for score in plan.scores for i in range(len(score.targets))]
+    targets = upload([target for score in plan.scores for target in score.targets], logits.device)
+    top = max([plan.samples[i].params.logprobs or 0 for i in asked] + [score.top for score in plan.scores])
+    judged = judge(logits, upload(rows, logits.device), torch.cat((_rows(tokens, asked), targets)), top)
+    return Drawn(plan, tokens, asked, judged)
 
 
-@torch.inference_mode()
-def sample(logits: Tensor, samples: list[Sample]) -> list[int]:
-    """Draw one token per row.
+def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
+    """Draw one token per row: int64 [R], on the device.
 
     Args:
         logits: [R, vocab], any float dtype; not changed.
         samples: R samples.
     """
-    if not samples:
-        return []
     logits = _adjusted(logits, samples)
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
-    if len(drawn) == len(samples):
-        return _draw(logits, samples).tolist()
+    if drawn and len(drawn) == len(samples):
+        return _draw(logits, samples)
     tokens = logits.argmax(-1)
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [samples[i] for i in drawn])
-    return tokens.tolist()
+        at = upload(drawn, logits.device)
+        tokens[at] = _draw(logits[at], [samples[i] for i in drawn])
+    return tokens
+
+
+def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor, in ascending order."""
+    return tensor if len(rows) == len(tensor) else tensor[upload(rows, tensor.device)]
 
 
 def _adjusted(logits: Tensor, samples: list[Sample]) -> Tensor:
@@ -54,7 +90,8 @@ def _adjusted(logits: Tensor, samples: list[Sample]) -> Tensor:
     if not rows:
         return logits
     logits, wanted = logits.float().clone(), [samples[i] for i in rows]
-    part = logits[rows]
+    which = upload(rows, logits.device)
+    part = logits[which]
     _add_bias(part, wanted)
     at, tokens = _pairs([s.barred for s in wanted], logits)
     part[at, tokens] = float("-inf")
@@ -62,14 +99,14 @@ def _adjusted(logits: Tensor, samples: list[Sample]) -> Tensor:
         part = _with_repetition_penalty(part, wanted)
     if any(s.params.presence_penalty or s.params.frequency_penalty for s in wanted):
         part = _with_count_penalties(part, wanted)
-    logits[rows] = part
+    logits[which] = part
     return logits
 
 
 def _add_bias(logits: Tensor, samples: list[Sample]) -> None:
     at, tokens = _pairs([list(s.params.logit_bias) for s in samples], logits)
     values = [value for s in samples for value in s.params.logit_bias.values()]
-    logits[at, tokens] += torch.tensor(values, device=logits.device)
+    logits[at, tokens] += upload(values, logits.device, torch.float32)
 
 
 def _with_repetition_penalty(logits: Tensor, samples: list[Sample]) -> Tensor:
@@ -98,12 +135,12 @@ def _pairs(tokens: Sequence[Sequence[int]], like: Tensor) -> tuple[Tensor, Tenso
     """(rows, tokens): indices of every token listed for each row."""
     rows = [row for row, listed in enumerate(tokens) for _ in listed]
     flat = [token for listed in tokens for token in listed]
-    both = torch.tensor([rows, flat], dtype=torch.int64, device=like.device)
+    both = upload([rows, flat], like.device)
     return both[0], both[1]
 
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)[:, None]
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return upload(values, like.device, dtype)[:, None]
 
 
 def _draw(logits: Tensor, samples: list[Sample]) -> Tensor:
@@ -115,39 +152,40 @@ def _draw(logits: Tensor, samples: list[Sample]) -> Tensor:
     scores = _truncate(scores, [p.min_p if p.min_p > 0 else None for p in params], _below_min_p)
     scores = _truncate(scores, [p.top_k if 0 < p.top_k < vocab_size else None for p in params], _below_top_k)
     scores = _truncate(scores, [p.top_p if p.top_p < 1 else None for p in params], _outside_top_p)
-    seeds = torch.tensor([p.seed for p in params], device=logits.device)
-    positions = torch.tensor([s.position for s in samples], device=logits.device)
+    seeds = upload([p.seed for p in params], logits.device)
+    positions = upload([s.position for s in samples], logits.device)
     return (scores + gumbel(seeds, positions, vocab_size)).argmax(-1)
 
 
-def _truncate(scores: Tensor, values: Sequence[float | None], outside: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Set the scores that `outside` (scores, values [R, 1]) marks to -inf, in the rows that have a value."""
+def _truncate(scores: Tensor, values: Sequence[Any], outside: Callable[[Tensor, list[Any]], Tensor]) -> Tensor:
+    """Set the scores that `outside` (scores, values) marks to -inf, in the rows whose value is not None."""
     rows = [row for row, value in enumerate(values) if value is not None]
     if not rows:
         return scores
-    part = scores if len(rows) == len(values) else scores[rows]
-    part = part.masked_fill(outside(part, _column([v for v in values if v is not None], scores)), float("-inf"))
-    if len(rows) == len(values):
+    which = None if len(rows) == len(values) else upload(rows, scores.device)
+    part = scores if which is None else scores[which]
+    part = part.masked_fill(outside(part, [values[row] for row in rows]), float("-inf"))
+    if which is None:
         return part
-    scores[rows] = part
+    scores[which] = part
     return scores
 
 
-def _below_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+def _below_min_p(scores: Tensor, min_p: list[float]) -> Tensor:
     """Tokens less likely than min_p times the likeliest, whose score is 0."""
-    return scores < min_p.log()
+    return scores < _column(min_p, scores).log()
 
 
-def _below_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
+def _below_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
     """Tokens behind the top_k-th; those as likely as it stay."""
-    best = scores.topk(int(top_k.max()), dim=-1).values
-    return scores < best.gather(-1, top_k - 1)
+    best = scores.topk(max(top_k), dim=-1).values
+    return scores < best.gather(-1, _column(top_k, scores, torch.int64) - 1)
 
 
-def _outside_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
+def _outside_top_p(scores: Tensor, top_p: list[float]) -> Tensor:
     """Tokens outside the smallest set whose probability reaches top_p; the likeliest always stays."""
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     probability = ordered.softmax(-1)
-    outside = probability.cumsum(-1) - probability >= top_p
+    outside = probability.cumsum(-1) - probability >= _column(top_p, scores)
     outside[:, 0] = False  # a tiny top_p is 0 in fp32
     return torch.zeros_like(outside).scatter(-1, order, outside)

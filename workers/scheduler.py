@@ -1,6 +1,7 @@
 """Continuous batching: which sequences run which tokens in the next step. Pure host code: no torch, no Ray, no I/O."""
 
 from collections import deque
+from time import monotonic
 from typing import NamedTuple
 
 from workers.blocks import BlockManager
@@ -21,11 +22,13 @@ from workers.limits import SchedulerConfig
 __all__ = ["Scheduler", "SchedulerConfig"]
 
 
-class _Planned(NamedTuple):
-    """A sequence's part of the step under way: how many tokens, and whether it draws one or scores its prompt."""
+class _Part(NamedTuple):
+    """A sequence's part of a step: its tokens from `start` to `stop`; whether it draws the one behind them, and whether
+    it scores its prompt."""
 
     sequence: Sequence
-    tokens: int
+    start: int
+    stop: int
     samples: bool
     scores: bool
 
@@ -34,6 +37,12 @@ class Scheduler:
     """Running sequences first, oldest first; then waiting ones while tokens, places and blocks last.
 
     When blocks run out, the youngest running sequence gives its blocks back and is recomputed later.
+
+    With a lookahead, a step is planned before the one under way has been read. Sequences advance when they are planned,
+    and `commit` fills in what was drawn. What a step computed for a sequence that ended meanwhile is dropped. It still
+    writes behind that sequence's end, into a block that may have another owner by then. That does no harm: steps run in
+    the order in which they were planned, and the new owner writes every slot before it reads it. Nor is it ever a block
+    that the prefix cache knows: those are full of tokens whose steps have been committed.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -42,8 +51,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._planned: list[_Planned] = []
-        self._ids: set[str] = set()
+        self._planned: list[_Part] = []  # of the step that is being planned
+        self._under_way: deque[list[_Part]] = deque()
+        self._alive: dict[str, Sequence] = {}
 
     @property
     def has_work(self) -> bool:
@@ -56,28 +66,50 @@ class Scheduler:
             ValueError: it can never be served (see `SchedulerConfig.check`), or its id is in use.
         """
         self.config.check(request)
-        if request.id in self._ids:
+        if request.id in self._alive:
             raise ValueError(f"a request with the id {request.id!r} is here already; give this one another id")
-        self._ids.add(request.id)
-        self.waiting.append(Sequence(request))
+        self._alive[request.id] = Sequence(request)
+        self.waiting.append(self._alive[request.id])
 
     def abort(self, request_id: str) -> bool:
         """Forget a request; False if it is not here (any more)."""
-        for queue in (self.waiting, self.running):
-            for sequence in queue:
-                if sequence.request.id == request_id:
-                    queue.remove(sequence)
-                    self._release(sequence)
-                    return True
-        return False
+        sequence = self._alive.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+        return sequence is not None
 
     def find(self, request_id: str) -> Sequence | None:
         """The sequence of a request that has not ended."""
-        return next((s for s in (*self.running, *self.waiting) if s.request.id == request_id), None)
+        return self._alive.get(request_id)
 
     def schedule(self) -> StepPlan:
-        """The next step; its result must be committed before the next call."""
-        self._planned.clear()
+        """The next step. Unless it is empty, it is under way until its result is committed."""
+        assert len(self._under_way) <= self.config.lookahead, "too many steps have not been committed"
+        self._planned = []
+        plan = self._plan()
+        if self._planned:
+            self._under_way.append(self._planned)
+        return plan
+
+    def commit(self, result: StepResult) -> list[Output]:
+        """Take in what the oldest step under way drew and scored."""
+        outputs, drawn, scored = [], enumerate(result.tokens), iter(result.scores)
+        for sequence, start, stop, samples, scores in self._under_way.popleft():
+            index, token = next(drawn) if samples else (-1, None)
+            prompt_logprobs = next(scored) if scores else ()
+            if self._alive.get(sequence.request.id) is not sequence:  # it has ended since
+                continue
+            if sequence.blocks:  # it has not been preempted since
+                self.blocks.keep(sequence, start, stop)
+            sequence.prompt_logprobs.extend(prompt_logprobs)
+            if token is not None:
+                outputs.append(self._extend(sequence, stop, token, result.logprobs.get(index)))
+        return outputs
+
+    def check_integrity(self) -> None:
+        self.blocks.check_integrity([*self.running, *self.waiting])
+
+    def _plan(self) -> StepPlan:
         plan, budget, preempted = StepPlan(), self.config.max_step_tokens, self.num_preemptions
         for sequence in list(self.running):
             if sequence in self.running:  # it may have been preempted for an older one meanwhile
@@ -94,28 +126,10 @@ class Scheduler:
                 break
             self.blocks.count_lookup(sequence)
             self.running.append(self.waiting.popleft())
+            sequence.scheduled = sequence.scheduled or monotonic()
             self._append(plan, sequence, tokens)
             budget -= tokens
         return plan
-
-    def commit(self, result: StepResult) -> list[Output]:
-        """Take in what the planned step drew and scored; aborted sequences are skipped."""
-        outputs, drawn, scored = [], enumerate(result.tokens), iter(result.scores)
-        for sequence, tokens, samples, scores in self._planned:
-            index, token = next(drawn) if samples else (-1, None)
-            prompt_logprobs = next(scored) if scores else ()
-            if not sequence.blocks:  # aborted while the step ran
-                continue
-            sequence.num_computed += tokens
-            self.blocks.keep(sequence, sequence.num_computed - tokens)
-            sequence.prompt_logprobs.extend(prompt_logprobs)
-            if token is not None:
-                outputs.append(self._extend(sequence, token, result.logprobs.get(index)))
-        self._planned.clear()
-        return outputs
-
-    def check_integrity(self) -> None:
-        self.blocks.check_integrity([*self.running, *self.waiting])
 
     def _admits(self, sequence: Sequence) -> bool:
         """Room for its whole prompt and one block per running sequence, so that admission does not cause preemption."""
@@ -124,13 +138,20 @@ class Scheduler:
         )
 
     def _plan_running(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
-        tokens = min(sequence.num_pending, budget)
+        tokens = 0 if self._must_wait(sequence) else min(sequence.num_pending, budget)
         while tokens and not self.blocks.grow(sequence, sequence.num_computed + tokens):
             if self._preempt_youngest() is sequence:
                 return 0
         if tokens:
             self._append(plan, sequence, tokens)
         return tokens
+
+    @staticmethod
+    def _must_wait(sequence: Sequence) -> bool:
+        """Whether it cannot go on before its last token is known: it ends with that one, or the next depends on it in
+        ways that the host has to work out."""
+        params = sequence.request.params
+        return sequence.is_drawing and (params.penalises or sequence.num_output >= params.max_tokens)
 
     def _preempt_youngest(self) -> Sequence:
         victim = self.running.pop()
@@ -158,31 +179,33 @@ class Scheduler:
         if samples := stop == len(sequence.tokens):
             params, num_prompt = sequence.request.params, len(sequence.request.prompt)
             barred = self._ends(params) if sequence.num_output < params.min_tokens else ()
+            sequence.tokens.append(-1 - len(plan.samples))
             plan.samples.append(Sample(len(plan.rows), stop, params, sequence.tokens, num_prompt, barred))
             plan.rows.append(len(plan.tokens) - 1)
-        self._planned.append(_Planned(sequence, tokens, samples, bool(scored)))
+        sequence.num_computed = stop
+        self._planned.append(_Part(sequence, start, stop, samples, bool(scored)))
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         """The tokens that end a sequence."""
         return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.config.eos_ids)
 
-    def _extend(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
-        request, first = sequence.request, not sequence.num_output
-        params = request.params
-        sequence.tokens.append(token)
+    def _extend(self, sequence: Sequence, position: int, token: int, logprob: TokenLogprob | None) -> Output:
+        request, sequence.tokens[position] = sequence.request, token
+        params, count = request.params, position + 1 - len(request.prompt)
         reason: FinishReason | None = None
-        if sequence.num_output > params.min_tokens and token in self._ends(params):
+        if count > params.min_tokens and token in self._ends(params):
             reason = "stop"
-        elif sequence.num_output >= params.max_tokens:
+        elif count >= params.max_tokens:
             reason = "length"
         if reason:
-            self.running.remove(sequence)
-            self._release(sequence)
+            self._end(sequence)
+        first = count == 1
         prompt_logprobs = sequence.prompt_logprobs if first and params.prompt_logprobs is not None else None
-        cached = sequence.num_cached if first else 0
-        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs, cached)
+        start = sequence.start() if first else None
+        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs, start)
 
-    def _release(self, sequence: Sequence) -> None:
-        """A sequence leaves for good."""
+    def _end(self, sequence: Sequence) -> None:
+        """It leaves for good."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.blocks.release(sequence)
-        self._ids.discard(sequence.request.id)
+        del self._alive[sequence.request.id]

@@ -53,6 +53,13 @@ class Tokenizer:
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
+    def info(self) -> dict[str, Any]:
+        """`tokenizer_config.json` with the chat template in use, as vLLM's /tokenizer_info shows it: special tokens as
+        their text, and no paths of files."""
+        found = {key: _texts(value) for key, value in self._config.items() if key not in ("vocab_file", "merges_file")}
+        found.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what loads a bare tokenizer.json
+        return found | ({"chat_template": self._chat_template} if self._chat_template else {})
+
     def shows(self, token: int) -> bool:
         """Whether it can add to a text: special tokens and ids beyond the vocabulary cannot."""
         return token not in self._special and self.fast.id_to_token(token) is not None
@@ -217,6 +224,13 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     if isinstance(found, list):
         return next((entry["template"] for entry in found if entry["name"] == "default"), None)
     return found
+
+
+def _texts(value: Any) -> Any:
+    """Tokens written as objects become their `content`, at any depth."""
+    if isinstance(value, dict):
+        return value["content"] if "content" in value else {key: _texts(inner) for key, inner in value.items()}
+    return [_texts(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _content(token: str | dict[str, Any] | None) -> str:

@@ -22,8 +22,8 @@ from kernels.linear import can_pack, linear, pack
 from launch.bench.overhead import cpu_seconds_of_serving
 from launch.bench.report import Goal, Report, Row, at_least, at_most
 from stepladder import LLM
-from workers.core import Request, SamplingParams, StepPlan, StepResult
-from workers.engine import Engine
+from workers.core import Request, SamplingParams, StepPlan
+from workers.engine import Engine, Step
 from workers.executor import Executor
 
 SHAPES: dict[str, Any] = {
@@ -154,9 +154,9 @@ def recorded(engine: Engine) -> Iterator[Counter[int]]:
     steps, inner = Counter[int](), engine.executor
 
     class Recording:
-        def run(self, plan: StepPlan) -> StepResult:
+        def submit(self, plan: StepPlan) -> Step:
             steps[len(plan.tokens)] += 1
-            return inner.run(plan)
+            return inner.submit(plan)
 
     engine.executor = Recording()
     try:

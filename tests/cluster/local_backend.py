@@ -83,9 +83,8 @@ class LocalBackend:
     def _give(self, output: Output) -> None:
         if held := self._held.pop(output.id, None):
             logprobs = None if output.logprobs is None else [*(held.logprobs or ()), *output.logprobs]
-            output = replace(
-                output, tokens=held.tokens + output.tokens, logprobs=logprobs, prompt_logprobs=held.prompt_logprobs
-            )
+            tokens = held.tokens + output.tokens
+            output = replace(held, tokens=tokens, logprobs=logprobs, finish_reason=output.finish_reason)
         if output.finish_reason is None and len(output.tokens) < self._tokens_per_output:
             self._held[output.id] = output
         elif deliver := self._deliver.get(output.id):

@@ -61,8 +61,9 @@ class Server:
 
 @contextmanager
 def serve(path: Path, llm_options: dict[str, int] | None = None, **options: Any) -> Iterator[Server]:
-    """Options of LocalBackend or ServiceConfig."""
+    """Options of LocalBackend or ServiceConfig, and `traces`."""
     engine = LLM(str(path), device="cpu", **(llm_options or {})).engine
+    traces = options.pop("traces", None)
     backend_options = {k: options.pop(k) for k in ("max_in_flight", "tokens_per_output") if k in options}
     backend, tokenizer = LocalBackend(engine, **backend_options), Tokenizer(path)
     limits = {"max_model_len": engine.config.max_model_len, "vocab_size": tokenizer.fast.get_vocab_size()}
@@ -70,7 +71,7 @@ def serve(path: Path, llm_options: dict[str, int] | None = None, **options: Any)
         backend, tokenizer, ServiceConfig(**{"model_name": "org/tiny", "version": "1", **limits, **options})
     )
     listening = listen("127.0.0.1")
-    server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(build_app(service, traces), log_level="warning", lifespan="off"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=[server.serve(sockets=[listening])])
     thread.start()

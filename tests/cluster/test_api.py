@@ -1,16 +1,18 @@
 """The OpenAI protocol as the official client and its types see it."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai.types as oai
 import openai.types.chat as oai_chat
 import pytest
+from transformers import AutoTokenizer
 
 from stepladder import LLM, SamplingParams
 from tests.cluster.models import CYCLE
-from tests.cluster.serving import Server, strict
+from tests.cluster.serving import Server, serve, strict
 from workers.text import TextStream
 
 pytestmark = pytest.mark.timeout(60)
@@ -223,3 +225,15 @@ def test_routes_are_described(server: Server) -> None:
     paths = httpx.get(server.url + "/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/metrics"} <= paths.keys()
     assert httpx.get(server.url + "/version").json() == {"version": "1"}
+
+
+def test_tokenizer_info(random_model: Path, server: Server) -> None:
+    """vLLM's, and what lm-eval's remote tokenizer asks for; transformers is the oracle."""
+    oracle = AutoTokenizer.from_pretrained(random_model)
+    with serve(random_model, tokenizer_info=True) as shown:
+        info = httpx.get(shown.url + "/tokenizer_info").json()
+        assert isinstance(info["tokenizer_class"], str)
+        assert (info["chat_template"], info["eos_token"]) == (oracle.chat_template, oracle.eos_token)
+        payload = {"prompt": info["eos_token"], "add_special_tokens": False}
+        assert shown.post("/tokenize", payload).json()["tokens"] == [oracle.eos_token_id]
+    assert httpx.get(server.url + "/tokenizer_info").status_code == 404, "only where the operator asks for it"

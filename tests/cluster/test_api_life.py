@@ -19,6 +19,7 @@ from workers.engine import EngineStats
 
 pytestmark = pytest.mark.timeout(60)
 LONG: dict[str, Any] = {"model": "org/tiny", "prompt": "a", "temperature": 0, "max_tokens": 7000}
+PHASES = ("queue", "prefill", "decode", "inference")
 
 
 def samples(server: Server) -> dict[str, float]:
@@ -62,7 +63,7 @@ def test_an_engine_that_fails(cycle_model: Path) -> None:
         def broken(plan: Any) -> Any:
             raise RuntimeError("the device is gone")
 
-        server.backend.engine.executor.run = broken  # type: ignore[method-assign]
+        server.backend.engine.executor.submit = broken  # type: ignore[method-assign]
         with pytest.raises(openai.APIError, match="the engine has failed"):
             list(stream)
         eventually(lambda: not server.backend.ready())
@@ -134,8 +135,16 @@ def test_metrics_and_snapshot(random_model: Path) -> None:
             ("inter_token_latency_seconds", 18),
             ("request_time_per_output_token_seconds", 2),
             ("e2e_request_latency_seconds", 2),
+            ("request_queue_time_seconds", 2),
+            ("request_prefill_time_seconds", 2),
+            ("request_decode_time_seconds", 2),
+            ("request_inference_time_seconds", 2),
         ):
             assert found[f"{name}_count"] == count and found[f"{name}_sum"] > 0
+        phases = {name: found[f"request_{name}_time_seconds_sum"] for name in PHASES}
+        assert phases["inference"] == pytest.approx(phases["prefill"] + phases["decode"])
+        assert phases["queue"] + phases["prefill"] < found["time_to_first_token_seconds_sum"]
+        assert phases["queue"] + phases["inference"] < found["e2e_request_latency_seconds_sum"]
         assert found["request_generation_tokens_sum"] == 20 and found["num_requests_in_flight"] == 0
         figures = server.service.snapshot()
         assert figures["serve/requests_finished"] == 2 and figures["serve/running"] == 0
@@ -144,6 +153,15 @@ def test_metrics_and_snapshot(random_model: Path) -> None:
         assert figures["serve/tokens_per_s"] > 0
         again = server.service.snapshot()
         assert again["serve/requests_finished"] == 0 and "serve/ttft_ms_p50" not in again
+
+
+def test_phases_have_vllms_buckets() -> None:
+    latency = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+    bounds: dict[str, list[str]] = {}
+    for family in Metrics("m").registry.collect():
+        bounds[family.name] = [sample.labels["le"] for sample in family.samples if "le" in sample.labels]
+    for phase in PHASES:
+        assert list(map(float, bounds[f"stepladder:request_{phase}_time_seconds"][:-1])) == list(latency)
 
 
 def test_engine_metrics() -> None:

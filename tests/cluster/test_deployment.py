@@ -19,6 +19,7 @@ import requests
 from launch import ctl
 from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT
+from tests.cluster.collector import collecting
 from tests.cluster.jobs import Job, eventually, submit
 from tests.cluster.models import write_random
 
@@ -206,11 +207,19 @@ def test_nothing_is_left_after_ctl_stop(job: Job) -> None:
 
 
 def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
+    """Traces that had not been sent yet are sent before."""
     shared = set(os.listdir("/dev/shm"))
-    with submit(cluster, "stopped", model, tmp_path) as job:
-        assert job.remains()
-        job.stop()
-        eventually(lambda: not job.remains(), job.remains)
+    with collecting() as collector:
+        options = (f"gateway.otlp_traces_endpoint={collector.url}", "gateway.tokenizer_info=true")
+        with submit(cluster, "stopped", model, tmp_path, *options) as job:
+            assert job.remains()
+            assert "chat_template" in requests.get(f"{job.url}/tokenizer_info", timeout=10).json()
+            complete(job, 1, request_id="traced")
+            job.stop()
+            eventually(lambda: not job.remains(), job.remains)
+    (found,) = collector.of("cmpl-traced")
+    assert found.attributes["gen_ai.usage.completion_tokens"] == 250
+    assert found.attributes["gen_ai.latency.time_in_queue"] > 0
     assert set(os.listdir("/dev/shm")) <= shared
 
 

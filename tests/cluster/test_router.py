@@ -5,21 +5,26 @@ import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
 from cluster.errors import Overloaded
+from cluster.inflight import InFlightRequest
+from cluster.protocol import CompletionRequest
 from cluster.router import Router
+from cluster.service import Service, ServiceConfig
 from cluster.wire import Endpoint
 from parallel.mesh import SingleRank
 from parallel.spec import ModelSpec
 from workers.channel import Channel
-from workers.core import Output, Request, SamplingParams
+from workers.core import Output, Request, SamplingParams, Start
 from workers.engine import Engine
 from workers.executor import Executor
 from workers.scheduler import SchedulerConfig
 from workers.service import EngineService
+from workers.text import Tokenizer
 
 SECRET = "known to both sides"
 PROMPT = tuple(range(20))
@@ -40,6 +45,12 @@ class Served:
         service = EngineService(self.engine, self.channel, max_queued_tokens, idle_seconds=0.05)
         self._thread = threading.Thread(target=service.run, args=(lambda: self._stopping,), daemon=True)
         self._thread.start()
+
+    def hold(self) -> threading.Event:
+        """It takes requests but runs none of them, until the event is set."""
+        step, go = self.engine.step, threading.Event()
+        self.engine.step = lambda: step() if go.wait(0.001) else []  # type: ignore[method-assign]
+        return go
 
     def close(self) -> None:
         self._stopping = True
@@ -92,6 +103,10 @@ def tokens_of(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.tokens]
 
 
+def starts(outputs: list[Output]) -> list[Start]:
+    return [output.start for output in outputs if output.start]
+
+
 def within(work: Coroutine[Any, Any, Any], seconds: float = 30.0) -> Any:
     """Run a scene; whatever became of it, no socket is left that would hold up the collection of its context."""
     try:
@@ -112,6 +127,7 @@ def test_a_lost_engine_is_replaced_in_the_middle(random_model: Path, expected: l
         assert tokens_of(outputs) == expected
         assert [o.finish_reason for o in outputs][-1] == "length" and router.replays == 1
         assert 0 < second.engine.stats.generation_tokens < LENGTH, "the second engine went on, it did not start again"
+        assert starts(outputs) == [outputs[0].start], "of the attempt that gave the first token, and once"
         await router.close()
 
     with served(random_model, "engine-0", "engine-1") as engines:
@@ -146,13 +162,78 @@ def test_a_retry_after_a_lost_gateway_continues(random_model: Path, expected: li
         second = await routed(engine, gateway="second")
         while not any(link.orphans for link in second._links.values()):
             await asyncio.sleep(0.01)
-        assert tokens_of(await collect(second, seed=99)) == expected, "with the seed it began with"
+        retried = await collect(second, seed=99)
+        assert tokens_of(retried) == expected, "with the seed it began with"
+        assert starts(got) == [got[0].start] and not starts(retried), "the first gateway was told"
         assert engine.engine.stats.generation_tokens == LENGTH, "nothing was generated twice"
         assert tokens_of(await collect(second, "another")) == expected
         await second.close()
 
     with served(random_model) as (engine,):
         within(scene(engine))
+
+
+def test_the_queue_time_is_that_of_the_engine_that_answered(random_model: Path, expected: list[int]) -> None:
+    async def scene(first: Served, second: Served) -> None:
+        router, go = await routed(first), first.hold()
+        began, answer = monotonic(), asyncio.create_task(collect(router))
+        while not first.engine.has_work:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        await router.update([second.endpoint])
+        outputs = await answer
+        (start,) = starts(outputs)
+        assert tokens_of(outputs) == expected and outputs[0].start is start
+        assert start.queue_seconds + start.prefill_seconds < monotonic() - began - 0.3
+        go.set()
+        await router.close()
+
+    with served(random_model, "engine-0", "engine-1") as engines:
+        within(scene(*engines))
+
+
+def test_a_retry_that_finds_its_request_queued_is_measured_once(random_model: Path) -> None:
+    """The first thing that its new gateway hears is that there is nothing yet."""
+
+    async def scene(engine: Served) -> None:
+        first, go = await routed(engine, gateway="first"), engine.hold()
+        waiting = asyncio.create_task(collect(first))
+        while not engine.engine.has_work:
+            await asyncio.sleep(0.01)
+        waiting.cancel()  # with its gateway, which can tell nobody
+        await kill(first)
+        second = await routed(engine, gateway="second")
+        (link,) = second._links.values()
+        while not link.orphans:
+            await asyncio.sleep(0.01)
+        service = service_of(second, random_model)
+        body = {"model": "m", "prompt": list(PROMPT), "max_tokens": LENGTH, "ignore_eos": True}
+        generation = await service.completion(CompletionRequest(**body), InFlightRequest("request"))
+        answer = asyncio.create_task(service.run(generation))
+        while link.orphans:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        go.set()
+        assert (await answer)["usage"]["completion_tokens"] == LENGTH
+
+        def value(name: str) -> float:
+            return service.metrics.registry.get_sample_value(f"stepladder:{name}", {"model_name": "m"}) or 0.0
+
+        assert value("prompt_tokens_total") == len(PROMPT)
+        for name in ("time_to_first_token_seconds", "request_queue_time_seconds", "request_inference_time_seconds"):
+            assert value(f"{name}_count") == 1
+        assert value("time_to_first_token_seconds_sum") > 0.1, "from the token, not from the news that there is none"
+        assert value("request_queue_time_seconds_sum") > 0.1
+        await second.close()
+
+    with served(random_model) as (engine,):
+        within(scene(engine))
+
+
+def service_of(router: Router, model: Path) -> Service:
+    vocab_size = ModelSpec.load(model).vocab_size
+    config = ServiceConfig(model_name="m", max_model_len=256, vocab_size=vocab_size, version="1")
+    return Service(router, Tokenizer(model), config)
 
 
 async def kill(router: Router) -> None:

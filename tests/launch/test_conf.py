@@ -68,7 +68,11 @@ def test_every_suite_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", choices("recipe"))
 def test_every_recipe_builds(name: str) -> None:
-    assert recipe_of(compose("train", [f"recipe={name}", "run_dir=/r"]))[0].name == name
+    needed = ["model.path=/m", "ladder_layers=1"] if name == "convert" else []
+    assert recipe_of(compose("train", [f"recipe={name}", "run_dir=/r", *needed]))[0].name == name
+    for index in range(len(needed)):
+        with pytest.raises(ValueError, match=r"(model\.path|ladder_layers) is missing; give"):
+            recipe_of(compose("train", [f"recipe={name}", "run_dir=/r", needed[index]]))
 
 
 @pytest.mark.parametrize("model", choices("model"))
@@ -91,6 +95,7 @@ def test_generate_takes_every_model_and_every_sampling_parameter(model: str) -> 
         (["layout.tp=two"], "layout.tp is 'two': expected `int`, got `str`"),
         (["layout.tp=0"], "layout.tp is 0; it must be at least 1"),
         (["gateway.port=70000"], "gateway.port is 70000; it must be between 0 and 65535"),
+        (["gateway.otlp_traces_endpoint=grpc://c:4317"], "gateway.otlp_traces_endpoint is 'grpc://c:4317'; it must be"),
         (["cluster.device=tpu"], "cluster.device is 'tpu'; it must be 'cpu' or 'cuda'"),
         (["cluster.strategy=RANDOM"], "cluster.strategy is 'RANDOM'; it must be one of Ray's placement strategies"),
         (["monitor.wandb=on"], "monitor.wandb is"),

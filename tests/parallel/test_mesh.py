@@ -31,6 +31,13 @@ def test_columns_are_joined_on_rank_0(tp: int) -> None:
     assert parts[1:] == [None] * (tp - 1)
 
 
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_rank_0_shares_a_tensor(tp: int) -> None:
+    drawn = torch.tensor([7, 0, 2**40])
+    parts = run_ranks(tp, lambda mesh: mesh.share(drawn.clone() if mesh.shard.rank == 0 else torch.zeros_like(drawn)))
+    assert all(torch.equal(part, drawn) for part in parts)
+
+
 def test_a_rank_that_leaves_fails_the_others_at_once() -> None:
     """Not after the timeout."""
     waited: list[float] = []

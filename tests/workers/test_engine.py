@@ -1,5 +1,6 @@
 """The whole engine (scheduler, paged cache, sampler, ranks) against `generate` of `transformers`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,16 +48,30 @@ def greedy(untied: Path, tied: Path, prompts: list[list[int]]) -> dict[Path, lis
     return {path: [oracle_greedy(read_llama(path), p, COUNT) for p in prompts] for path in (untied, tied)}
 
 
-@pytest.mark.parametrize(("tp", "checkpoint"), [(1, "untied"), (1, "tied"), (2, "untied"), (2, "tied"), (4, "untied")])
+@pytest.mark.parametrize(
+    ("tp", "checkpoint", "lookahead"),
+    [
+        (1, "untied", 0),
+        (1, "tied", 0),
+        (1, "untied", 1),
+        (2, "untied", 0),
+        (2, "tied", 0),
+        (2, "untied", 1),
+        (4, "untied", 0),
+    ],
+)
 def test_greedy_tokens_equal_generate(
     tp: int,
     checkpoint: str,
+    lookahead: int,
     prompts: list[list[int]],
     greedy: dict[Path, list[list[int]]],
     request: pytest.FixtureRequest,
 ) -> None:
     path = request.getfixturevalue(checkpoint)
-    config = SchedulerConfig(max_sequences=6, max_step_tokens=12, max_model_len=128, num_blocks=90, block_size=4)
+    config = SchedulerConfig(
+        max_sequences=6, max_step_tokens=12, max_model_len=128, num_blocks=90, block_size=4, lookahead=lookahead
+    )
     params = SamplingParams(max_tokens=COUNT, temperature=0.0)
     some = prompts[: 7 if tp < 4 else 5]  # four ranks on two cores: a step takes 50 ms
     requests = [Request(id=str(i), prompt=tuple(p), params=params) for i, p in enumerate(some)]
@@ -80,9 +95,13 @@ def test_sampled_tokens_do_not_depend_on_batch_chunks_ranks_preemption_or_replay
     crowded = Engine(narrow, Executor(spec, str(untied), SingleRank(), 20, 4))
     assert serve(crowded, requests, apart=1) == alone
     assert crowded.stats.preemptions > 0
+    ahead = Engine(replace(narrow, lookahead=1), Executor(spec, str(untied), SingleRank(), 20, 4))
+    assert serve(ahead, requests, apart=1) == alone
+    assert ahead.stats.preemptions > 0
     replays = [Request(id=r.id, prompt=r.prompt, params=r.params, output=tuple(alone[r.id][:7])) for r in requests]
-    again = run_ranks(2, lambda mesh: lead_or_follow(mesh, untied, narrow, replays))[0]
-    assert {key: alone[key][:7] + tokens for key, tokens in again.items()} == alone
+    for config in (narrow, replace(narrow, lookahead=1)):
+        again = run_ranks(2, lambda mesh, config=config: lead_or_follow(mesh, untied, config, replays))[0]
+        assert {key: alone[key][:7] + tokens for key, tokens in again.items()} == alone
 
 
 def test_stats_count_what_happened(untied: Path) -> None:
@@ -111,6 +130,22 @@ def test_abort_frees_everything(untied: Path) -> None:
     assert engine.abort("running") and engine.abort("waiting") and not engine.abort("running")
     assert (engine.stats.running, engine.stats.waiting, engine.stats.kv_usage) == (0, 0, 0.0)
     assert not engine.has_work and engine.scheduler.blocks.num_free == 16
+
+
+def test_what_is_under_way_when_all_is_aborted_is_run_out(untied: Path) -> None:
+    config = SchedulerConfig(
+        max_sequences=2, max_step_tokens=4, max_model_len=64, num_blocks=16, block_size=4, lookahead=1
+    )
+    engine = Engine(config, Executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
+    engine.add(Request(id="a", prompt=(1,) * 3, params=SamplingParams()))
+    assert [len(o.tokens) for o in engine.step()] == [1] and engine.abort("a")
+    assert engine.scheduler.blocks.num_free == 16 and not engine.scheduler.has_work
+    assert engine.has_work, "the step behind is still under way"
+    assert engine.step() == [] and not engine.has_work
+    engine.heartbeat()
+    engine.add(Request(id="a", prompt=(1,) * 3, params=SamplingParams(max_tokens=2)))
+    assert [[o.finish_reason for o in engine.step()] for _ in range(2)] == [[None], ["length"]]
+    assert not engine.has_work, "nothing was queued for a sequence that was bound to end"
 
 
 def test_the_padding_of_the_vocabulary_is_never_drawn(tmp_path: Path) -> None:

@@ -52,12 +52,12 @@ class Watching:
     def __init__(self, executor: Executor, seed: int) -> None:
         self.executor, self.seed, self.logits = executor, seed, {}
 
-    def run(self, plan: Any) -> Any:
+    def submit(self, plan: Any) -> Any:
         logits = self.executor._forward(plan)
         for sample in plan.samples:
             if sample.params.seed == self.seed:
                 self.logits[sample.position] = logits[sample.row].clone()
-        return self.executor.run(plan)
+        return self.executor.submit(plan)
 
 
 def serve(executor: Executor, made: list[Request], **limits: Any) -> tuple[dict[str, list[int]], dict, int]:

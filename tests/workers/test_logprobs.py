@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from workers.core import Output, Request, SamplingParams, Sequence, TokenLogprob
 from workers.engine import Engine
 from workers.executor import Executor
-from workers.logprobs import token_logprobs
+from workers.logprobs import judge, tell
 from workers.messages import EngineStats, Update, decode_update, encode
 from workers.scheduler import SchedulerConfig
 
@@ -100,14 +100,14 @@ def same(got: Received, want: Received) -> None:
             assert [x.logprob, *x.top_logprobs] == pytest.approx([y.logprob, *y.top_logprobs], abs=1e-4)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "lookahead"), [(1, 0), (2, 0), (1, 1), (2, 1)])
 def test_chunks_batches_and_preemption_change_nothing(
-    tp: int, untied: Path, prompts: list[list[int]], undisturbed: dict[str, Received]
+    tp: int, lookahead: int, untied: Path, prompts: list[list[int]], undisturbed: dict[str, Received]
 ) -> None:
     """Also that prompt logprobs come exactly once, and that penalties see the same history."""
 
     def rank_main(mesh: Mesh) -> tuple[dict[str, Received], int]:
-        crowded = engine(untied, NARROW, mesh)
+        crowded = engine(untied, replace(NARROW, lookahead=lookahead), mesh)
         assert isinstance(crowded.executor, Executor)
         if mesh.shard.rank:
             crowded.executor.follow()
@@ -135,7 +135,7 @@ def test_a_preempted_prefill_is_not_scored_twice(untied: Path) -> None:
     while served.has_work:
         plan = scheduler.schedule()
         scored += [target for score in plan.scores for target in score.targets]
-        outputs = scheduler.commit(served.executor.run(plan))
+        outputs = scheduler.commit(served.executor.submit(plan).result())
         counts += [None if o.prompt_logprobs is None else len(o.prompt_logprobs) for o in outputs]
     assert scored == list(range(13, 20)), "12 positions were scored before"
     assert counts == [19, None, None, None]
@@ -161,8 +161,7 @@ def test_a_step_with_scores_only_and_a_prompt_of_one_token(untied: Path) -> None
 def test_slices_and_infinities() -> None:
     logits = torch.randn(600, 11).double()
     logits[5, 3] = float("-inf")
-    tokens = [3] * 600
-    found = token_logprobs(logits, tokens, [2] * 600)
+    found = tell(judge(logits, torch.arange(600), torch.full((600,), 3), top=2), [2] * 600)
     want = logits.log_softmax(-1)
     assert [f.logprob for f in found] == pytest.approx(want[:, 3].tolist(), abs=1e-5)
     assert found[5].rank == 11 and all(len(f.top_tokens) == 2 for f in found)

@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from workers import sampler
 from workers.core import Sample, SamplingParams
-from workers.sampler import sample
 
 DRAWS = 20000
+
+
+def sample(logits: Tensor, samples: list[Sample]) -> list[int]:
+    return sampler.sample(logits, samples).tolist()
 
 
 def wish(row: int, position: int, seed: int, temperature: float, top_p: float) -> Sample:

@@ -21,10 +21,14 @@ from transformers import (
 )
 
 from kernels.noise import gumbel
+from workers import sampler
 from workers.core import Sample, SamplingParams
-from workers.sampler import sample
 
 VOCAB = 40
+
+
+def sample(logits: Tensor, samples: list[Sample]) -> list[int]:
+    return sampler.sample(logits, samples).tolist()
 
 
 def logits_of(seed: int, rows: int = 1) -> Tensor:

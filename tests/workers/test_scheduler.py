@@ -6,8 +6,9 @@ shared by two sequences or freed too early: each gives another hash than the req
 """
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -15,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.blocks import BlockManager
-from workers.core import Request, SamplingParams, Sequence, StepPlan, StepResult
+from workers.core import Request, Sample, SamplingParams, Sequence, StepPlan, StepResult
 from workers.scheduler import Scheduler, SchedulerConfig
 
-EOS, VOCAB = 0, 40
+EOS, VOCAB, UNKNOWN = 0, 40, -1
 
 
 def next_token(context: list[int], seed: int, barred: set[int]) -> int:
@@ -43,27 +44,36 @@ def alone(request: Request) -> list[int]:
 
 
 class CachingExecutor:
-    """Knows only the plan, like a rank."""
+    """Knows only the plan, like a rank; it runs each one at once, however late its tokens are read."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self.config = config
+        self.config, self.drawn = config, list[int]()
         self.slots = [-1] * (config.num_blocks * config.block_size)
 
     def run(self, plan: StepPlan) -> StepResult:
         self._check(plan)
+        known = [token if token >= 0 else self.drawn[-1 - token] for token in plan.tokens]
         contexts, row = {}, 0
         for start, length, table in zip(plan.starts, plan.lengths, plan.block_tables, strict=True):
             where = [block * self.config.block_size + i for block in table for i in range(self.config.block_size)]
             for position in range(start, start + length):
-                self.slots[where[position]] = plan.tokens[row]
+                self.slots[where[position]] = known[row]
                 row += 1
             contexts[row - 1] = (start + length, [self.slots[slot] for slot in where[: start + length]])
-        tokens = []
+        self.drawn = []
         for sample in plan.samples:
             position, context = contexts[plan.rows[sample.row]]
-            assert sample.position == position and sample.tokens[:position] == context
-            tokens.append(next_token(context, sample.params.seed, set(sample.barred)))
-        return StepResult(tokens)
+            assert sample.position == position
+            assert all(a in (b, UNKNOWN) for a, b in zip(self._history(sample), context, strict=True))
+            self.drawn.append(next_token(context, sample.params.seed, set(sample.barred)))
+        return StepResult(self.drawn)
+
+    def _history(self, sample: Sample) -> list[int]:
+        """The tokens before it. What is still being drawn is the last of them at most, and never if it matters."""
+        history = sample.tokens[: sample.position]
+        assert min(history[:-1], default=0) >= 0 and (self.config.lookahead or history[-1] >= 0)
+        assert history[-1] >= 0 or not sample.params.penalises
+        return [max(token, UNKNOWN) for token in history]
 
     def _check(self, plan: StepPlan) -> None:
         assert len(plan.starts) == len(plan.lengths) == len(plan.block_tables) <= self.config.max_sequences
@@ -76,10 +86,29 @@ class CachingExecutor:
             assert all(holders[block] == 1 for block in written), "a shared block is written to"
 
 
+class WatchedBlocks(BlockManager):
+    """Remembers what every known block should hold."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config.num_blocks, config.block_size, config.cache_salt, config.prefix_caching)
+        self.contents: dict[bytes, list[int]] = {}
+
+    def keep(self, sequence: Sequence, start: int, stop: int) -> None:
+        super().keep(sequence, start, stop)
+        for index in range(start // self.block_size, stop // self.block_size if self.caching else 0):
+            tokens = sequence.tokens[index * self.block_size :][: self.block_size]
+            assert min(tokens) >= 0, "a block is named after tokens that are not known"
+            self.contents[self._key(sequence, index)] = tokens
+
+    def check_contents(self, slots: list[int]) -> None:
+        for block, key in self._key_of.items():
+            assert slots[block * self.block_size :][: self.block_size] == self.contents[key]
+
+
 @dataclass(frozen=True)
 class Job:
-    """A request, the step it arrives in, and the step in which it is aborted (between its schedule and commit, or
-    before both)."""
+    """A request, the step it arrives in, and the step in which it is aborted (while steps are under way that have been
+    planned in the meantime, or before)."""
 
     request: Request
     arrival: int
@@ -89,52 +118,90 @@ class Job:
 
 @dataclass
 class Served:
+    """dropped: tokens drawn for sequences that had ended. overwritten: blocks that such a step wrote to, and the next
+    plan gave to somebody else."""
+
     tokens: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
     preemptions: int = 0
     hits: int = 0
     steps: int = 0
+    dropped: int = 0
+    overwritten: int = 0
 
 
-def serve(config: SchedulerConfig, jobs: list[Job]) -> Served:
-    scheduler, executor, served = Scheduler(config), CachingExecutor(config), Served()
-    work = sum(len(j.request.prompt) + j.request.params.max_tokens for j in jobs)
+class Serving:
+    """One run of some jobs, step by step as in an engine."""
 
-    def abort(during: bool) -> None:
-        for job in jobs:
-            if job.abort_at == served.steps and job.during == during and scheduler.abort(job.request.id):
-                served.aborted.add(job.request.id)
-                assert not scheduler.abort(job.request.id)
+    def __init__(self, config: SchedulerConfig, jobs: list[Job]) -> None:
+        self.config, self.jobs, self.served = config, jobs, Served()
+        self.scheduler, self.executor = Scheduler(config), CachingExecutor(config)
+        self.blocks = self.scheduler.blocks = WatchedBlocks(config)
+        self.under_way: deque[tuple[StepPlan, StepResult]] = deque()
+        self.stale: set[int] = set()
 
-    while scheduler.has_work or served.steps <= max(j.arrival for j in jobs):
-        for job in jobs:
-            if job.arrival == served.steps:
-                scheduler.add(job.request)
-        abort(during=False)
-        before, had_work = scheduler.num_preemptions, scheduler.has_work
-        plan = scheduler.schedule()
-        assert bool(plan.tokens) == had_work, "a step with work waiting runs nothing"
-        if scheduler.num_preemptions > before:
-            assert 0 not in plan.starts, "something was admitted in a step that had to preempt"
-        result = executor.run(plan)
-        abort(during=True)
-        for output in scheduler.commit(result):
-            assert output.id not in served.aborted and output.id not in served.reasons
-            served.tokens.setdefault(output.id, []).extend(output.tokens)
+    def run(self) -> Served:
+        served, scheduler, jobs = self.served, self.scheduler, self.jobs
+        work = sum(len(j.request.prompt) + j.request.params.max_tokens for j in jobs)
+        while scheduler.has_work or self.under_way or served.steps <= max(j.arrival for j in jobs):
+            for job in jobs:
+                if job.arrival == served.steps:
+                    scheduler.add(job.request)
+            self.abort(during=False)
+            self.plan()
+            self.abort(during=True)
+            if self.under_way:
+                self.commit()
+            scheduler.check_integrity()
+            self.blocks.check_contents(self.executor.slots)
+            assert all(0 <= s.num_computed < len(s.tokens) for s in (*scheduler.running, *scheduler.waiting))
+            served.steps += 1
+            assert served.steps < 20 + work * len(jobs), "the scheduler goes round in circles"
+        assert scheduler.blocks.num_free == self.config.num_blocks
+        served.preemptions, served.hits = scheduler.num_preemptions, scheduler.blocks.hits
+        return served
+
+    def abort(self, during: bool) -> None:
+        for job in self.jobs:
+            now = job.abort_at == self.served.steps and job.during == during
+            if now and self.scheduler.abort(job.request.id):
+                self.served.aborted.add(job.request.id)
+                assert not self.scheduler.abort(job.request.id) and self.scheduler.find(job.request.id) is None
+
+    def plan(self) -> None:
+        had_work = self.scheduler.has_work
+        while len(self.under_way) <= self.config.lookahead:
+            before = self.scheduler.num_preemptions
+            plan = self.scheduler.schedule()
+            if self.scheduler.num_preemptions > before:
+                assert 0 not in plan.starts, "something was admitted in a step that had to preempt"
+            if not plan.tokens:
+                break
+            self.served.overwritten += len(self.stale & {block for table in plan.block_tables for block in table})
+            self.stale = set()
+            self.under_way.append((plan, self.executor.run(plan)))
+        assert self.under_way or not had_work, "a step with work waiting runs nothing"
+
+    def commit(self) -> None:
+        plan, result = self.under_way.popleft()
+        outputs = self.scheduler.commit(result)
+        for output in outputs:
+            assert output.id not in self.served.aborted and output.id not in self.served.reasons
+            self.served.tokens.setdefault(output.id, []).extend(output.tokens)
             if output.finish_reason:
-                served.reasons[output.id] = output.finish_reason
-        scheduler.check_integrity()
-        assert all(0 <= s.num_computed < len(s.tokens) for s in (*scheduler.running, *scheduler.waiting))
-        served.steps += 1
-        assert served.steps < 20 + work * len(jobs), "the scheduler goes round in circles"
-    assert scheduler.blocks.num_free == config.num_blocks
-    served.preemptions, served.hits = scheduler.num_preemptions, scheduler.blocks.hits
-    return served
+                self.served.reasons[output.id] = output.finish_reason
+        self.served.dropped += len(plan.samples) - len(outputs)
+        size = self.config.block_size
+        if self.under_way:
+            plan, _ = self.under_way[0]
+            for part, table in zip(self.scheduler._under_way[0], plan.block_tables, strict=True):
+                if self.scheduler.find(part.sequence.request.id) is not part.sequence:
+                    self.stale.update(table[part.start // size :])
 
 
 @st.composite
-def configs(draw: st.DrawFn, tight: bool = False) -> SchedulerConfig:
+def configs(draw: st.DrawFn, lookahead: int, tight: bool = False) -> SchedulerConfig:
     sequences, block_size = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     length = draw(st.integers(2, 24))
     smallest = -(-length // block_size)
@@ -146,6 +213,7 @@ def configs(draw: st.DrawFn, tight: bool = False) -> SchedulerConfig:
         block_size=block_size,
         eos_ids=(EOS,),
         prefix_caching=draw(st.booleans()),
+        lookahead=lookahead,
     )
 
 
@@ -164,6 +232,7 @@ def jobs(draw: st.DrawFn, config: SchedulerConfig) -> list[Job]:
             ignore_eos=draw(st.booleans()),
             stop_token_ids=draw(st.sampled_from(((), (), (EOS,), (5, 6, 7, 8)))),
             min_tokens=draw(st.sampled_from((0, 0, min(3, limit)))),
+            presence_penalty=draw(st.sampled_from((0.0, 0.0, 0.0, 1.0))),  # only who has one must know its history
         )
         request = Request(id=str(index), prompt=tuple(prompt), params=params, output=tuple(output))
         abort_at = draw(st.none() | st.none() | st.integers(0, 20))
@@ -172,7 +241,7 @@ def jobs(draw: st.DrawFn, config: SchedulerConfig) -> list[Job]:
 
 
 def check_served(config: SchedulerConfig, made: list[Job]) -> Served:
-    served = serve(config, made)
+    served = Serving(config, made).run()
     for job in made:
         request, want = job.request, alone(job.request)
         got = served.tokens.get(request.id, [])
@@ -184,38 +253,42 @@ def check_served(config: SchedulerConfig, made: list[Job]) -> Served:
     return served
 
 
-def test_every_request_gets_the_tokens_it_would_get_alone() -> None:
-    preemptions, hits = [], []
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_every_request_gets_the_tokens_it_would_get_alone(lookahead: int) -> None:
+    seen = Counter[str]()
 
     @settings(max_examples=250)
     @given(st.data())
     def every_example(data: st.DataObject) -> None:
-        config = data.draw(configs())
+        config = data.draw(configs(lookahead))
         served = check_served(config, data.draw(jobs(config)))
-        preemptions.append(served.preemptions)
-        hits.append(served.hits)
+        seen.update({name for name in ("preemptions", "hits", "dropped") if getattr(served, name)})
         assert config.prefix_caching or not served.hits
 
     every_example()
-    assert sum(map(bool, preemptions)) >= 5, "too few examples run out of blocks"
-    assert sum(map(bool, hits)) >= 20, "too few examples find a known prefix"
+    assert seen["preemptions"] >= 5, "too few examples run out of blocks"
+    assert seen["hits"] >= 20, "too few examples find a known prefix"
+    assert seen["dropped"] >= 5 + 45 * lookahead, "too few sequences end while steps are under way"
 
 
-def test_a_cache_of_one_longest_sequence_serves_everybody() -> None:
-    preemptions = []
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_cache_of_one_longest_sequence_serves_everybody(lookahead: int) -> None:
+    seen = Counter[str]()
 
-    @settings(max_examples=150)
+    @settings(max_examples=250)
     @given(st.data())
     def every_example(data: st.DataObject) -> None:
-        config = data.draw(configs(tight=True))
-        preemptions.append(check_served(config, data.draw(jobs(config))).preemptions)
+        config = data.draw(configs(lookahead, tight=True))
+        served = check_served(config, data.draw(jobs(config)))
+        seen.update({name for name in ("preemptions", "overwritten") if getattr(served, name)})
 
     every_example()
-    assert sum(map(bool, preemptions)) >= 5
+    assert seen["preemptions"] >= 5
+    assert seen["overwritten"] >= 5 * lookahead, "too few steps write behind an end, into what somebody else gets"
 
 
-def request(name: str, prompt: int, max_tokens: int, **params: bool) -> Request:
-    made = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+def request(name: str, prompt: int, max_tokens: int, **params: Any) -> Request:
+    made = SamplingParams(max_tokens=max_tokens, **params)
     return Request(id=name, prompt=tuple(range(1, prompt + 1)), params=made)
 
 
@@ -285,12 +358,73 @@ def test_abort_between_schedule_and_commit_drops_only_that_sequence() -> None:
     scheduler.check_integrity()
 
 
+def test_a_step_is_planned_before_the_last_one_is_read() -> None:
+    scheduler = Scheduler(config_of(lookahead=1, eos_ids=(EOS,), max_step_tokens=16))
+    for name, limit, params in (("a", 3, {}), ("short", 1, {}), ("b", 3, {}), ("exact", 3, {"presence_penalty": 1.0})):
+        scheduler.add(request(name, 2, limit, **params))
+    first = scheduler.schedule()
+    ahead = scheduler.schedule()
+    assert (len(first.samples), ahead.tokens, ahead.starts) == (4, [-1, -3], [2, 2]), "the first and third drawn"
+    assert [s.output for s in scheduler.running] == [[]] * 4, "nothing is known yet"
+    outputs = scheduler.commit(StepResult([11, 12, 13, 14]))
+    assert [(o.id, o.tokens, o.finish_reason) for o in outputs] == [
+        ("a", [11], None),
+        ("short", [12], "length"),
+        ("b", [13], None),
+        ("exact", [14], None),
+    ]
+    assert [s.output for s in scheduler.running] == [[11], [13], [14]]
+    third = scheduler.schedule()
+    assert third.tokens == [-1, -2, 14], "who must know the last token skips the step that draws it"
+    assert [o.finish_reason for o in scheduler.commit(StepResult([EOS, 16]))] == ["stop", None]
+    assert [o.id for o in scheduler.commit(StepResult([17, 18, 19]))] == ["b", "exact"], "a had ended"
+    scheduler.check_integrity()
+
+
+def test_too_many_steps_under_way_are_refused() -> None:
+    scheduler = Scheduler(config_of(lookahead=1))
+    scheduler.add(request("a", 2, 9))
+    assert scheduler.schedule().tokens and scheduler.schedule().tokens
+    with pytest.raises(AssertionError, match="too many steps have not been committed"):
+        scheduler.schedule()
+
+
+def test_a_name_that_is_used_again_gets_nothing_of_the_steps_under_way() -> None:
+    scheduler = Scheduler(config_of(lookahead=1))
+    scheduler.add(request("a", 2, 9))
+    scheduler.schedule()
+    scheduler.schedule()
+    assert scheduler.abort("a")
+    scheduler.add(request("a", 3, 9))
+    assert scheduler.commit(StepResult([11])) == []
+    assert scheduler.schedule().tokens == [1, 2, 3]
+    assert scheduler.commit(StepResult([12])) == [] and scheduler.find("a").output == []  # type: ignore[union-attr]
+    assert [o.tokens for o in scheduler.commit(StepResult([13]))] == [[13]]
+    scheduler.check_integrity()
+
+
+def test_a_token_that_was_being_drawn_outlives_a_preemption() -> None:
+    scheduler = Scheduler(config_of(lookahead=1, num_blocks=4, max_sequences=2, prefix_caching=False))
+    scheduler.add(request("old", 7, 9))
+    scheduler.add(request("young", 1, 9))
+    plans, outputs = [scheduler.schedule()], []
+    while not scheduler.num_preemptions:
+        plans.append(scheduler.schedule())
+        drawing = len(plans[-2].samples)
+        outputs += scheduler.commit(StepResult([5] * drawing))
+    young = scheduler.waiting[0]
+    assert (young.blocks, young.num_computed) == ([], 0)
+    assert [o.id for o in outputs][-2:] == ["old", "young"], "it was in the step before the one that preempted it"
+    assert young.output == [5] * len(young.output) and not young.is_drawing
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"max_sequences": 0}, "engine.max_sequences is 0"),
         ({"block_size": -1}, "engine.block_size is -1"),
         ({"max_step_tokens": 3}, r"max_step_tokens \(3\) must be at least engine.max_sequences"),
+        ({"lookahead": 2}, "engine.lookahead is 2; it must be 0 or 1"),
         ({"num_blocks": 3}, "the KV cache holds 12 tokens, fewer than one sequence"),
     ],
 )

@@ -276,6 +276,28 @@ def test_chat_errors_are_sentences(
         Tokenizer(path).chat(messages)
 
 
+def test_info_is_the_configuration_with_tokens_as_text(tmp_path: Path) -> None:
+    """Huge lengths and nested token objects are what published files hold."""
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    end = {"content": "<|end|>", "lstrip": False}
+    config = {
+        "chat_template": named,
+        "eos_token": end,
+        "added_tokens_decoder": {"256": end},
+        "additional_special_tokens": [end, "<|user|>"],
+        "model_max_length": 10**30,
+        "vocab_file": "/home/somebody/vocab.json",
+    }
+    assert Tokenizer(write_byte_level(tmp_path, **config)).info() == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "yes",
+        "eos_token": "<|end|>",
+        "added_tokens_decoder": {"256": "<|end|>"},
+        "additional_special_tokens": ["<|end|>", "<|user|>"],
+        "model_max_length": 10**30,
+    }
+
+
 def test_unreadable_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(tmp_path)
