@@ -134,11 +134,11 @@ class _Arriving:
     def __init__(
         self, work: Any, message: Tensor, header: Header, shape: tuple[int, torch.dtype], watch: _Watch
     ) -> None:
-        self._work, self._message, self._header, self._shape, self._watch = work, message, header, shape, watch
+        self.work, self._message, self._header, self._shape, self._watch = work, message, header, shape, watch
 
     def wait(self) -> Tensor:
         try:
-            self._work.wait()
+            self.work.wait()
         except RuntimeError as error:
             raise self._watch.lost(self._header, error) from None
         self._watch.check(self._header, header_of(self._message))

@@ -14,11 +14,13 @@ import hydra
 from omegaconf import DictConfig
 
 from launch.bench import engine, failures, serve
+from launch.bench.afd import suite as afd
 from launch.bench.overlap import suite as overlap
 from launch.bench.report import Report, publish
 from launch.build import build, plain
 
 SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
+    "afd": (afd.AfdBench, afd.run),
     "engine": (engine.EngineBench, engine.run),
     "failures": (failures.FailuresBench, failures.run),
     "overlap": (overlap.OverlapBench, overlap.run),

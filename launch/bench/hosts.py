@@ -23,6 +23,7 @@ from launch.bench.netns import ip, tc
 MAX_HOSTS = 4
 DEVICE = "eth0"  # a host's end of its link
 BRIDGE = "bridge"
+MTU = 9000  # jumbo frames: a shaped link handles every packet by itself, on a core that the ranks want
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,8 @@ class Host:
     def build(self, link: Link) -> None:
         """On an existing switch."""
         ip("netns", "add", self.namespace)
-        peer = f"type veth peer name {self.name} netns {self._switch}"
-        ip("-n", self.namespace, "link", "add", DEVICE, *peer.split())
+        pair = f"{DEVICE} mtu {MTU} type veth peer name {self.name} mtu {MTU} netns {self._switch}"
+        ip("-n", self.namespace, "link", "add", *pair.split())
         ip("-n", self.namespace, "address", "add", f"{self.address}/24", "dev", DEVICE)
         for device in ("lo", DEVICE):
             ip("-n", self.namespace, "link", "set", device, "up")

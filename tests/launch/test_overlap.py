@@ -56,8 +56,8 @@ def test_a_trace_tells_what_ran_under_what() -> None:
     """Blocks at 0..4, 4..8, 10..12; the reduce of the first is half under the second, that of the second is not."""
     blocks = [Span("compute", f"block {k}", *at) for k, at in enumerate([(0, 4), (4, 8), (10, 12)])]
     reduces = [Span("reduce", f"reduce {k}", *at) for k, at in enumerate([(-2, 0), (4, 6), (8, 10), (12, 13)])]
-    waits = [Span("wait", "reduce 0", -2, 0), Span("wait", "reduce 2", 8, 10)]
-    assert hidden_share([*blocks, *reduces]) == pytest.approx(2 / 7)
+    waits = [Span("wait", f"reduce {k}", *at) for k, at in [(0, (-2, 0)), (2, (8, 10)), (3, (12, 13))]]
+    assert hidden_share([*blocks, *reduces, *waits]) == pytest.approx(2 / 7)
     assert under_the_next_block([*blocks, *reduces]) == 0.5
     events = perfetto({"ladder": [[*blocks, *reduces, *waits]]})["traceEvents"]
     assert [e["ts"] for e in events if e["ph"] == "b"] == [0, 6e6, 10e6, 14e6]

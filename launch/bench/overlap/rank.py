@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from launch.bench.overlap.late import LateGroup
+from launch.bench.overlap.priority import communication_first
 from launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
 from launch.bench.overlap.task import WIRINGS, Answer, Setup, Task
 from launch.bench.overlap.trace import Recorder
@@ -28,6 +29,8 @@ def main() -> None:
     shard = Shard(setup.rank, setup.ranks)
     kind = LateGroup if setup.device == "cpu" else Group
     mesh = kind(dist.PrefixStore("overlap", store), shard, setup.device, setup.host, TIMEOUT)
+    if setup.device == "cpu" and not communication_first():
+        print("gloo's threads may not go first here (CAP_SYS_NICE); overlap will be worse", file=sys.stderr)
     with torch.inference_mode():
         model = random_model(setup.shapes.spec(), mesh)
         for line in sys.stdin:

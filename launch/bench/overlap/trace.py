@@ -34,7 +34,8 @@ class Recorder:
     def reduce(self, reduce: Reduce) -> Reduce:
         def started(partial: Tensor) -> Pending:
             name, self._reduces = f"reduce {self._reduces}", self._reduces + 1
-            return _Recorded(self, name, perf_counter(), reduce(partial))
+            pending = reduce(partial)
+            return _Recorded(self, name, perf_counter(), pending)
 
         return started
 
@@ -62,12 +63,11 @@ class _Recorded:
 
 
 def hidden_share(spans: Iterable[Span]) -> float:
-    """The share of the reduces' time during which blocks were computed."""
+    """The share of the reduces' time during which the rank did anything but wait."""
     spans = list(spans)
-    computed = [s for s in spans if s.kind == "compute"]
+    waits = [s for s in spans if s.kind == "wait"]
     reduces = [s for s in spans if s.kind == "reduce"]
-    under = sum(_overlap(r, c) for r in reduces for c in computed)
-    return under / sum(r.end - r.begin for r in reduces)
+    return 1 - sum(_overlap(r, w) for r in reduces for w in waits) / sum(r.end - r.begin for r in reduces)
 
 
 def under_the_next_block(spans: Iterable[Span]) -> float:

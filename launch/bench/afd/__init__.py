@@ -1,0 +1,1 @@
+"""suite=afd: what disaggregating attention and FFN costs and gains."""

@@ -1,0 +1,156 @@
+"""The loop and the edges as they are, with modules that sleep and transfers that come late. Emulated, and said so.
+
+A and F ranks are threads of one process with gloo edges between them; sleeping takes no CPU, so that two cores can play
+any number of ranks.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.bench.afd.formula import Times
+from parallel.context import WholeSequences
+from parallel.disaggregate import AttentionSide, FeedForwardSide, Layout
+from parallel.edges import Edge, GlooEdge, Header
+from parallel.residual import Block
+from parallel.spec import ModelSpec
+
+ROWS = 4  # of a micro-batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """lag: of all blocks. attention, ffn: how many ranks."""
+
+    times: Times
+    lag: int
+    micro_batches: int
+    attention: int = 1
+    ffn: int = 1
+
+    @property
+    def name(self) -> str:
+        ms = " ".join(
+            f"{name}={getattr(self.times, name) * 1e3:g}" for name in ("attention", "ffn", "transfer", "reduce")
+        )
+        schedule = "ladder" if self.lag else f"ping-pong m={self.micro_batches}"
+        return f"{self.attention}A{self.ffn}F {schedule}: {ms} ms"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a step, by step; attention_busy, ffn_busy: of these, in which the first rank of the pool computed."""
+
+    steps: list[float]
+    attention_busy: float
+    ffn_busy: float
+
+
+class Sleeping:
+    """A module that takes a time and adds nothing."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.total = seconds, 0.0
+
+    def __call__(self, x: Tensor, context: Any) -> Tensor:
+        began = time.perf_counter()
+        time.sleep(self.seconds)
+        self.total += time.perf_counter() - began
+        return torch.zeros_like(x)
+
+
+class LateEdge(GlooEdge):
+    """Every message sets out `late` seconds after it was given; several may be on their way at once."""
+
+    def __init__(self, late: float, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._late = late
+        self._leaving: queue.Queue[tuple[float, Header, Tensor]] = queue.Queue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def send(self, header: Header, rows: Tensor) -> None:
+        self._leaving.put((time.perf_counter() + self._late, header, rows.clone()))
+
+    def settle(self) -> None:
+        self._leaving.join()
+        super().settle()
+
+    def _run(self) -> None:
+        while True:
+            due, header, rows = self._leaving.get()
+            time.sleep(max(0.0, due - time.perf_counter()))
+            super().send(header, rows)
+            self._leaving.task_done()
+
+
+class LateReduce:
+    """A reduce of the F pool: there `seconds` after it was issued."""
+
+    def __init__(self, tensor: Tensor, seconds: float) -> None:
+        self._tensor, self._due = tensor, time.perf_counter() + seconds
+
+    def wait(self) -> Tensor:
+        time.sleep(max(0.0, self._due - time.perf_counter()))
+        return self._tensor
+
+
+def measure(case: Case, layers: int, steps: int) -> Measured:
+    """`steps` decode steps, after one that warms up."""
+    spec = _spec(layers, case.lag)
+    server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    tokens = tuple((ROWS,) * case.micro_batches for _ in range(case.attention))
+    layouts = [Layout(0, number, tokens) for number in range(steps + 1)]
+
+    def edges(end: int, mine: int, others: int) -> list[Edge]:
+        store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
+        made: list[Edge] = []
+        for other in range(others):
+            a, f = (other, mine) if end else (mine, other)
+            made.append(LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=timedelta(seconds=60)))
+        return made
+
+    def attention(rank: int) -> tuple[list[float], float]:
+        side, module = AttentionSide(spec), Sleeping(case.times.attention)
+        side.blocks, mine, seconds = _sleeping(side.blocks, module), edges(0, rank, case.ffn), []
+        for layout in layouts:
+            inputs = [torch.zeros(ROWS, dtype=torch.int64)] * case.micro_batches
+            began = time.perf_counter()
+            side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, mine, layout, rank)
+            seconds.append(time.perf_counter() - began)
+        return seconds[1:], module.total / sum(seconds)
+
+    def ffn(rank: int) -> float:
+        module = Sleeping(case.times.ffn)
+        side = FeedForwardSide(spec, reduce=lambda partial: LateReduce(partial, case.times.reduce))
+        side.blocks, mine, began = _sleeping(side.blocks, module), edges(1, rank, case.attention), time.perf_counter()
+        for layout in layouts:
+            side(mine, layout)
+        return module.total / (time.perf_counter() - began)
+
+    with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
+        ffns = [pool.submit(ffn, rank) for rank in range(case.ffn)]
+        attentions = [pool.submit(attention, rank) for rank in range(case.attention)]
+        seconds, busy = attentions[0].result()
+        for future in attentions[1:]:
+            future.result()
+        return Measured(seconds, busy, next(f.result() for f in ffns))
+
+
+def _sleeping(blocks: Sequence[Block], module: Sleeping) -> list[Block]:
+    return [Block(block.lag, [module] if block.modules else [], block.elsewhere) for block in blocks]
+
+
+def _spec(layers: int, lag: int) -> ModelSpec:
+    return ModelSpec(
+        vocab_size=8, hidden_size=64, intermediate_size=64, num_layers=layers, num_heads=1, num_kv_heads=1, head_dim=64,
+        max_position=8, tie_embeddings=True, residual="ladder" if lag else "standard",
+    )  # fmt: skip
