@@ -20,7 +20,7 @@ from torch import Tensor
 from launch.bench.afd.formula import Times
 from parallel.context import WholeSequences
 from parallel.disaggregate import AttentionSide, FeedForwardSide, Layout
-from parallel.edges import Edge, GlooEdge, Header
+from parallel.edges import GlooEdge, Header
 from parallel.residual import Block
 from parallel.spec import ModelSpec
 
@@ -74,7 +74,7 @@ class LateEdge(GlooEdge):
     def __init__(self, late: float, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._late = late
-        self._leaving: queue.Queue[tuple[float, Header, Tensor]] = queue.Queue()
+        self._leaving: queue.Queue[tuple[float, Header, Tensor] | None] = queue.Queue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def send(self, header: Header, rows: Tensor) -> None:
@@ -84,9 +84,13 @@ class LateEdge(GlooEdge):
         self._leaving.join()
         super().settle()
 
+    def close(self) -> None:
+        """Nothing more will be sent."""
+        self._leaving.put(None)
+
     def _run(self) -> None:
-        while True:
-            due, header, rows = self._leaving.get()
+        while (message := self._leaving.get()) is not None:
+            due, header, rows = message
             time.sleep(max(0.0, due - time.perf_counter()))
             super().send(header, rows)
             self._leaving.task_done()
@@ -110,9 +114,9 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
     tokens = tuple((ROWS,) * case.micro_batches for _ in range(case.attention))
     layouts = [Layout(0, number, tokens) for number in range(steps + 1)]
 
-    def edges(end: int, mine: int, others: int) -> list[Edge]:
+    def edges(end: int, mine: int, others: int) -> list[LateEdge]:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
-        made: list[Edge] = []
+        made: list[LateEdge] = []
         for other in range(others):
             a, f = (other, mine) if end else (mine, other)
             made.append(LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=timedelta(seconds=60)))
@@ -126,6 +130,7 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
             began = time.perf_counter()
             side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, mine, layout, rank)
             seconds.append(time.perf_counter() - began)
+        _close(mine)
         return seconds[1:], module.total / sum(seconds)
 
     def ffn(rank: int) -> float:
@@ -134,7 +139,9 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         side.blocks, mine, began = _sleeping(side.blocks, module), edges(1, rank, case.attention), time.perf_counter()
         for layout in layouts:
             side(mine, layout)
-        return module.total / (time.perf_counter() - began)
+        busy = module.total / (time.perf_counter() - began)
+        _close(mine)
+        return busy
 
     with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
         ffns = [pool.submit(ffn, rank) for rank in range(case.ffn)]
@@ -143,6 +150,11 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         for future in attentions[1:]:
             future.result()
         return Measured(seconds, busy, next(f.result() for f in ffns))
+
+
+def _close(edges: Sequence[LateEdge]) -> None:
+    for edge in edges:
+        edge.close()
 
 
 def _sleeping(blocks: Sequence[Block], module: Sleeping) -> list[Block]:
