@@ -32,6 +32,7 @@ class Front:
     place: Place | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     _told: tuple[list[Endpoint], bool] | None = None
+    _here: Place = field(default_factory=Place.here)
 
     @property
     def url(self) -> str:
@@ -70,7 +71,7 @@ class Front:
         if self.actor is None:
             return False
         try:
-            self.stats = ray.get(self.actor.ping.remote(), timeout=self.deployment.cluster.hang_seconds)
+            self.stats = ray.get(self.actor.ping.remote(self._here), timeout=self.deployment.cluster.hang_seconds)
         except (RayError, GetTimeoutError) as error:
             log.error("%s does not answer: %s", self._actor_name, (str(error).splitlines() or ["timeout"])[0])
             return False

@@ -14,6 +14,7 @@ import uvicorn
 
 from cluster.api import build_app
 from cluster.config import Deployment
+from cluster.gang import kill_process
 from cluster.listening import listen
 from cluster.router import Router
 from cluster.service import Service, ServiceConfig
@@ -43,12 +44,13 @@ class _Nothing:
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class GatewayActor:
-    """One HTTP endpoint of a deployment. It ends itself when no controller has been heard for too long."""
+    """One HTTP endpoint of a deployment. It kills a controller that hangs, and ends itself when none comes back."""
 
     def __init__(self, deployment: Deployment, name: str) -> None:
         configure_logging()
         self._deployment, self._name = deployment, name
         self._heard = monotonic()
+        self._controller: Place | None = None
 
     async def where(self) -> Place:
         return Place.here()
@@ -87,9 +89,9 @@ class GatewayActor:
         self._service.in_flight.draining = not admit
         await self._router.update(table)
 
-    async def ping(self) -> dict[str, Any]:
-        """A sign of life for both sides."""
-        self._heard = monotonic()
+    async def ping(self, controller: Place) -> dict[str, Any]:
+        """A sign of life for both sides; `controller` is where the caller runs."""
+        self._heard, self._controller = monotonic(), controller
         for engine, stats in self._router.stats.items():
             self._service.metrics.update_engine(asdict(stats), engine)
         return {"ready": self._router.ready(), "in_flight": len(self._service.in_flight)}
@@ -100,6 +102,7 @@ class GatewayActor:
 
     async def drain(self, seconds: float) -> None:
         """Admit nothing more; return when all is answered or `seconds` are over, having closed what was left."""
+        self._controller = None  # it waits for us now, and does not ping
         await self._service.drain(seconds)
         self._server.should_exit = True
         await self._serving
@@ -108,8 +111,13 @@ class GatewayActor:
         await self._router.close()
 
     async def _watch(self) -> None:
-        orphan_seconds = self._deployment.cluster.orphan_seconds
-        while monotonic() - self._heard < orphan_seconds:
-            await asyncio.sleep(orphan_seconds / 10)
-        log.error("no controller for %.0f s; ending this gateway", orphan_seconds)
+        """Ray starts a dead controller again, but does not see one that hangs; we do, since its pings stop."""
+        cluster = self._deployment.cluster
+        while (silent := monotonic() - self._heard) < cluster.orphan_seconds:
+            if self._controller and silent > cluster.ping_seconds + cluster.hang_seconds:
+                log.error("no ping of the controller for %.1f s; killing it, Ray starts another", silent)
+                kill_process(self._controller)
+                self._controller = None
+            await asyncio.sleep(min(cluster.ping_seconds, cluster.orphan_seconds / 10))
+        log.error("no controller for %.0f s; ending this gateway", cluster.orphan_seconds)
         os._exit(1)

@@ -33,6 +33,7 @@ FAILURES = {
     "SIGKILL gateway": Failure("gateway", 0, signal.SIGKILL),
     "SIGSTOP gateway": Failure("gateway", 0, signal.SIGSTOP),
     "SIGKILL controller": Failure("controller", 0, signal.SIGKILL),
+    "SIGSTOP controller": Failure("controller", 0, signal.SIGSTOP),
 }
 ENDS_WITHIN = 1.0  # seconds, of the streams of a gateway that was killed
 
@@ -85,8 +86,8 @@ class FailuresBench:
         ]
 
     def detection_bound(self, failure: Failure) -> float | None:
-        """Seconds, by the configured timeouts; the time to look comes on top. Ray itself notices a lost controller."""
-        if failure.kind == "controller":
+        """Seconds, by the configured timeouts; the time to look comes on top. Ray itself notices a dead controller."""
+        if failure == FAILURES["SIGKILL controller"]:
             return None
         return self.ping_seconds + (self.hang_seconds if failure.signal == signal.SIGSTOP else 0.0)
 

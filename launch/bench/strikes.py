@@ -60,7 +60,8 @@ class Bench:
         struck: list[tuple[float, Watch]] = []
 
         def hit() -> None:
-            watch = Watch(victim, victim.state(), config.recover_seconds)
+            hung = process if failure == FAILURES["SIGSTOP controller"] else None
+            watch = Watch(victim, victim.state(), config.recover_seconds, hung)
             process.send_signal(failure.signal)
             struck.append((monotonic(), watch))
 

@@ -104,6 +104,9 @@ def deployed(name: str, run_dir: str, tp: int, ray_cpus: int, options: list[str]
 class Watch:
     """Asks the controller over and over, in a thread, until the deployment was seen broken and ready again.
 
+    Args:
+        hung: the controller's process, if that is what hangs: it was noticed once that process is gone.
+
     Attributes:
         noticed: when the controller first said that something was amiss, or did not answer (`monotonic`).
         ready: when it first said after that that all was well.
@@ -112,6 +115,7 @@ class Watch:
     victim: Victim
     before: State
     seconds: float
+    hung: psutil.Process | None = None
     noticed: float | None = None
     ready: float | None = None
     _thread: threading.Thread = field(init=False)
@@ -125,6 +129,8 @@ class Watch:
 
     def _run(self) -> None:
         deadline = monotonic() + self.seconds
+        if (hung := self.hung) and within(self.seconds, lambda: _gone(hung)):
+            self.noticed = monotonic()
         while self.ready is None and monotonic() < deadline:
             try:
                 state: State | None = self.victim.state()
@@ -145,3 +151,10 @@ def within(seconds: float, holds: Callable[[], bool]) -> bool:
             return False
         threading.Event().wait(POLL_SECONDS)
     return True
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -144,10 +144,13 @@ def test_a_killed_gateway_is_back_and_a_retry_continues(job: Job, undisturbed: l
     assert job.status().url == url and generated() - before == 250
 
 
-def test_a_killed_controller_is_not_noticed(job: Job, undisturbed: list[str]) -> None:
+@pytest.mark.parametrize("strike", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_controller_is_not_noticed(job: Job, undisturbed: list[str], strike: signal.Signals) -> None:
+    """Ray starts a killed one again; one that hangs is killed by the gateway first."""
     before, place = job.generation, job.rank(0)
     (controller,) = job.cluster.processes("ray::ControllerActor")
-    assert disturbed(job, controller.kill) == undisturbed
+    assert disturbed(job, lambda: controller.send_signal(strike)) == undisturbed
+    eventually(lambda: not controller.is_running())
     eventually(lambda: job.phase() == "ready", job.phase)
     assert (job.generation, job.rank(0).pid) == (before, place.pid)
 
