@@ -104,7 +104,7 @@ class LLM:
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         capture = CudaCapture(mesh.device) if engine.graphs_on(mesh.device) else None
         executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant, capture=capture)
-        limits = engine.limits(spec, kv, kv_size(executor.model, engine, kv, mesh.device), mesh.device)
+        limits = engine.limits(spec, kv, kv_size(executor, engine, kv, mesh.device), mesh.device)
         executor.allocate(limits.num_blocks, limits.block_size)
         self.engine = Engine(limits, executor)
         self._ids = map(str, count())

@@ -1,9 +1,12 @@
 """A deployment as frozen dataclasses. Hydra builds them once, in launch/; nothing below reads anything else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from cluster.tracing import check_endpoint
+from parallel.control import MAX_MICRO_BATCHES
+from parallel.wire import WIRES
 from workers.config import EngineConfig, KvConfig
+from workers.micro_batches import SCHEDULES
 
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -18,15 +21,64 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side."""
+    """Who holds what of the model.
 
+    Attributes:
+        kind: "tp": every rank has a slice of every layer. "afd": attention and FFNs lie on different ranks.
+        tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side.
+        attention: attention ranks of "afd", each with an engine, a KV cache and requests of its own.
+        ffn: FFN ranks of "afd", tensor-parallel among themselves, for all attention ranks together.
+        schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work
+            on one batch at once, which needs a ladder checkpoint; "auto" takes "ladder" wherever it can.
+        micro_batches: of "pingpong"; None takes 2 (1 + tC/tF), rounded up, from measured times.
+        wire: how rows travel from attention to FFN: "plain" (the model's dtype) or "fp8", for checkpoints without lag.
+    """
+
+    kind: str = "tp"
     tp: int = 1
     replicas: int = 1
+    attention: int = 1
+    ffn: int = 1
+    schedule: str = "auto"
+    micro_batches: int | None = None
+    wire: str = "plain"
 
     def __post_init__(self) -> None:
-        for name in ("tp", "replicas"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"layout.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("tp", "replicas", "attention", "ffn", "micro_batches"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"layout.{name} is {value}; it must be at least 1")
+        choices = {"kind": ("tp", "afd"), "schedule": SCHEDULES, "wire": tuple(WIRES)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"layout.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.micro_batches is not None and self.micro_batches > MAX_MICRO_BATCHES:
+            raise ValueError(f"layout.micro_batches is {self.micro_batches}; it must be at most {MAX_MICRO_BATCHES}")
+        self._refuse_what_does_not_apply()
+
+    def _refuse_what_does_not_apply(self) -> None:
+        default = {f.name: f.default for f in fields(self)}
+        others = {
+            "tp": ("attention", "ffn", "schedule", "micro_batches", "wire"),
+            "afd": ("tp", "replicas"),
+        }[self.kind]
+        for name in others:
+            if getattr(self, name) != default[name]:
+                hint = "choose layout=afd for it" if self.kind == "tp" else "use layout.attention and layout.ffn"
+                raise ValueError(f"layout.{name} is {getattr(self, name)}, but layout.kind is {self.kind}; {hint}")
+        if self.schedule == "ladder" and self.micro_batches not in (None, 1):
+            raise ValueError(
+                f"layout.micro_batches is {self.micro_batches}, but layout.schedule=ladder has one; use pingpong"
+            )
+
+    @property
+    def engines(self) -> int:
+        """Groups of ranks that take requests."""
+        return self.attention if self.kind == "afd" else self.replicas
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole deployment."""
+        return self.attention + self.ffn if self.kind == "afd" else self.replicas * self.tp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +177,9 @@ class Deployment:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     detach: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout.kind == "afd" and self.cluster.device != "cpu":
+            raise ValueError("layout=afd runs on cluster.device=cpu only so far; use layout=tp on GPUs")
+        if self.layout.kind == "afd" and self.engine.lookahead:
+            raise ValueError("engine.lookahead is 1, but with layout=afd steps are not queued ahead; set it to null")

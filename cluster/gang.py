@@ -1,4 +1,4 @@
-"""A gang: the ranks of one tensor-parallel group in their placement group. It starts, lives and dies as a whole."""
+"""A gang: the ranks of one group in their placement group. It starts, lives and dies as a whole."""
 
 import logging
 from collections.abc import Callable
@@ -18,19 +18,21 @@ from cluster.waiting import wait_for
 from cluster.wire import Endpoint
 from parallel.shards import Shard
 from workers.actors import Place, RankActor
-from workers.rank import RankConfig
+from workers.config import AfdConfig
+from workers.membership import PoolAddress
+from workers.rank import ATTENTION, FFN, WHOLE, RankConfig
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Gang:
-    """One generation of one engine's ranks.
+    """One generation of one engine's ranks, or of the FFN pool's.
 
     Attributes:
-        name: the engine's name; generation: which life of it this is.
+        name: the engine's or the pool's; generation: which life of it this is.
         ranks: rank actors, rank 0 first. places: where each of them runs.
-        address: where rank 0 takes requests.
+        address: where rank 0 takes requests, or where attention ranks join the pool.
     """
 
     deployment: Deployment
@@ -47,6 +49,24 @@ class Gang:
         return f"{self.deployment.name}/{self.generation}/{self.name}"
 
     @property
+    def role(self) -> str:
+        if self.deployment.layout.kind == "tp":
+            return WHOLE
+        return FFN if self.name == FFN else ATTENTION
+
+    @property
+    def size(self) -> int:
+        """How many ranks it has."""
+        layout = self.deployment.layout
+        return {WHOLE: layout.tp, ATTENTION: 1, FFN: layout.ffn}[self.role]
+
+    @property
+    def pool(self) -> PoolAddress:
+        """Of the FFN pool: what attention ranks are told."""
+        assert self.address
+        return PoolAddress(self.generation, self.address, self.group, self.size)
+
+    @property
     def endpoint(self) -> Endpoint:
         assert self.address
         return Endpoint(self.name, self.generation, self.address)
@@ -58,16 +78,16 @@ class Gang:
             ValueError: the model or the configuration cannot work; trying again would not help.
             TimeoutError, RayError: no room, or a process died.
         """
-        cluster, tp = self.deployment.cluster, self.deployment.layout.tp
+        cluster, size = self.deployment.cluster, self.size
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
-        group = placement.place(self.group, bundle, tp, cluster.strategy, cluster.start_seconds, go)
-        actors = [self._actor(group, index) for index in range(tp)]
+        group = placement.place(self.group, bundle, size, cluster.strategy, cluster.start_seconds, go)
+        actors = [self._actor(group, index) for index in range(size)]
         go = _pinging(actors, go)  # loading may take longer than a rank waits for its controller
         places = wait_for([a.where.remote() for a in actors], cluster.start_seconds, go)
-        order = sorted(range(tp), key=lambda i: places[i].node)  # ranks of one node lie side by side
+        order = sorted(range(size), key=lambda i: places[i].node)  # ranks of one node lie side by side
         self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
         self._compare_checkpoints(go)
-        configs = [self._config(rank) for rank in range(tp)]
+        configs = [self._config(rank) for rank in range(size)]
         (port,) = wait_for([self.ranks[0].open_store.remote(configs[0])], cluster.start_seconds, go)
         loads = [a.load.remote(c, self.places[0].host, port) for a, c in zip(self.ranks, configs, strict=True)]
         kv_tokens = min(wait_for(loads, cluster.start_seconds, go))
@@ -77,7 +97,7 @@ class Gang:
     def adopt(self) -> bool:
         """Take over the ranks that an earlier controller left running; False unless all of them answer."""
         try:
-            actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.deployment.layout.tp)]
+            actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.size)]
             places = ray.get([a.where.remote() for a in actors], timeout=self.deployment.cluster.hang_seconds)
         except (ValueError, RayError):
             return False
@@ -87,6 +107,11 @@ class Gang:
         self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
         self.address = self.places[0].address
         return self.address is not None and self.alive()
+
+    def meet(self, pool: PoolAddress | None) -> None:
+        """An attention gang: tell its ranks which FFN pool there is now."""
+        for actor in self.ranks:
+            actor.meet.remote(pool)
 
     def alive(self) -> bool:
         """Whether every rank answers and its loop runs; collects their counters."""
@@ -152,12 +177,20 @@ class Gang:
             collective_seconds=self.deployment.cluster.collective_seconds,
             engine=self.deployment.engine,
             kv=self.deployment.kv,
+            generation=self.generation,
+            role=self.role,
+            afd=AfdConfig(
+                schedule=self.deployment.layout.schedule,
+                micro_batches=self.deployment.layout.micro_batches,
+                wire=self.deployment.layout.wire,
+                patience_seconds=3 * self.deployment.cluster.hang_seconds,
+            ),
         )
 
     def _expected_per_node(self) -> int:
-        """Ranks of all replicas that a node gets if they spread evenly: another one may be loading beside this one."""
+        """Ranks of the deployment that a node gets if they spread evenly: others may be loading beside these."""
         nodes = sum(node["Alive"] for node in ray.nodes())
-        return -(-self.deployment.layout.replicas * self.deployment.layout.tp // nodes)
+        return -(-self.deployment.layout.ranks // nodes)
 
 
 def _pinging(actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], bool]:

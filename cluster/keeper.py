@@ -1,4 +1,4 @@
-"""Keeps one engine alive: a thread per gang, so that starting one does not delay looking after the others."""
+"""Keeps one engine, or the FFN pool, alive: a thread per gang, so that no start delays looking after the others."""
 
 import logging
 import threading
@@ -11,6 +11,7 @@ from cluster.gang import Gang
 from cluster.journal import Journal
 from cluster.waiting import Cancelled
 from cluster.wire import Endpoint
+from workers.membership import PoolAddress
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Keeper:
         changed: called whenever `endpoint` or `failure` has changed.
 
     Attributes:
-        endpoint: where the engine takes requests; None while it does not.
+        endpoint: where the engine takes requests, or the pool its members; None while it does not.
         failure: why it will not be tried again; None while it will.
         restarts: how often it was put back. broke: what ended this keeper's thread, if it was not asked to end.
     """
@@ -40,9 +41,21 @@ class Keeper:
         self.failure: str | None = None
         self.restarts = self._failed_starts = 0
         self._worked = False
+        self._met: tuple[int, PoolAddress | None] | None = None
         self._pause = threading.Event()
         self._thread = threading.Thread(target=self._run_noting, daemon=True, name=f"keeper-{name}")
         self.broke: Exception | None = None
+
+    @property
+    def pool(self) -> PoolAddress | None:
+        """Of the FFN pool's keeper: what its attention ranks are told."""
+        return self.gang.pool if self.endpoint else None
+
+    def meet(self, pool: PoolAddress | None) -> None:
+        """Of an attention rank's keeper: tell it which pool there is, if it has not been told."""
+        if self.endpoint and self._met != (now := (self.endpoint.generation, pool)):
+            self.gang.meet(pool)
+            self._met = now
 
     def adopt(self) -> None:
         """After a restart of the controller: take the gang over if it is whole, remove it if not."""

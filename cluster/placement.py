@@ -25,7 +25,7 @@ def place(
             free = {key: value for key, value in ray.available_resources().items() if key in bundle}
             raise TimeoutError(
                 f"the cluster had no room for {count} x {bundle} within {seconds:.0f} s (free now: {free}); add nodes "
-                f"or lower layout.tp"
+                f"or ask for fewer ranks in layout"
             ) from None
         raise
     return group

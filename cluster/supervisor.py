@@ -16,6 +16,7 @@ from cluster.front import Front
 from cluster.journal import Journal
 from cluster.keeper import Keeper
 from cluster.monitor import Monitor
+from workers.rank import FFN
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,12 @@ class Supervisor:
             self._journal.set(began=time())
         self._ending, self._wake = threading.Event(), threading.Event()
         self._driver_heard = self._logged = monotonic()
-        names = [f"engine-{index}" for index in range(deployment.layout.replicas)]
-        self._keepers = [Keeper(deployment, n, self._journal, self._go, self._wake.set) for n in names]
+        names = [f"engine-{index}" for index in range(deployment.layout.engines)]
+        self._engines = [Keeper(deployment, n, self._journal, self._go, self._wake.set) for n in names]
+        self._pools = []
+        if deployment.layout.kind == "afd":
+            self._pools = [Keeper(deployment, FFN, self._journal, self._go, self._wake.set)]
+        self._keepers = [*self._pools, *self._engines]
         self._front = Front(deployment, "gateway-0", self._journal.get("gateway_life", 0), self._journal.get("port", 0))
         self._phase, self._detail = "starting", "placing the ranks and loading the model"
         self._front_restarts = self._failed_fronts = 0
@@ -65,19 +70,24 @@ class Supervisor:
         """The status and more, as plain data.
 
         in_flight: HTTP requests being answered. draining: no more are admitted, by order. engines: by name,
-        generation, whether it serves, restarts and the counters of its last ping. figures: the monitor's newest row.
+        generation, whether it serves, restarts and the counters of its last ping; pools: the same of the FFN pool, if
+        there is one. figures: the monitor's newest row.
         """
-        engines = {
-            keeper.name: {
-                "generation": keeper.gang.generation,
-                "serves": keeper.endpoint is not None,
-                "restarts": keeper.restarts,
-                **keeper.gang.stats,
+        engines, pools = (
+            {
+                keeper.name: {
+                    "generation": keeper.gang.generation,
+                    "serves": keeper.endpoint is not None,
+                    "restarts": keeper.restarts,
+                    **keeper.gang.stats,
+                }
+                for keeper in keepers
             }
-            for keeper in self._keepers
-        }
+            for keepers in (self._engines, self._pools)
+        )
         in_flight = self._front.stats.get("in_flight", 0)
         more = {"in_flight": in_flight, "draining": self._draining, "engines": engines, "figures": self._figures}
+        more |= {"pools": pools} if pools else {}
         return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
 
     def drain(self, draining: bool) -> None:
@@ -125,7 +135,11 @@ class Supervisor:
             return
         if broke := next((keeper.broke for keeper in self._keepers if keeper.broke), None):
             raise broke
-        table = [keeper.endpoint for keeper in self._keepers if keeper.endpoint]
+        for pool in self._pools:
+            for keeper in self._engines:
+                keeper.meet(pool.pool)
+        table = [keeper.endpoint for keeper in self._engines if keeper.endpoint]
+        serving = sum(keeper.endpoint is not None for keeper in self._keepers)
         admit = not self._draining
         self._front.show(table, admit)
         if not self._front.alive():
@@ -135,10 +149,11 @@ class Supervisor:
             self._fail(failure)
         elif not admit:
             self._set("draining", "by order, no new requests are admitted (`launch.ctl resume` undoes it)")
-        elif len(table) == len(self._keepers) and self._front.stats.get("ready"):
+        elif serving == len(self._keepers) and self._front.stats.get("ready"):
             self._set("ready", f"serving {self.deployment.model.name} at {self._front.url}")
         elif self._phase != "starting":
-            self._set("mending", f"{len(table)} of {len(self._keepers)} engines serve; starting the rest again")
+            parts = "engines and FFN pool" if self._pools else "engines"
+            self._set("mending", f"{serving} of {len(self._keepers)} {parts} serve; starting the rest again")
         self._log()
 
     def _restart_front(self) -> None:
@@ -203,7 +218,7 @@ class Supervisor:
             return
         self._logged = monotonic()
         clock = round(time() - self._journal.get("began"), 1)  # goes on over a restart of the controller
-        numbers = figures([keeper.gang.stats for keeper in self._keepers], self._front.take_figures())
+        numbers = figures([keeper.gang.stats for keeper in self._engines], self._front.take_figures())
         self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers}
         self._monitor.log(self._figures)
 

@@ -9,8 +9,10 @@ both pools work on every layer of one and the same batch.
 Letters: T rows of a micro-batch on this side (of one A rank, or of all of them on F), h hidden.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 import torch
@@ -18,35 +20,18 @@ from torch import Tensor, nn
 
 from kernels.rope import rope_frequencies, rope_table
 from parallel.context import Context
-from parallel.edges import INPUT, Edge, Header
+from parallel.edges import INPUT, Edge, EdgeLost
+from parallel.link import REMEMBER, Layout, Pool
 from parallel.modules import Attention, FeedForward, Norm, VocabParallel
 from parallel.residual import Block, Done, Pending, Reduce, ResidualStream, run_blocks
 from parallel.shards import Shard, whole
 from parallel.spec import ModelSpec
 from parallel.wiring import wiring
 
+log = logging.getLogger(__name__)
+
 ATTENTION, FFN = "a", "f"
 POOLS = {"attention": ATTENTION, "ffn": FFN}  # who computes which module
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The rows of one step, which hold until it ends.
-
-    generation, number: of the deployment's life and of the step. tokens: [A ranks][micro-batches]; 0 sends nothing.
-    """
-
-    generation: int
-    number: int
-    tokens: tuple[tuple[int, ...], ...]
-
-    @property
-    def micro_batches(self) -> int:
-        return len(self.tokens[0])
-
-    def header(self, block: int, micro: int, source: int) -> Header:
-        """Of a message with the rows of A rank `source`, in either direction."""
-        return Header(self.generation, self.number, block, micro, self.tokens[source][micro])
 
 
 def half(spec: ModelSpec, pool: str, shard: Shard) -> tuple[nn.ModuleList, list[Block]]:
@@ -62,7 +47,7 @@ def half(spec: ModelSpec, pool: str, shard: Shard) -> tuple[nn.ModuleList, list[
 
 
 class AttentionSide(nn.Module):
-    """What an A rank holds of the model, and its end of the edges to every F rank, in their order."""
+    """What an A rank holds of the model."""
 
     frequencies: Tensor
 
@@ -80,36 +65,33 @@ class AttentionSide(nn.Module):
     def num_kv_heads(self) -> int:
         return self.spec.num_kv_heads
 
-    def forward(
-        self, tokens: Sequence[Tensor], contexts: Sequence[Context], edges: Sequence[Edge], layout: Layout, rank: int
-    ) -> list[Tensor]:
-        """One step of A rank `rank`: tokens [T] of each micro-batch -> final hidden states [T, h], normalised.
+    def forward(self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Pool) -> list[Tensor]:
+        """One step: tokens [T] of each micro-batch -> final hidden states [T, h], normalised.
 
         Raises:
-            EdgeLost: an F rank is gone.
+            EdgeLost: an F rank is gone, and `pool` finds none in its place.
         """
-        inputs = [self.embedding.embed(ids) for ids in tokens]
-        for micro, (x, context) in enumerate(zip(inputs, contexts, strict=True)):
-            tables = rope_table(context.positions, self.frequencies, x.dtype, self.spec.rope_interleaved)
-            context.cos, context.sin = tables
-            _send(edges, layout.header(INPUT, micro, rank), x)
+        streams = [ResidualStream(self.embedding.embed(ids), remember=REMEMBER) for ids in tokens]
+        for ids, context in zip(tokens, contexts, strict=True):
+            if len(ids):
+                dtype, interleaved = self.spec.dtype, self.spec.rope_interleaved
+                context.cos, context.sin = rope_table(context.positions, self.frequencies, dtype, interleaved)
+        pool.begin(streams, self.blocks)
 
         def contribute(
             number: int, block: Block, micro: int, stream: ResidualStream, context: Any
         ) -> Sequence[Pending]:
-            header = layout.header(number, micro, rank)
-            parts: dict[str, Pending] = {}
+            parts: list[Pending] = []
             if block.modules:
-                mine = _if_rows(block, stream, context, header.tokens)
-                _send(edges, header, mine)
-                parts[ATTENTION] = Done(mine)
+                mine = _if_rows(block, stream, context, len(tokens[micro]))
+                pool.send(number, micro, mine)
+                parts.append(Done(mine))
             if block.elsewhere:
-                parts[FFN] = _Sum([_receive(edge, header, self.spec) for edge in edges])
-            return [parts[pool] for pool in sorted(parts)]
+                parts.append(pool.receive(number, micro))
+            return parts
 
-        hidden = run_blocks(self.blocks, inputs, contexts, contribute)
-        for edge in edges:
-            edge.settle()
+        hidden = run_blocks(self.blocks, streams, contexts, contribute)
+        pool.settle()
         return [self.norm(x) for x in hidden]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -121,86 +103,113 @@ class FeedForwardSide(nn.Module):
     """What an F rank holds of the model: its shard of every FFN. `reduce` adds up the F ranks' partial sums.
 
     The rows of A rank i go back as partial sums, which A adds up in the order of the F ranks; so does `reduce`.
+
+    Attributes:
+        busy: seconds inside its FFNs since it began. calls: of them.
     """
 
     def __init__(self, spec: ModelSpec, shard: Shard = Shard(), reduce: Reduce = Done) -> None:  # noqa: B008
         super().__init__()
         self.spec, self.shard, self.reduce = spec, shard, reduce
         self.ffns, self.blocks = half(spec, FFN, shard)
+        self.busy, self.calls = 0.0, 0
 
-    def forward(self, edges: Sequence[Edge], layout: Layout) -> None:
-        """One step, with the edges to every A rank, in their order.
+    def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:
+        """One step, with the edges to the A ranks that `layout` names, in its order.
 
-        Raises:
-            EdgeLost: an A rank is gone.
+        Returns:
+            The places in `layout` of A ranks that were lost on the way (or before: None among the edges). Their rows
+            went on as zeros, and nobody waited for them.
         """
-        micros = range(layout.micro_batches)
-
-        def rows(block: int, micro: int) -> Pending:
-            headers = [layout.header(block, micro, source) for source in range(len(edges))]
-            return _Rows([_receive(e, h, self.spec) for e, h in zip(edges, headers, strict=True)])
+        sources = _Sources(edges, layout, self.spec)
 
         def contribute(
             number: int, block: Block, micro: int, stream: ResidualStream, context: Any
         ) -> Sequence[Pending]:
-            parts: dict[str, Pending] = {}
+            if number < layout.resume.first and block.modules:
+                return [sources.receive(number, micro)]  # computed by the pool before this one
+            parts: list[Pending] = []
             if block.elsewhere:
-                parts[ATTENTION] = rows(number, micro)
+                parts.append(sources.receive(number, micro))
             if block.modules:
-                parts[FFN] = self._compute(number, block, micro, stream, edges, layout)
-            return [parts[pool] for pool in sorted(parts)]
+                parts.append(self._compute(number, block, micro, stream, sources))
+            return parts
 
-        inputs = [rows(INPUT, micro) for micro in micros]
-        run_blocks(self.blocks, [x.wait() for x in inputs], [None] * len(micros), contribute)
-        for edge in edges:
-            edge.settle()
+        inputs = [sources.receive(INPUT, micro) for micro in range(layout.micro_batches)]
+        streams = [ResidualStream(x.wait(), layout.resume.start) for x in inputs]
+        run_blocks(self.blocks, streams, [None] * len(streams), contribute)
+        sources.settle()
+        return sources.lost
 
-    def _compute(
-        self, number: int, block: Block, micro: int, stream: ResidualStream, edges: Sequence[Edge], layout: Layout
-    ) -> Pending:
+    def _compute(self, number: int, block: Block, micro: int, stream: ResidualStream, sources: "_Sources") -> Pending:
         """This rank's partial sum: to every A rank its rows, and the whole of it to the other F ranks."""
-        counts = [tokens[micro] for tokens in layout.tokens]
-        partial = _if_rows(block, stream, None, sum(counts))
-        for source, (edge, mine) in enumerate(zip(edges, partial.split(counts), strict=True)):
-            _send([edge], layout.header(number, micro, source), mine)
+        x, began = stream.input(block.lag), monotonic()
+        partial = block(x, None) if len(x) else torch.zeros_like(x)
+        self.busy += monotonic() - began
+        self.calls += 1
+        sources.send(number, micro, partial)
         return self.reduce(partial) if len(partial) else Done(partial)
+
+
+class _Sources:
+    """The A ranks of one step, as one batch: their rows one after the other. Who is lost brings zeros."""
+
+    def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec) -> None:
+        self._edges, self._layout, self._spec = edges, layout, spec
+        self.lost = {source for source, edge in enumerate(edges) if edge is None}
+
+    def receive(self, block: int, micro: int) -> Pending:
+        parts = [self._receive(source, block, micro) for source in range(len(self._edges))]
+        return _Rows(self, parts, [tokens[micro] for tokens in self._layout.tokens])
+
+    def nothing(self, tokens: int) -> Tensor:
+        """In place of the rows of an A rank that is lost."""
+        return torch.zeros(tokens, self._spec.hidden_size, dtype=self._spec.dtype)
+
+    def send(self, block: int, micro: int, rows: Tensor) -> None:
+        counts = [tokens[micro] for tokens in self._layout.tokens]
+        for source, mine in enumerate(rows.split(counts)):
+            edge = self._edges[source]
+            if edge is not None and source not in self.lost and len(mine):
+                edge.send(self._layout.header(block, micro, source), mine)
+
+    def settle(self) -> None:
+        for source, edge in enumerate(self._edges):
+            if edge is not None and source not in self.lost:
+                with self.noting(source):
+                    edge.settle()
+
+    @contextmanager
+    def noting(self, source: int) -> Iterator[None]:
+        """An A rank that is lost here is lost for the rest of the step."""
+        try:
+            yield
+        except EdgeLost as error:
+            log.warning("A rank %d of this step is lost: %s", source, error)
+            self.lost.add(source)
+
+    def _receive(self, source: int, block: int, micro: int) -> Pending:
+        header, edge = self._layout.header(block, micro, source), self._edges[source]
+        if edge is not None and source not in self.lost and header.tokens:
+            return edge.receive(header, self._spec.hidden_size, self._spec.dtype)
+        return Done(self.nothing(header.tokens))
+
+
+class _Rows:
+    """Rows on their way from several A ranks, one rank's after the other's."""
+
+    def __init__(self, sources: _Sources, parts: Sequence[Pending], counts: Sequence[int]) -> None:
+        self._sources, self._parts, self._counts = sources, parts, counts
+
+    def wait(self) -> Tensor:
+        return torch.cat([self._rows(source, part) for source, part in enumerate(self._parts)])
+
+    def _rows(self, source: int, part: Pending) -> Tensor:
+        with self._sources.noting(source):
+            return part.wait()
+        return self._sources.nothing(self._counts[source])
 
 
 def _if_rows(block: Block, stream: ResidualStream, context: Any, tokens: int) -> Tensor:
     x = stream.input(block.lag)
     return block(x, context) if tokens else torch.zeros_like(x)
-
-
-def _send(edges: Sequence[Edge], header: Header, rows: Tensor) -> None:
-    if header.tokens:
-        for edge in edges:
-            edge.send(header, rows)
-
-
-def _receive(edge: Edge, header: Header, spec: ModelSpec) -> Pending:
-    if not header.tokens:
-        return Done(torch.empty(0, spec.hidden_size, dtype=spec.dtype))
-    return edge.receive(header, spec.hidden_size, spec.dtype)
-
-
-class _Sum:
-    """Partial sums on their way from several ranks, added up in the ranks' order."""
-
-    def __init__(self, parts: Sequence[Pending]) -> None:
-        self._parts = parts
-
-    def wait(self) -> Tensor:
-        first, *rest = [part.wait() for part in self._parts]
-        for part in rest:
-            first = first + part
-        return first
-
-
-class _Rows:
-    """Rows on their way from several ranks, one rank's after the other's."""
-
-    def __init__(self, parts: Sequence[Pending]) -> None:
-        self._parts = parts
-
-    def wait(self) -> Tensor:
-        return torch.cat([part.wait() for part in self._parts])

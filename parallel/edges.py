@@ -7,8 +7,10 @@ message comes next; the header proves it.
 
 import queue
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from parallel.mesh import gloo_group
 from parallel.residual import Pending
+from parallel.wire import PLAIN, Wire
 
 ABORT = 1  # flag: the sender gives this step up; no rows follow
 INPUT = -1  # as block: x_0, what the streams of both sides begin with
@@ -94,6 +97,10 @@ class GlooEdge:
         end: 0 on the A rank, 1 on the F rank.
         host: the address of this machine that the other end can reach.
         deadline: how long a receive may take before the peer counts as lost.
+        send_as, receive_as: the wire of each direction; the other end has them the other way round.
+
+    Raises:
+        ValueError: the other end has other wires.
     """
 
     def __init__(
@@ -103,19 +110,34 @@ class GlooEdge:
         end: int,
         host: str = "127.0.0.1",
         deadline: timedelta = timedelta(seconds=30),
+        send_as: Wire = PLAIN,
+        receive_as: Wire = PLAIN,
     ) -> None:
         self.name, self._peer, self._watch = name, 1 - end, _Watch(name)
-        self._group = gloo_group(dist.PrefixStore(f"edge {name}", store), end, 2, host, deadline)
+        self._send_as, self._receive_as = send_as, receive_as
+        store = dist.PrefixStore(f"edge {name}", store)
+        store.set(f"wires {end}", f"{send_as.name}, {receive_as.name}")
+        self._group = gloo_group(store, end, 2, host, deadline)
+        self._check_wires(store.get(f"wires {self._peer}").decode())
         self._sent: deque[tuple[Any, Tensor, Header]] = deque()
 
+    def _check_wires(self, peers: str) -> None:
+        """A message that is longer than its receive would end the process, and a shorter one be read as it is."""
+        if peers != f"{self._receive_as.name}, {self._send_as.name}":
+            raise ValueError(
+                f"edge {self.name}: this end sends {self._send_as.name} and receives {self._receive_as.name}, but the "
+                f"other sends and receives {peers}; give all ranks the same wires"
+            )
+
     def send(self, header: Header, rows: Tensor) -> None:
-        message = pack(header, rows)
-        self._sent.append((self._group.send([message], self._peer, 0), message, header))
+        message = pack(header, rows, self._send_as)
+        self._sent.append((_try(lambda: self._group.send([message], self._peer, 0)), message, header))
 
     def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
-        size = HEADER_BYTES + header.tokens * hidden * dtype.itemsize
-        message = torch.empty(size, dtype=torch.uint8)
-        return _Arriving(self._group.recv([message], self._peer, 0), message, header, (hidden, dtype), self._watch)
+        wire = self._receive_as
+        message = torch.empty(HEADER_BYTES + wire.size(header.tokens, hidden, dtype), dtype=torch.uint8)
+        work = _try(lambda: self._group.recv([message], self._peer, 0))
+        return _Arriving(work, message, header, partial(wire.read, hidden=hidden, dtype=dtype), self._watch)
 
     def settle(self) -> None:
         while self._sent:
@@ -130,11 +152,27 @@ class GlooEdge:
         self.send(last._replace(flags=ABORT, tokens=0), torch.empty(0, 1))
 
 
+def _try(start: Callable[[], Any]) -> Any:
+    """The work that `start` begins; if the peer is gone already, one that says so when it is waited for."""
+    try:
+        return start()
+    except RuntimeError as error:
+        return _Failed(error)
+
+
+class _Failed:
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error
+
+
 class _Arriving:
     def __init__(
-        self, work: Any, message: Tensor, header: Header, shape: tuple[int, torch.dtype], watch: _Watch
+        self, work: Any, message: Tensor, header: Header, read: Callable[[Tensor], Tensor], watch: _Watch
     ) -> None:
-        self.work, self._message, self._header, self._shape, self._watch = work, message, header, shape, watch
+        self.work, self._message, self._header, self._read, self._watch = work, message, header, read, watch
 
     def wait(self) -> Tensor:
         try:
@@ -142,32 +180,48 @@ class _Arriving:
         except RuntimeError as error:
             raise self._watch.lost(self._header, error) from None
         self._watch.check(self._header, header_of(self._message))
-        hidden, dtype = self._shape
-        return self._message[HEADER_BYTES:].view(dtype).view(-1, hidden)
+        return self._read(self._message[HEADER_BYTES:])
 
 
 class LoopbackEdge:
     """An end of an edge inside one process, between threads: the reference for the others."""
 
-    def __init__(self, name: str, inbox: queue.Queue, outbox: queue.Queue, deadline: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        inbox: queue.Queue,
+        outbox: queue.Queue,
+        deadline: float,
+        send_as: Wire = PLAIN,
+        receive_as: Wire = PLAIN,
+    ) -> None:
         self.name, self._inbox, self._outbox, self._deadline = name, inbox, outbox, deadline
+        self._send_as, self._receive_as = send_as, receive_as
         self._watch = _Watch(name)
         self._posted = self._come = 0
         self._boxes: dict[int, tuple[Header, Tensor]] = {}
 
     @staticmethod
-    def pair(name: str, deadline: float = 30.0) -> tuple["LoopbackEdge", "LoopbackEdge"]:
-        """The ends of A and of F."""
+    def pair(
+        name: str, deadline: float = 30.0, send_as: Wire = PLAIN, receive_as: Wire = PLAIN
+    ) -> tuple["LoopbackEdge", "LoopbackEdge"]:
+        """The ends of A, which sends and receives so, and of F, which does the reverse."""
         one: queue.Queue = queue.Queue()
         other: queue.Queue = queue.Queue()
-        return LoopbackEdge(name, one, other, deadline), LoopbackEdge(name, other, one, deadline)
+        return (
+            LoopbackEdge(name, one, other, deadline, send_as, receive_as),
+            LoopbackEdge(name, other, one, deadline, receive_as, send_as),
+        )
 
     def send(self, header: Header, rows: Tensor) -> None:
-        self._outbox.put((header, rows.clone()))
+        size = self._send_as.size(len(rows), rows.shape[1], rows.dtype)
+        body = torch.empty(size, dtype=torch.uint8, device=rows.device)
+        self._send_as.write(rows, body)
+        self._outbox.put((header, body))
 
     def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
         self._posted += 1
-        return _Boxed(self, self._posted, header)
+        return _Boxed(self, self._posted, header, partial(self._receive_as.read, hidden=hidden, dtype=dtype))
 
     def settle(self) -> None:
         pass
@@ -177,33 +231,37 @@ class LoopbackEdge:
         self._outbox.put((last._replace(flags=ABORT, tokens=0), torch.empty(0)))
 
     def open(self, number: int, expected: Header) -> Tensor:
-        """The rows of the message for the receive that was posted as the `number`-th."""
+        """The body of the message for the receive that was posted as the `number`-th."""
         try:
             while number not in self._boxes:
-                self._boxes[self._come + 1] = self._inbox.get(timeout=self._deadline)
+                message = self._inbox.get(timeout=self._deadline)
+                if message[0].flags & ABORT:
+                    self._inbox.put(message)  # for whoever waits next; nothing follows it
+                    self._watch.check(expected, message[0])
                 self._come += 1
+                self._boxes[self._come] = message
         except queue.Empty as error:
             raise self._watch.lost(expected, error) from None
-        header, rows = self._boxes.pop(number)
+        header, body = self._boxes.pop(number)
         self._watch.check(expected, header)
-        return rows
+        return body
 
 
 class _Boxed:
     """Messages go to the receives in the order in which these were posted, whatever is waited for first."""
 
-    def __init__(self, edge: LoopbackEdge, number: int, header: Header) -> None:
-        self._edge, self._number, self._header = edge, number, header
+    def __init__(self, edge: LoopbackEdge, number: int, header: Header, read: Callable[[Tensor], Tensor]) -> None:
+        self._edge, self._number, self._header, self._read = edge, number, header, read
 
     def wait(self) -> Tensor:
-        return self._edge.open(self._number, self._header)
+        return self._read(self._edge.open(self._number, self._header))
 
 
-def pack(header: Header, rows: Tensor) -> Tensor:
+def pack(header: Header, rows: Tensor, wire: Wire) -> Tensor:
     """Header and rows as one message of bytes."""
-    message = torch.empty(HEADER_BYTES + rows.numel() * rows.element_size(), dtype=torch.uint8)
+    message = torch.empty(HEADER_BYTES + wire.size(len(rows), rows.shape[1], rows.dtype), dtype=torch.uint8)
     message[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
-    message[HEADER_BYTES:].view(rows.dtype).view(rows.shape).copy_(rows)
+    wire.write(rows, message[HEADER_BYTES:])
     return message
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kernels.rope import rope_frequencies, rope_table
 from parallel.context import Context
 from parallel.modules import Attention, FeedForward, Norm, VocabParallel
-from parallel.residual import Block, Done, Reduce, run_blocks, together
+from parallel.residual import Block, Done, Reduce, ResidualStream, run_blocks, together
 from parallel.shards import Shard, whole
 from parallel.spec import ModelSpec
 from parallel.wiring import wiring
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         x = self.reduce(self.embedding.embed(tokens)).wait()
         interleaved = self.spec.rope_interleaved
         context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype, interleaved)
-        return self.norm(run_blocks(self.blocks, [x], [context], together(self.reduce))[0])
+        return self.norm(run_blocks(self.blocks, [ResidualStream(x)], [context], together(self.reduce))[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the logits: [R, hidden] -> [R, padded vocabulary / ranks]."""

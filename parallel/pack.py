@@ -1,14 +1,16 @@
 """Get a loaded model ready for a CPU rank: its matrices in oneDNN's layout, and rows that round alike in any batch."""
 
+from torch import nn
+
 from kernels.linear import can_pack, invariant_linear, pack
-from parallel.model import Transformer
 from parallel.modules import Attention, FeedForward, VocabParallel
 
 MATRICES = ("qkv", "out", "gate_up", "down")
 
 
-def pack_weights(model: Transformer, invariant: bool = False) -> None:
-    """Replace every matrix of `model` by its packed form, where this machine has one. Only for inference.
+def pack_weights(model: nn.Module, invariant: bool = False) -> None:
+    """Replace every matrix of a model, or of half a model, by its packed form, where this machine has one. Only for
+    inference.
 
     Args:
         invariant: also make every linear layer round each row independently of the batch.
@@ -16,13 +18,15 @@ def pack_weights(model: Transformer, invariant: bool = False) -> None:
     Raises:
         ValueError: `invariant`, but this machine or dtype has no packed form.
     """
-    if not can_pack(model.head.weight):
+    some = next(parameter for parameter in model.parameters() if parameter.dim() == 2)
+    if not can_pack(some):
         if invariant:
             raise ValueError(
-                f"engine.batch_invariant needs CPU ranks in float32 or bfloat16 with oneDNN, not {model.spec.dtype} on "
-                f"{model.head.weight.device.type}; turn it off"
+                f"engine.batch_invariant needs CPU ranks in float32 or bfloat16 with oneDNN, not {some.dtype} on "
+                f"{some.device.type}; turn it off"
             )
         return
+    head, embedding = getattr(model, "head", None), getattr(model, "embedding", None)
     for module in model.modules():
         if isinstance(module, Attention | FeedForward):
             for name in MATRICES:
@@ -30,9 +34,9 @@ def pack_weights(model: Transformer, invariant: bool = False) -> None:
                     weight = module._parameters.pop(name)
                     assert weight is not None
                     setattr(module, name, pack(weight))
-        elif module is model.head and isinstance(module, VocabParallel):
+        elif module is head and isinstance(module, VocabParallel):
             module.packed = pack(module.weight)
-            if module is not model.embedding:
+            if module is not embedding:
                 del module._parameters["weight"]
         if invariant and isinstance(module, Attention | FeedForward | VocabParallel):
             module.linear = invariant_linear

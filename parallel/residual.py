@@ -6,7 +6,7 @@ a copy rounds alike. With lag 1 this is Ladder Residual (Zhang et al. 2501.06589
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -38,11 +38,25 @@ def immediate(reduce: Reduce) -> Reduce:
     return lambda partial: Done(reduce(partial).wait())
 
 
-class ResidualStream:
-    """The stream of one batch: x [tokens, hidden] and the contributions not yet folded in."""
+class Fold(NamedTuple):
+    """A point of a stream: x [tokens, hidden] with `done` contributions folded in, the last of them `total`."""
 
-    def __init__(self, x: Tensor) -> None:
-        self._x = x
+    done: int
+    x: Tensor
+    total: Tensor | None
+
+
+class ResidualStream:
+    """The stream of one batch: x [tokens, hidden] and the contributions not yet folded in.
+
+    Args:
+        x: the stream with `done` contributions folded in.
+        remember: how many of the newest points to keep in `past`, for a peer that must begin again there.
+    """
+
+    def __init__(self, x: Tensor, done: int = 0, remember: int = 0) -> None:
+        self._x, self.done = x, done
+        self.past = deque([Fold(done, x, None)], maxlen=remember)
         self._late: deque[tuple[Pending, ...]] = deque()
 
     def input(self, lag: int) -> Tensor:
@@ -52,7 +66,8 @@ class ResidualStream:
             total = first.wait()
             for part in rest:
                 total = total + part.wait()
-            self._x = self._x + total
+            self._x, self.done = self._x + total, self.done + 1
+            self.past.append(Fold(self.done, self._x, total))
         return self._x
 
     def add(self, *parts: Pending) -> None:
@@ -97,14 +112,13 @@ class Contribute(Protocol):
 
 
 def run_blocks(
-    blocks: Iterable[Block], inputs: Sequence[Tensor], contexts: Sequence[Any], contribute: Contribute
+    blocks: Sequence[Block], streams: Sequence[ResidualStream], contexts: Sequence[Any], contribute: Contribute
 ) -> list[Tensor]:
     """The model between embedding and final norm, for one or several micro-batches in rotation: the whole model and
-    either side of a disaggregated one. inputs, results: [tokens, hidden] of each micro-batch."""
-    streams = [ResidualStream(x) for x in inputs]
-    for number, block in enumerate(blocks):
+    either side of a disaggregated one. It goes on where the streams are. Results: [tokens, hidden] of each stream."""
+    for number in range(streams[0].done, len(blocks)):
         for micro, (stream, context) in enumerate(zip(streams, contexts, strict=True)):
-            stream.add(*contribute(number, block, micro, stream, context))
+            stream.add(*contribute(number, blocks[number], micro, stream, context))
     return [stream.settle() for stream in streams]
 
 

@@ -11,7 +11,9 @@ import psutil
 import ray
 
 from parallel.checkpoint import fingerprint
+from workers.membership import PoolAddress
 from workers.rank import Rank, RankConfig, resolve
+from workers.roles import AttentionRank, rank_of
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class RankActor:
 
     def open_store(self, config: RankConfig) -> int:
         """Rank 0: the port of the group's rendezvous."""
-        self._rank = Rank(_on_this_device(config))
+        self._rank = rank_of(_on_this_device(config))
         return self._rank.open_store()
 
     def fingerprint(self, model: str) -> str:
@@ -62,7 +64,7 @@ class RankActor:
 
     def load(self, config: RankConfig, store_host: str, store_port: int) -> int:
         """Join the group, read the weights; returns how many tokens this rank can cache."""
-        self._rank = self._rank or Rank(_on_this_device(config))
+        self._rank = self._rank or rank_of(_on_this_device(config))
         return self._rank.load(store_host, store_port)
 
     def begin(self, kv_tokens: int) -> str | None:
@@ -80,6 +82,12 @@ class RankActor:
         """A sign of life for both sides: whether the loop runs, and its counters."""
         self._heard = monotonic()
         return {"loop_runs": self._running, **(self._rank.stats() if self._rank and self._running else {})}
+
+    @ray.method(concurrency_group="ctl")
+    def meet(self, pool: PoolAddress | None) -> None:
+        """An attention rank: which FFN pool there is now."""
+        assert isinstance(self._rank, AttentionRank)
+        self._rank.meet(pool)
 
     @ray.method(concurrency_group="ctl")
     def stop(self) -> None:

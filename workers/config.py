@@ -35,6 +35,21 @@ class KvConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AfdConfig:
+    """How attention ranks and the FFN pool work together; see `LayoutConfig` for the first three.
+
+    Attributes:
+        patience_seconds: how long an attention rank waits for another pool than the one that it has lost while the
+            controller goes on naming that one; then it ends, and is put back.
+    """
+
+    schedule: str = "auto"
+    micro_batches: int | None = None
+    wire: str = "plain"
+    patience_seconds: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Limits of an engine.
 

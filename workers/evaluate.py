@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,15 +33,19 @@ def bits_per_byte(model: Transformer, documents: Iterable[Sequence[int]], num_by
         documents: token ids [end of text, ..., end of text] each.
         num_bytes: length of all documents in UTF-8, without the end-of-text tokens.
     """
+    nats = sum(_nats(model, group) for group in batches(documents, context))
+    return nats / math.log(2) / num_bytes
+
+
+def batches(documents: Iterable[Sequence[int]], context: int) -> Iterator[list[Window]]:
+    """The windows of all documents, equally long ones together."""
     by_length: dict[int, list[Window]] = defaultdict(list)
     for document in documents:
         for window in windows(document, context):
             by_length[len(window.tokens)].append(window)
-    nats = 0.0
     for group in by_length.values():
         for start in range(0, len(group), BATCH):
-            nats += _nats(model, group[start : start + BATCH])
-    return nats / math.log(2) / num_bytes
+            yield group[start : start + BATCH]
 
 
 def windows(document: Sequence[int], context: int) -> list[Window]:

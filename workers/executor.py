@@ -63,6 +63,15 @@ class Executor:
         self.cache = KVCache(spec, kv_heads, num_blocks + spare, block_size, self.mesh.device)
         self._graphs = DecodeGraphs(self.model, self.cache, self._capture) if self._capture else None
 
+    @torch.inference_mode()
+    def warm_up(self, tokens: int, sequences: int, block_size: int) -> None:
+        """The largest step there can be, so that what the libraries allocate on the way is allocated. Every rank."""
+        blocks = -(-tokens // block_size)
+        cache = KVCache(self.model.spec, self.model.num_kv_heads, blocks, block_size, self.mesh.device)
+        ids = torch.zeros(tokens, dtype=torch.int64, device=self.mesh.device)
+        hidden = self.model(ids, PagedSequences(cache, [0], [tokens], [list(range(blocks))]))
+        self.model.logits(hidden[-min(sequences, tokens) :])
+
     def submit(self, plan: StepPlan) -> Drawn:
         """Queue one step, on rank 0; an empty plan only tells the followers that rank 0 is alive."""
         self.mesh.broadcast(encode(plan))

@@ -1,7 +1,7 @@
 """One rank of a tensor-parallel group, from an empty process to a running loop. No Ray: `actors.py` wraps it."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from parallel.mesh import Mesh, join
 from parallel.shards import Shard
 from parallel.spec import ModelSpec
 from workers.channel import Channel
-from workers.config import EngineConfig, KvConfig
+from workers.config import AfdConfig, EngineConfig, KvConfig
 from workers.engine import Engine
 from workers.executor import Executor
 from workers.graphs import CudaCapture
 from workers.service import EngineService
 from workers.sizing import kv_size
+
+WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,12 @@ class RankConfig:
     Attributes:
         model: directory of the checkpoint; a relative one is looked for below the working directory, then below the
             installed project.
-        prefix: names this life of this group in the store; it carries the deployment's generation.
+        prefix: names this life of this group in the store; it carries `generation`, which life it is.
         host: the address of this rank's machine that gateways and other ranks can reach.
         ranks_here: how many ranks of the deployment share this machine.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
+        role: which modules of each layer the group has; "whole", "attention" or "ffn".
     """
 
     model: str
@@ -45,13 +48,20 @@ class RankConfig:
     collective_seconds: float
     engine: EngineConfig
     kv: KvConfig
+    generation: int = 1
+    role: str = WHOLE
+    afd: AfdConfig = field(default_factory=AfdConfig)
 
 
 class Rank:
-    """Steps of a rank's life, in order: `open_store` (rank 0), `load`, `begin`, `run`."""
+    """Steps of a rank's life, in order: `open_store` (rank 0), `load`, `begin`, `run`.
+
+    This one holds a slice of every layer; `roles.py` has those that hold only attention or only FFNs.
+    """
 
     _store: dist.TCPStore
     _executor: Executor
+    _names: dist.Store
     _mesh: Mesh
     _spec: ModelSpec
 
@@ -75,17 +85,13 @@ class Rank:
         Raises:
             ValueError: the checkpoint or the limits are not usable; the sentence says why.
         """
-        config, shard, engine = self.config, self.config.shard, self.config.engine
+        config, engine = self.config, self.config.engine
         path = resolve(config.model)
         self._spec = engine.of(ModelSpec.load(path))
-        if shard.rank:
-            self._store = dist.TCPStore(store_host, store_port, None, False, timeout=self._timeout)
-        store = dist.PrefixStore(config.prefix, self._store)
-        self._mesh = join(store, shard, config.device, config.host, self._timeout, engine.batch_invariant)
+        self._join(store_host, store_port)
         self._take_device()
-        capture = CudaCapture(self._mesh.device) if engine.graphs_on(self._mesh.device) else None
-        self._executor = Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant, capture=capture)
-        return kv_size(self._executor.model, engine, config.kv, self._mesh.device, config.ranks_here)
+        self._executor = self._build(path)
+        return kv_size(self._executor, engine, config.kv, self._mesh.device, config.ranks_here)
 
     def begin(self, kv_tokens: int) -> str | None:
         """Allocate the KV cache, of equal size on every rank; rank 0 returns the address where its engine listens.
@@ -108,7 +114,7 @@ class Rank:
         if self._engine is None or self._channel is None:
             self._executor.follow()
             return
-        EngineService(self._engine, self._channel, self.config.engine.max_queued_tokens).run(lambda: self._stopping)
+        self._serve(EngineService(self._engine, self._channel, self.config.engine.max_queued_tokens))
         self._executor.stop()
         self._channel.close()
 
@@ -126,6 +132,23 @@ class Rank:
         meter = self._mesh.meter
         numbers: dict[str, Any] = {"reduce_seconds": meter.total, "exposed_seconds": meter.exposed}
         return numbers | (asdict(self._engine.stats) if self._engine else {})
+
+    def _join(self, store_host: str, store_port: int) -> None:
+        """This rank's group; its names in the store have the group's prefix."""
+        config = self.config
+        if config.shard.rank:
+            self._store = dist.TCPStore(store_host, store_port, None, False, timeout=self._timeout)
+        self._names = dist.PrefixStore(config.prefix, self._store)
+        ordered = config.engine.batch_invariant or config.role == FFN  # F sums as A does, in the ranks' order
+        self._mesh = join(self._names, config.shard, config.device, config.host, self._timeout, ordered)
+
+    def _build(self, path: str) -> Executor:
+        engine, device = self.config.engine, self._mesh.device
+        capture = CudaCapture(device) if engine.graphs_on(device) else None
+        return Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant, capture=capture)
+
+    def _serve(self, service: EngineService) -> None:
+        service.run(lambda: self._stopping)
 
     def _take_device(self) -> None:
         """Make this rank's GPU the current one, which is a property of a thread: `run` has another than `load`."""

@@ -44,9 +44,14 @@ class EngineService:
             self._take(timeout=0.0 if self._engine.has_work else self._idle_seconds)
             if self._engine.has_work:
                 self._sort(self._engine.step())
-            else:
-                self._engine.heartbeat()
             self._give()
+            if not self._engine.has_work:  # at once, so that nobody waits for this engine
+                self._engine.heartbeat()
+
+    def sign(self) -> None:
+        """In the middle of a step that takes long: tell the gateways that this engine is alive."""
+        for gateway in self._channel.gateways:
+            self._channel.send(gateway, [], [], self._engine.stats, self._orphans.names)
 
     def _take(self, timeout: float) -> None:
         for gateway, message in self._channel.receive(timeout):

@@ -1,14 +1,35 @@
 """How many tokens of KV cache fit beside the model, measured after a step of the largest size."""
 
+from typing import Protocol
+
 import psutil
 import torch
 
-from parallel.context import KVCache, PagedSequences
-from parallel.model import Transformer
+from parallel.spec import ModelSpec
 from workers.config import EngineConfig, KvConfig
 
 
-def kv_size(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int = 1) -> int:
+class Model(Protocol):
+    """What decides how large a token is in the cache."""
+
+    spec: ModelSpec
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+
+class Measurable(Protocol):
+    """An executor before it has a cache."""
+
+    @property
+    def model(self) -> Model: ...
+
+    def warm_up(self, tokens: int, sequences: int, block_size: int) -> None:
+        """The largest step there can be, so that what the libraries allocate on the way is allocated."""
+        ...
+
+
+def kv_size(executor: Measurable, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int = 1) -> int:
     """Tokens that the cache of this rank is to hold: as configured, or as many as fit. Every rank calls.
 
     Raises:
@@ -16,21 +37,11 @@ def kv_size(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torc
     """
     if kv.tokens is not None:
         return kv.tokens
-    _warm_up(model, engine, kv.block_size, device)
-    return _capacity(model, engine, kv, device, ranks_here)
+    executor.warm_up(engine.max_step_tokens, engine.max_sequences, kv.block_size)
+    return _capacity(executor.model, engine, kv, device, ranks_here)
 
 
-@torch.inference_mode()
-def _warm_up(model: Transformer, engine: EngineConfig, block_size: int, device: torch.device) -> None:
-    """The largest step there can be, so that what the libraries allocate on the way is allocated."""
-    blocks = -(-engine.max_step_tokens // block_size)
-    cache = KVCache(model.spec, model.num_kv_heads, blocks, block_size, device)
-    tokens = torch.zeros(engine.max_step_tokens, dtype=torch.int64, device=device)
-    hidden = model(tokens, PagedSequences(cache, [0], [len(tokens)], [list(range(blocks))]))
-    model.logits(hidden[-min(engine.max_sequences, len(tokens)) :])
-
-
-def _capacity(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int) -> int:
+def _capacity(model: Model, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int) -> int:
     """Tokens that this rank can cache; whole blocks, and no more than its sequences could ever use twice over."""
     spec, size = model.spec, torch.empty((), dtype=model.spec.dtype).element_size()
     per_token = 2 * spec.num_layers * model.num_kv_heads * spec.head_dim * size

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from parallel.checkpoint import load_weights
 from parallel.context import KVCache, PagedSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide, Layout
+from parallel.disaggregate import AttentionSide, FeedForwardSide
 from parallel.edges import Edge, EdgeLost, GlooEdge, Header, LoopbackEdge
+from parallel.link import Layout, Link
 from parallel.mesh import Mesh, join
 from parallel.model import Transformer
 from parallel.shards import Shard
@@ -128,7 +129,8 @@ def apart(
         cache = cache_of(spec, batches[a])
 
         def step(tokens: list[Tensor], contexts: list[PagedSequences], number: int) -> list[Tensor]:
-            return side(tokens, contexts, mine, plans[number], a)
+            layout = replace(plans[number], tokens=plans[number].tokens[a : a + 1])
+            return side(tokens, contexts, Link(mine, layout, spec))
 
         result = decode(batches[a], spec, cache, step, side.logits, steps)
         done.wait()
@@ -142,7 +144,7 @@ def apart(
         mine = [edge(store, a, f, 1) for a in range(len(batches))]
         with torch.inference_mode():
             for plan in plans:
-                side(mine, plan)
+                assert side(mine, plan) == set()
         done.wait()
         mesh.close()
 

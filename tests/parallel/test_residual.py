@@ -78,7 +78,7 @@ def test_run_blocks_sums_each_block_once(blocks: list[tuple[int, int]]) -> None:
 
     inputs.extend([] for _ in blocks)
     made = [Block(lag, [module(2.0**i, i) for _ in range(n)]) for i, (lag, n) in enumerate(blocks)]
-    total = run_blocks(made, [torch.zeros(1, 1, dtype=torch.float64)], ["step"], together(Done))[0]
+    total = run_blocks(made, [ResidualStream(torch.zeros(1, 1, dtype=torch.float64))], ["step"], together(Done))[0]
     assert float(total) == sum(n * 2.0**i for i, (_, n) in enumerate(blocks))
     for i, (lag, n) in enumerate(blocks):
         assert inputs[i] == [sum(blocks[j][1] * 2.0**j for j in range(max(0, i - lag)))] * n

@@ -1,0 +1,184 @@
+"""An attention rank's membership of the FFN pool: it joins, opens steps, and finds the next pool when one is lost."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from parallel.control import Announcement, Line
+from parallel.edges import Edge, EdgeLost, GlooEdge
+from parallel.link import BEGINNING, Layout, Link, Resume
+from parallel.spec import ModelSpec
+from parallel.wire import Wire
+
+log = logging.getLogger(__name__)
+
+SIGN_SECONDS = 0.5  # while it waits for a pool, how often this rank says that it is alive
+
+
+class PoolAddress(NamedTuple):
+    """A life of the FFN pool. address: host:port of its store; prefix: of its names there; size: how many ranks."""
+
+    generation: int
+    address: str
+    prefix: str
+    size: int
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """number: under which the pool knows this rank."""
+
+    pool: PoolAddress
+    store: dist.Store
+    number: int
+    line: Line
+    edges: list[Edge]
+
+
+class Membership:
+    """Of one attention rank, for the whole of its life.
+
+    Args:
+        spec: the model's. host: where other machines reach this one. secret: the deployment's.
+        deadline: how long a message may take.
+        patience: seconds that a pool which was lost here may stay the one that the controller names.
+        send_as: how rows travel to F.
+        sign: called now and then while this rank waits for a pool.
+
+    Attributes:
+        resumes: steps that went on with another pool. ffn_seconds: what a block took F of late.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        host: str,
+        secret: str,
+        deadline: timedelta,
+        patience: float,
+        send_as: Wire,
+        sign: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._spec, self._host, self._secret = spec, host, secret
+        self._deadline, self._patience, self._send_as, self.sign = deadline, patience, send_as, sign
+        self._named: PoolAddress | None = None
+        self._changed = threading.Condition()
+        self._joined: _Joined | None = None
+        self._lost: PoolAddress | None = None
+        self.resumes, self.ffn_seconds = 0, 0.0
+
+    def meet(self, pool: PoolAddress | None) -> None:
+        """The pool that there is now, from any thread; None while there is none."""
+        with self._changed:
+            self._named = pool
+            self._changed.notify_all()
+
+    @property
+    def generation(self) -> int | None:
+        """Of the pool that this rank belongs to."""
+        return self._joined.pool.generation if self._joined else None
+
+    def open(self, tokens: Sequence[int]) -> Link:
+        """Begin a step with so many tokens in each micro-batch; the pool may ask for more, empty ones.
+
+        Raises:
+            EdgeLost: the pool is lost to this rank, but to nobody else.
+        """
+        counts = tuple(tokens)
+
+        def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
+            log.warning("%s; waiting for the next pool, which begins at block %d", lost, resume.first)
+            self._lose()
+            self.resumes += 1
+            return self._begin(counts, resume)
+
+        return Link(*self._begin(counts), self._spec, again)
+
+    def rest(self) -> None:
+        """Nothing to do: the others need not wait for this rank. Joins a pool that has come up meanwhile."""
+        if self._joined is None and self._named in (None, self._lost):
+            return
+        try:
+            self._join().line.announce(Announcement())
+        except EdgeLost as error:
+            log.warning("%s", error)
+            self._lose()
+
+    def leave(self) -> None:
+        if self._joined is not None:
+            with suppress(EdgeLost):
+                self._joined.line.announce(Announcement(leaves=True))
+            self._lose()
+
+    def _begin(self, tokens: tuple[int, ...], resume: Resume | None = None) -> tuple[Sequence[Edge], Layout]:
+        while True:
+            joined = self._join()
+            try:
+                joined.line.announce(Announcement(tokens, resume))
+                opening = joined.line.opening()
+            except EdgeLost as error:
+                log.warning("%s", error)
+                self._lose()
+                continue
+            self.ffn_seconds = opening.ffn_nanoseconds / 1e9
+            padded = (*tokens, *[0] * (opening.micro_batches - len(tokens)))
+            return joined.edges, Layout(opening.generation, opening.number, (padded,), resume or BEGINNING)
+
+    def _lose(self) -> None:
+        if self._joined is not None:
+            self._lost, self._joined = self._joined.pool, None
+
+    def _join(self) -> _Joined:
+        """The pool that this rank belongs to; waits for one if it has none."""
+        while self._joined is None:
+            pool = self._wait()
+            try:
+                self._joined = self._enter(pool)
+            except RuntimeError as error:  # it was gone before we came
+                log.warning("pool %d: %s", pool.generation, (str(error).splitlines() or ["lost"])[0])
+                self._lost = pool
+        return self._joined
+
+    def _wait(self) -> PoolAddress:
+        began = monotonic()
+        with self._changed:
+            while self._named is None or self._named == self._lost:
+                if self._named is not None and monotonic() - began > self._patience:
+                    raise EdgeLost(f"pool {self._named.generation} is lost to this rank, but the controller keeps it")
+                self._changed.wait(SIGN_SECONDS)
+                self.sign()
+            return self._named
+
+    def _enter(self, pool: PoolAddress) -> _Joined:
+        host, port = pool.address.rsplit(":", 1)
+        store = dist.PrefixStore(pool.prefix, dist.TCPStore(host, int(port), None, False, timeout=self._deadline))
+        number = store.add("joined", 1)
+        store.set(join_key(number), token(self._secret, number))
+        line = Line(store, str(number), 0, self._host, self._deadline)
+        names = [edge_name(number, rank) for rank in range(pool.size)]
+        edges: list[Edge] = [GlooEdge(store, n, 0, self._host, self._deadline, send_as=self._send_as) for n in names]
+        log.info("joined pool %d as its member %d", pool.generation, number)
+        return _Joined(pool, store, number, line, edges)
+
+
+def join_key(number: int) -> str:
+    """Where the `number`-th attention rank knocks."""
+    return f"join {number}"
+
+
+def edge_name(number: int, rank: int) -> str:
+    """Of the edge between the pool's member `number` and its rank `rank`."""
+    return f"a{number}-f{rank}"
+
+
+def token(secret: str, number: int) -> str:
+    """What proves that the `number`-th to join knows the deployment's secret."""
+    return hashlib.blake2b(f"join {number}".encode(), key=secret.encode()[:64], digest_size=32).hexdigest()
