@@ -20,6 +20,8 @@ from workers.rank import FFN
 
 log = logging.getLogger(__name__)
 
+NO_FIGURES = ("loop_runs", "pool_resumed_block", "micro_batches")  # of an engine's counters: no sense in adding them up
+
 
 @dataclass(frozen=True)
 class Status:
@@ -228,7 +230,7 @@ def figures(engines: list[dict[str, Any]], gateway: dict[str, Any]) -> dict[str,
     names = dict.fromkeys(key for engine in engines for key in engine)
     total = {key: float(sum(engine.get(key, 0) for engine in engines)) for key in names}
     total["kv_usage"] = total.get("kv_usage", 0.0) / max(1, len(engines))
-    numbers = {f"engine/{key}": value for key, value in total.items() if key != "loop_runs"}
+    numbers = {f"engine/{key}": value for key, value in total.items() if key not in NO_FIGURES}
     numbers |= {key: float(value) for key, value in gateway.items() if value is not None}
     if seconds := total.get("reduce_seconds", 0.0):
         numbers["engine/reduce_hidden_share"] = 1 - total["exposed_seconds"] / seconds

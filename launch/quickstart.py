@@ -1,4 +1,5 @@
-"""`make demo`: a private Ray, the bundled Ladder model on two tensor-parallel ranks, three streamed completions.
+"""`make demo`: a private Ray and the bundled Ladder model, three streamed completions, from two layouts in turn: two
+tensor-parallel ranks, then one rank with the attention and one with the FFNs.
 
 Everything goes the way a user's own deployment would: `ray job submit`, HTTP, `ray job stop`.
 """
@@ -20,6 +21,7 @@ from launch.private_ray import PrivateRay
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 96
+LAYOUTS = {"tp": ["layout.tp=2"], "afd": ["layout=afd", "layout.attention=1", "layout.ffn=1"]}
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a file."""\n    ',
     'class Stack:\n    """A last-in, first-out queue."""\n\n    def __init__(self):\n        ',
@@ -34,6 +36,7 @@ class Timing:
     sent: float
     arrivals: list[float] = field(default_factory=list)
     tokens: int = 0
+    text: str = ""
 
     @property
     def ttft(self) -> float:
@@ -44,26 +47,38 @@ class Timing:
         return (self.arrivals[-1] - self.arrivals[0]) / max(1, self.tokens - 1)
 
 
+@dataclass
+class Run:
+    """One layout: its completions, and the deployment's newest figures."""
+
+    timings: list[Timing]
+    figures: dict[str, float]
+
+
 def main() -> None:
     run_dir = Path.home() / "stepladder-runs" / f"demo-{strftime('%Y%m%d-%H%M%S')}"
     say("starting a private Ray (free ports, own folder, token authentication)")
-    with PrivateRay() as ray, submitted(ray, run_dir) as url:
-        say(f"serving at {url}")
-        timings = [stream(url, prompt) for prompt in PROMPTS]
-        show(timings, hidden_share(run_dir / "metrics.jsonl"))
-    offline = next(iter(sorted(run_dir.glob("wandb/*run-*"))), None)
-    say(f"W&B run:   {offline or 'none'}")
-    say(f"JSONL log: {run_dir / 'metrics.jsonl'}")
+    runs: dict[str, Run] = {}
+    with PrivateRay() as ray:
+        for name, options in LAYOUTS.items():
+            with submitted(ray, name, options, run_dir / name) as url:
+                say(f"serving at {url}")
+                timings = [stream(url, prompt, quiet=bool(runs)) for prompt in PROMPTS]
+                runs[name] = Run(timings, newest(run_dir / name / "metrics.jsonl"))
+    show(runs)
+    offline = next(iter(sorted(run_dir.glob("*/wandb/*run-*"))), None)
+    say(f"W&B runs:   {offline.parent if offline else 'none'} and beside it")
+    say(f"JSONL logs: {run_dir}/*/metrics.jsonl")
     say("everything is shut down")
 
 
 @contextmanager
-def submitted(ray: PrivateRay, run_dir: Path) -> Iterator[str]:
+def submitted(ray: PrivateRay, name: str, options: list[str], run_dir: Path) -> Iterator[str]:
     """The demo deployment as a Ray job; yields its URL once it is ready, stops the job in the end."""
-    command = ["python", "-m", "launch.serve", "model=demo", "cluster=local", "layout.tp=2", f"run_dir={run_dir}"]
+    command = ["python", "-m", "launch.serve", "model=demo", "cluster=local", *options, f"run_dir={run_dir}"]
     command += ["monitor.every_seconds=1.0"]
     say("ray job submit --working-dir . -- " + " ".join(command))
-    job = "stepladder-demo"
+    job = f"stepladder-demo-{name}"
     ray.job("submit", "--no-wait", "--submission-id", job, "--working-dir", str(ROOT), "--", *command)
     try:
         yield ready(ray, job)
@@ -93,9 +108,10 @@ def ready(ray: PrivateRay, job: str) -> str:
     sys.exit(f"the job ended before it was ready:\n{ray.job('logs', job)}")
 
 
-def stream(url: str, prompt: str) -> Timing:
-    """One completion, printed as it comes."""
-    print(f"\n\033[2m{prompt}\033[0m", end="", flush=True)
+def stream(url: str, prompt: str, quiet: bool) -> Timing:
+    """One completion, printed as it comes unless `quiet`."""
+    if not quiet:
+        print(f"\n\033[2m{prompt}\033[0m", end="", flush=True)
     body: dict[str, Any] = {
         "model": "demo",
         "prompt": prompt,
@@ -115,33 +131,50 @@ def stream(url: str, prompt: str) -> Timing:
             chunk = json.loads(line[6:])
             if chunk["choices"]:
                 timing.arrivals.append(monotonic())
-                print(chunk["choices"][0]["text"], end="", flush=True)
+                timing.text += chunk["choices"][0]["text"]
+                print("" if quiet else chunk["choices"][0]["text"], end="", flush=True)
             else:
                 timing.tokens = chunk["usage"]["completion_tokens"]
-    print()
+    if not quiet:
+        print()
     return timing
 
 
-def hidden_share(figures: Path) -> float | None:
-    """Newest share of all-reduce time that was hidden behind compute."""
+def newest(figures: Path) -> dict[str, float]:
+    """The newest value of every figure."""
     rows = [json.loads(line) for line in figures.read_text().splitlines()]
-    shares = [row["engine/reduce_hidden_share"] for row in rows if "engine/reduce_hidden_share" in row]
-    return shares[-1] if shares else None
+    return {key: value for row in rows for key, value in row.items()}
 
 
-def show(timings: list[Timing], hidden: float | None) -> None:
-    """The table at the end."""
-    tpot = median(t.tpot for t in timings)
-    rows = (
-        ("TTFT, median", f"{median(t.ttft for t in timings) * 1e3:.1f} ms"),
-        ("TPOT, median", f"{tpot * 1e3:.1f} ms"),
-        ("tokens/s, one stream", f"{1 / tpot:.0f}"),
-        ("all-reduce time hidden", "not measured" if hidden is None else f"{hidden:.0%} (gloo, two ranks on this CPU)"),
-    )
+def show(runs: dict[str, Run]) -> None:
+    """The table at the end, a column per layout."""
+    same = len({tuple(t.text for t in run.timings) for run in runs.values()}) == 1
+    tpots = [median(t.tpot for t in run.timings) for run in runs.values()]
+    rows = {
+        "": ["TP, 2 ranks", "AFD, 1 attention + 1 FFN rank"],
+        "TTFT, median": [f"{median(t.ttft for t in run.timings) * 1e3:.1f} ms" for run in runs.values()],
+        "TPOT, median": [f"{tpot * 1e3:.1f} ms" for tpot in tpots],
+        "tokens/s, one stream": [f"{1 / tpot:.0f}" for tpot in tpots],
+        "communication": [_hidden(runs["tp"].figures), _waited(runs["afd"])],
+        "texts": ["", "the same" if same else "not the same (rounding)"],
+    }
     print()
-    for name, value in rows:
-        print(f"  {name:<24}{value}")
-    print()
+    for name, cells in rows.items():
+        print(f"  {name:<24}{cells[0]:<34}{cells[1]}")
+    print("  (one machine, both ranks on its CPU, messages over gloo)\n")
+
+
+def _hidden(figures: dict[str, float]) -> str:
+    share = figures.get("engine/reduce_hidden_share")
+    return "not measured" if share is None else f"{share:.0%} of all-reduce time hidden"
+
+
+def _waited(run: Run) -> str:
+    """Of the time in which text was made, the share in which attention waited for the FFNs."""
+    if "engine/pool_wait_seconds" not in run.figures:
+        return "not measured"
+    working = sum(t.arrivals[-1] - t.sent for t in run.timings)
+    return f"attention waits for FFNs {run.figures['engine/pool_wait_seconds'] / working:.0%} of the time"
 
 
 def say(text: str) -> None:

@@ -105,10 +105,13 @@ class Words:
         return torch.tensor([i for document in documents for i in self.encode(document)], dtype=torch.int32)
 
     def bits_per_byte(self, model: Transformer, documents: Sequence[Document], context: int) -> float:
-        """Bits per byte of `documents`, each alone and after an end, in windows of `context` tokens."""
+        """Bits per byte of `documents` in windows of `context` tokens."""
+        return bits_per_byte(model, self.alone(documents), size(documents), context)
+
+    def alone(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Token ids of each document by itself: after a start or else an end, and before an end."""
         before = () if self.start else (self.end,)
-        ids = [[*before, *self.encode(document)] for document in documents]
-        return bits_per_byte(model, ids, size(documents), context)
+        return [[*before, *self.encode(document)] for document in documents]
 
 
 def size(documents: Sequence[Document]) -> int:

@@ -7,7 +7,7 @@ such pair of ranks has a group of its own, so that the loss of one attention ran
 import queue
 import threading
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,18 +68,22 @@ class Line:
     def __init__(self, store: dist.Store, name: str, end: int, host: str, deadline: timedelta) -> None:
         self.name, self._peer = name, 1 - end
         self._group = gloo_group(dist.PrefixStore(f"line {name}", store), end, 2, host, deadline)
+        self._opened: tuple[Any, Tensor] | None = None  # on its way; a handle dropped unwaited loses its message
 
     def announce(self, announcement: Announcement) -> None:
-        """A: what comes next."""
-        self._send(announcement.encode(), UP)
+        """A: what comes next. F listens at all times, so this takes no longer than the way there."""
+        self._wait(self._send(announcement.encode(), UP))
 
     def opening(self) -> Opening:
         """A: wait until the step is opened."""
         return Opening.decode(self._receive(DOWN))
 
     def open(self, opening: Opening) -> None:
-        """F: the step begins."""
-        self._send(opening.encode(), DOWN)
+        """F: the step begins. It does not wait until A has heard."""
+        if self._opened:
+            self._wait(self._opened[0])  # heard long ago: A has announced another step since
+        message = opening.encode()
+        self._opened = self._send(message, DOWN), message
 
     def listen(self, number: int, events: queue.Queue) -> None:
         """F: put every announcement into `events` with this line's number, then None when the peer is gone."""
@@ -96,19 +100,27 @@ class Line:
 
         threading.Thread(target=run, daemon=True, name=f"line-{self.name}").start()
 
-    def _send(self, message: Tensor, tag: int) -> None:
+    def _send(self, message: Tensor, tag: int) -> Any:
         try:
-            self._group.send([message], self._peer, tag).wait()
+            return self._group.send([message], self._peer, tag)
         except RuntimeError as error:
             raise self._lost(error) from None
 
     def _receive(self, tag: int) -> Tensor:
         message = torch.empty(WORDS, dtype=torch.int64)
         try:
-            self._group.recv([message], self._peer, tag).wait()
+            self._wait(self._group.recv([message], self._peer, tag))
         except RuntimeError as error:
             raise self._lost(error) from None
         return message
 
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from None
+
     def _lost(self, error: RuntimeError) -> EdgeLost:
+        if isinstance(error, EdgeLost):
+            return error
         return EdgeLost(f"control line {self.name}: {(str(error).splitlines() or ['lost'])[0]}")

@@ -54,7 +54,8 @@ class Membership:
         sign: called now and then while this rank waits for a pool.
 
     Attributes:
-        resumes: steps that went on with another pool. ffn_seconds: what a block took F of late.
+        resumes: steps that went on with another pool. resumed_block: the first that the last such pool computed.
+        ffn_seconds: what a block took F of late.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Membership:
         self._changed = threading.Condition()
         self._joined: _Joined | None = None
         self._lost: PoolAddress | None = None
-        self.resumes, self.ffn_seconds = 0, 0.0
+        self.resumes, self.resumed_block, self.ffn_seconds = 0, -1, 0.0
 
     def meet(self, pool: PoolAddress | None) -> None:
         """The pool that there is now, from any thread; None while there is none."""
@@ -97,7 +98,7 @@ class Membership:
         def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
             log.warning("%s; waiting for the next pool, which begins at block %d", lost, resume.first)
             self._lose()
-            self.resumes += 1
+            self.resumes, self.resumed_block = self.resumes + 1, resume.first
             return self._begin(counts, resume)
 
         return Link(*self._begin(counts), self._spec, again)

@@ -30,8 +30,12 @@ class AttentionRank(Rank):
 
     def stats(self) -> dict[str, Any]:
         member = self._executor.member
-        mine = {"pool_wait_seconds": self._executor.waited, "pool_resumes": member.resumes}
-        return super().stats() | mine | {"micro_batches": self._executor.micro_batches or 0}
+        return super().stats() | {
+            "pool_wait_seconds": self._executor.waited,
+            "pool_resumes": member.resumes,
+            "pool_resumed_block": member.resumed_block,
+            "micro_batches": self._executor.micro_batches or 0,
+        }
 
     def _build(self, path: str) -> AttentionExecutor:  # type: ignore[override]
         config, afd = self.config, self.config.afd

@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from launch.bench import engine, failures, serve
+from launch.bench import engine, failures, fp8, serve
 from launch.bench.afd import suite as afd
 from launch.bench.overlap import suite as overlap
 from launch.bench.report import Report, publish
@@ -23,6 +23,7 @@ SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
     "afd": (afd.AfdBench, afd.run),
     "engine": (engine.EngineBench, engine.run),
     "failures": (failures.FailuresBench, failures.run),
+    "fp8": (fp8.Fp8Bench, fp8.run),
     "overlap": (overlap.OverlapBench, overlap.run),
     "serve": (serve.ServeBench, serve.run),
 }

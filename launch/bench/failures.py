@@ -10,7 +10,7 @@ import secrets
 import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from launch.bench.report import Goal, Report, Row, at_most
 
 
 class Failure(NamedTuple):
-    """kind, rank: which process. signal: what it gets."""
+    """kind, rank: which process; of an "attention" failure, of which engine the only rank. signal: what it gets."""
 
     kind: str
     rank: int
@@ -34,7 +34,10 @@ FAILURES = {
     "SIGSTOP gateway": Failure("gateway", 0, signal.SIGSTOP),
     "SIGKILL controller": Failure("controller", 0, signal.SIGKILL),
     "SIGSTOP controller": Failure("controller", 0, signal.SIGSTOP),
+    "SIGKILL F": Failure("ffn", 0, signal.SIGKILL),
+    "SIGKILL A": Failure("attention", 1, signal.SIGKILL),
 }
+KINDS = {"tp": ("rank", "gateway", "controller"), "afd": ("ffn", "attention", "gateway", "controller")}
 ENDS_WITHIN = 1.0  # seconds, of the streams of a gateway that was killed
 
 
@@ -44,10 +47,12 @@ class FailuresBench:
 
     Attributes:
         deploy: options of launch.serve, besides those below.
-        tp: ranks of the engine; ray_cpus: processors that the private Ray believes in.
+        kind: of layout, tp or afd. tp: ranks of the engine of "tp". attention, ffn: ranks of "afd".
+        ray_cpus: processors that the private Ray believes in.
         batch_invariant: without it a replay may round otherwise, and now and then a text goes on otherwise.
         ping_seconds, hang_seconds: of `cluster`; they bound how soon a failure can be noticed.
-        failures: which of FAILURES, in turns. repeats: how often each; minutes: after which no more are begun.
+        failures: which of FAILURES, in turns; null takes all that the kind can suffer.
+        repeats: how often each; minutes: after which no more are begun.
         streams: requests under way at each. tokens: of each answer.
         recover_seconds: how long the deployment, and its clients, may take to come through one failure.
     """
@@ -55,12 +60,15 @@ class FailuresBench:
     name: str
     run_dir: str
     deploy: str = "model=demo cluster=local"
+    kind: str = "tp"
     tp: int = 2
+    attention: int = 2
+    ffn: int = 1
     ray_cpus: int = 4
     batch_invariant: bool = True
     ping_seconds: float = 0.5
     hang_seconds: float = 3.0
-    failures: list[str] = field(default_factory=lambda: list(FAILURES))
+    failures: list[str] | None = None
     repeats: int = 10
     minutes: float = 60.0
     streams: int = 16
@@ -68,18 +76,37 @@ class FailuresBench:
     recover_seconds: float = 90.0
 
     def __post_init__(self) -> None:
-        if unknown := set(self.failures) - set(FAILURES):
-            raise ValueError(f"failures holds {unknown.pop()!r}; it may hold {', '.join(FAILURES)}")
-        for name in ("tp", "repeats", "streams", "tokens"):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if unknown := set(self.failures or ()) - set(self.possible):
+            raise ValueError(f"failures holds {unknown.pop()!r}; it may hold {', '.join(self.possible)}")
+        for name in ("tp", "attention", "ffn", "repeats", "streams", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if any(FAILURES[name].rank >= self.tp for name in self.failures):
-            raise ValueError(f"failures strikes a rank that tp={self.tp} does not have; leave it out")
+
+    @property
+    def possible(self) -> list[str]:
+        """The failures that this kind of layout can suffer."""
+        ranks = {"rank": self.tp, "attention": self.attention}
+        kinds = KINDS[self.kind]
+        return [name for name, one in FAILURES.items() if one.kind in kinds and one.rank < ranks.get(one.kind, 1)]
+
+    @property
+    def chosen(self) -> list[str]:
+        return self.possible if self.failures is None else self.failures
+
+    @property
+    def ranks(self) -> list[str]:
+        """The layout, as options of launch.serve."""
+        if self.kind == "tp":
+            return [f"layout.tp={self.tp}"]
+        return ["layout=afd", f"layout.attention={self.attention}", f"layout.ffn={self.ffn}"]
 
     @property
     def options(self) -> list[str]:
         return [
             *shlex.split(self.deploy),
+            *self.ranks,
             f"engine.batch_invariant={str(self.batch_invariant).lower()}",
             f"cluster.ping_seconds={self.ping_seconds}",
             f"cluster.hang_seconds={self.hang_seconds}",
@@ -103,6 +130,7 @@ class Occurrence:
         resumed: a client got text again, after a pause that the failure caused.
         ended: the last broken stream had ended. again: tokens that the engine, which lived on, generated twice.
         longest_pause: between two chunks of one stream. left: what is there and was not before.
+        block: of the model, where the FFN pool that replaced a lost one went on.
     """
 
     lost: int
@@ -114,6 +142,7 @@ class Occurrence:
     again: int | None
     longest_pause: float
     left: dict[str, int]
+    block: int | None = None
 
 
 def run(config: FailuresBench) -> Report:
@@ -122,7 +151,7 @@ def run(config: FailuresBench) -> Report:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
     from launch.bench.strikes import Bench, deployed
 
-    with deployed("failures", f"{config.run_dir}/serve", config.tp, config.ray_cpus, config.options) as victim:
+    with deployed("failures", f"{config.run_dir}/serve", config.ray_cpus, config.options) as victim:
         bench = Bench(config, victim)
         bench.prepare()
         occurrences = bench.rounds()
@@ -152,7 +181,9 @@ def _rows(config: FailuresBench, name: str, seen: Sequence[Occurrence]) -> list[
         for of, summarise in (("median", median), ("worst", max)):
             if times:
                 rows.append(Row(name, f"{title}, {of}", summarise(times), "s", bounds.get(key)))
-    if failure.kind != "rank":
+    if blocks := {one.block for one in seen if one.block is not None}:
+        rows.append(Row(name, "different blocks at which a step went on", len(blocks), "blocks"))
+    if failure.kind in ("gateway", "controller", "ffn"):
         rows.append(Row(name, "tokens generated again", sum(one.again or 0 for one in seen), "tokens", 0))
     return rows
 
@@ -171,6 +202,6 @@ def _summary(name: str, seen: Sequence[Occurrence]) -> dict[str, Goal]:
         ended = [one.ended for one in seen if one.ended is not None]
         goals[f"{name}: streams end, worst"] = at_most(max(ended, default=None), ENDS_WITHIN)
         goals[f"{name}: tokens generated again"] = again
-    if failure.kind == "controller":
+    if failure.kind in ("controller", "ffn"):
         goals[f"{name}: tokens generated again"] = again
     return goals

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -41,10 +42,10 @@ class Bench:
 
     def rounds(self) -> dict[str, list[Occurrence]]:
         """Every failure in turn, again and again; by failure, what happened."""
-        seen: dict[str, list[Occurrence]] = {name: [] for name in self._config.failures}
+        seen: dict[str, list[Occurrence]] = {name: [] for name in self._config.chosen}
         deadline = monotonic() + 60 * self._config.minutes
         for nth in range(self._config.repeats):
-            for name in self._config.failures:
+            for name in self._config.chosen:
                 if monotonic() < deadline:
                     seen[name].append(self.strike(name, nth))
         return seen
@@ -74,10 +75,12 @@ class Bench:
             raise RuntimeError(f"{name}: not ready again after {config.recover_seconds:.0f} s ({victim.state()})")
         whole = within(10.0, lambda: victim.census() == self._census and not self._busy())
         again = None
-        if failure.kind != "rank":
+        if failure.kind not in ("rank", "attention"):
             again = victim.engine()["generation_tokens"] - generated - config.streams * config.tokens
         left = {} if whole else {**_excess(victim.census(), self._census), "requests in the engine": self._busy()}
         seen = _judge(failure, clients, self._texts, moment, watch, again, left)
+        if failure.kind == "ffn":
+            seen = replace(seen, block=victim.engine()["pool_resumed_block"])
         print(f"{name} {nth + 1}/{config.repeats}: {seen}", flush=True)
         return seen
 

@@ -23,41 +23,46 @@ TITLES = {"rank": "ray::RankActor", "gateway": "ray::GatewayActor", "controller"
 
 
 class State(NamedTuple):
-    """phase: the controller's word. serves: whether the engine takes requests. generation: which life it is in.
-    restarts: how often something was put back."""
+    """phase: the controller's word. serves: whether all engines take requests, and the FFN pool members.
+    generations: which life each of them is in. restarts: how often something was put back."""
 
     phase: str
     serves: bool
-    generation: int
+    generations: dict[str, int]
     restarts: int
 
 
 @dataclass
 class Victim:
-    """A running deployment with one engine of `tp` ranks; `name` is its own and its job's."""
+    """A running deployment; `name` is its own and its job's."""
 
     cluster: PrivateRay
     name: str
-    tp: int
     url: str
 
     def state(self) -> State:
         report = ray.get(self._actor(CONTROLLER).report.remote(), timeout=2)
-        engine = report["engines"]["engine-0"]
-        return State(report["phase"], engine["serves"], engine["generation"], report["restarts"])
+        groups = report["engines"] | report.get("pools", {})
+        generations = {name: group["generation"] for name, group in groups.items()}
+        return State(report["phase"], all(g["serves"] for g in groups.values()), generations, report["restarts"])
 
     def process(self, kind: str, rank: int = 0) -> psutil.Process:
-        """The process of a rank, of the gateway or of the controller."""
-        if kind != "rank":
+        """The process of a rank of engine-0, of the FFN pool ("ffn"), of the only rank of engine `rank` ("attention"),
+        of the gateway or of the controller."""
+        if kind in ("gateway", "controller"):
             (process,) = self.cluster.processes(TITLES[kind])
             return process
-        places = ray.get([actor.where.remote() for actor in self._ranks()], timeout=10)
-        return psutil.Process(next(place.pid for place in places if place.rank == rank))
+        group = {"rank": "engine-0", "ffn": "ffn", "attention": f"engine-{rank}"}[kind]
+        places = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
+        return psutil.Process(next(place.pid for place in places if place.rank == (rank if kind == "rank" else 0)))
 
     def engine(self) -> dict[str, Any]:
-        """The engine's counters, now."""
-        answers = ray.get([actor.ping.remote() for actor in self._ranks()], timeout=10)
-        return next(answer for answer in answers if "generation_tokens" in answer)
+        """The engines' counters, now: sums, and of the block at which a step went on the highest."""
+        groups = [group for group in self.state().generations if group.startswith("engine-")]
+        answers = ray.get([actor.ping.remote() for group in groups for actor in self._ranks(group)], timeout=10)
+        counters = [answer for answer in answers if "generation_tokens" in answer]
+        total = {key: sum(one[key] for one in counters) for key in ("generation_tokens", "running", "waiting")}
+        return total | {"pool_resumed_block": max(one.get("pool_resumed_block", -1) for one in counters)}
 
     def census(self) -> dict[str, int]:
         """How many there are of everything that a failure could leave behind."""
@@ -73,9 +78,9 @@ class Victim:
     def _actor(self, name: str) -> ActorHandle:
         return ray.get_actor(name, namespace=namespace(self.name))
 
-    def _ranks(self) -> list[ActorHandle]:
-        generation = self.state().generation
-        return [self._actor(f"{self.name}/{generation}/engine-0/{index}") for index in range(self.tp)]
+    def _ranks(self, group: str) -> list[ActorHandle]:
+        prefix = f"{self.name}/{self.state().generations[group]}/{group}/"
+        return [self._actor(name) for name in self._names() if name.startswith(prefix)]
 
     def _names(self) -> list[str]:
         actors = ray.util.list_named_actors(all_namespaces=True)
@@ -87,15 +92,15 @@ class Victim:
 
 
 @contextmanager
-def deployed(name: str, run_dir: str, tp: int, ray_cpus: int, options: list[str]) -> Iterator[Victim]:
+def deployed(name: str, run_dir: str, ray_cpus: int, options: list[str]) -> Iterator[Victim]:
     """A deployment in a private Ray; whoever stops it has the rest of the Ray to look for what it left."""
-    command = ["python", "-m", "launch.serve", f"name={name}", f"run_dir={run_dir}", f"layout.tp={tp}", *options]
+    command = ["python", "-m", "launch.serve", f"name={name}", f"run_dir={run_dir}", *options]
     with PrivateRay(num_cpus=ray_cpus) as cluster:
         os.environ.update({key: value for key, value in cluster.env.items() if key.startswith("RAY_")})
         ray.init(address=cluster.address, namespace="bench", log_to_driver=False)
         try:
             cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
-            yield Victim(cluster, name, tp, ready(cluster, name))
+            yield Victim(cluster, name, ready(cluster, name))
         finally:
             ray.shutdown()
 

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,14 @@ class Job:
 
     @property
     def generation(self) -> int:
-        return json.loads((self.run_dir / "journal.json").read_text())["generation of engine-0"]
+        return self.generation_of("engine-0")
 
-    def rank(self, index: int) -> Place:
+    def generation_of(self, group: str) -> int:
+        return json.loads((self.run_dir / "journal.json").read_text())[f"generation of {group}"]
+
+    def rank(self, index: int, group: str = "engine-0", size: int = 2) -> Place:
         """Where one rank of the present generation runs."""
-        actors = [self.actor(f"{self.name}/{self.generation}/engine-0/{i}") for i in range(2)]
+        actors = [self.actor(f"{self.name}/{self.generation_of(group)}/{group}/{i}") for i in range(size)]
         return next(place for place in ray.get([a.where.remote() for a in actors]) if place.rank == index)
 
     def actor(self, name: str) -> ray.actor.ActorHandle:
@@ -84,10 +87,12 @@ def ours(cluster: PrivateRay) -> set[int]:
 
 
 @contextmanager
-def submit(cluster: PrivateRay, name: str, model: Path, run_dir: Path, *options: str) -> Iterator[Job]:
+def submit(
+    cluster: PrivateRay, name: str, model: Path, run_dir: Path, *options: str, layout: Sequence[str] = ("layout.tp=2",)
+) -> Iterator[Job]:
     """Submit, wait until it serves, and stop it in the end if the test has not."""
     command = ["python", "-m", "launch.serve", "model=path", f"model.path={model}", "model.name=tiny", f"name={name}"]
-    command += ["layout.tp=2", f"run_dir={run_dir}", "kv.tokens=8192", *options]
+    command += [*layout, f"run_dir={run_dir}", "kv.tokens=8192", *options]
     cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
     before = ours(cluster)
     url = ready(cluster, name)

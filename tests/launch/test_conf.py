@@ -42,6 +42,8 @@ def hydra(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("choice", list(product(*map(choices, GROUPS))), ids="-".join)
 def test_every_choice_of_every_group_serves(choice: tuple[str, ...]) -> None:
     words = [f"{group}={name}" for group, name in zip(GROUPS, choice, strict=True)]
+    if "layout=afd" in words:
+        words.append("cluster.device=cpu")  # the only one so far; test_a_wrong_option_is_one_sentence has the other
     deployment = deployment_of(compose("serve", words + (PATH if "model=path" in words else [])))
     assert deployment.cluster.start_seconds > deployment.cluster.hang_seconds > deployment.cluster.ping_seconds
     assert deployment.cluster.orphan_seconds > deployment.cluster.hang_seconds
@@ -94,6 +96,15 @@ def test_generate_takes_every_model_and_every_sampling_parameter(model: str) -> 
         (["+spede=9"], "spede is not an option; the top level takes"),
         (["layout.tp=two"], "layout.tp is 'two': expected `int`, got `str`"),
         (["layout.tp=0"], "layout.tp is 0; it must be at least 1"),
+        (["layout=afd", "layout.ffn=0"], "layout.ffn is 0; it must be at least 1"),
+        (["layout=afd", "layout.tp=2"], "layout.tp is 2, but layout.kind is afd; use layout.attention and layout.ffn"),
+        (["layout.attention=2"], "layout.attention is 2, but layout.kind is tp; choose layout=afd for it"),
+        (["layout=afd", "layout.schedule=fast"], "layout.schedule is 'fast'; it must be one of auto, pingpong, ladder"),
+        (["layout=afd", "layout.wire=fp4"], "layout.wire is 'fp4'; it must be one of plain, fp8"),
+        (["layout=afd", "layout.micro_batches=17"], "layout.micro_batches is 17; it must be at most 16"),
+        (["layout=afd", "layout.schedule=ladder", "layout.micro_batches=2"], "layout.schedule=ladder has one"),
+        (["layout=afd", "cluster.device=cuda"], "layout=afd runs on cluster.device=cpu only so far"),
+        (["layout=afd", "engine.lookahead=1"], "engine.lookahead is 1, but with layout=afd"),
         (["gateway.port=70000"], "gateway.port is 70000; it must be between 0 and 65535"),
         (["gateway.otlp_traces_endpoint=grpc://c:4317"], "gateway.otlp_traces_endpoint is 'grpc://c:4317'; it must be"),
         (["cluster.device=tpu"], "cluster.device is 'tpu'; it must be 'cpu' or 'cuda'"),

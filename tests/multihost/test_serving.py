@@ -27,7 +27,7 @@ NAME = "across"
 MODEL = ROOT / "launch/demo_model"
 HANG_SECONDS = 5
 OPTIONS = (
-    "model=demo cluster=two_nodes cluster.device=cpu cluster.strategy=STRICT_SPREAD layout.tp=2 engine.threads=1 "
+    "model=demo cluster=two_nodes cluster.device=cpu cluster.strategy=STRICT_SPREAD engine.threads=1 "
     "engine.dtype=float32 engine.batch_invariant=true kv.tokens=4096 monitor=jsonl "
     f"gateway.host=0.0.0.0 gateway.resource=node:__internal_head__ name={NAME} cluster.hang_seconds={HANG_SECONDS}"
 )
@@ -65,8 +65,8 @@ class Deployment:
         host = self.hosts[index]
         self.nodes[index:] = [self.stack.enter_context(self.ray.joined(1, host.address, host.prefix))]
 
-    def serve(self, run_dir: Path) -> None:
-        command = ["python", "-m", "launch.serve", *OPTIONS.split(), f"run_dir={run_dir}"]
+    def serve(self, run_dir: Path, layout: str) -> None:
+        command = ["python", "-m", "launch.serve", *OPTIONS.split(), *layout.split(), f"run_dir={run_dir}"]
         self.ray.job("submit", "--no-wait", "--submission-id", NAME, "--working-dir", str(ROOT), "--", *command)
         self.url = ready(self.ray, NAME)
 
@@ -76,7 +76,7 @@ class Deployment:
 
 
 @contextmanager
-def deployed(count: int, run_dir: Path) -> Iterator[Deployment]:
+def deployed(count: int, run_dir: Path, layout: str = "layout.tp=2") -> Iterator[Deployment]:
     """Serving on so many hosts; in the end nothing may be left of the deployment, of Ray, and of the hosts."""
     with Hosts(count) as hosts:
         with ExitStack() as stack:
@@ -84,7 +84,7 @@ def deployed(count: int, run_dir: Path) -> Iterator[Deployment]:
             deployment = Deployment(hosts, ray, [ray], stack)
             for index in range(1, count):
                 deployment.start_node(index)
-            deployment.serve(run_dir)
+            deployment.serve(run_dir, layout)
             yield deployment
             deployment.stop()
         assert not [p for namespace in hosts.namespaces for p in netns.processes(namespace)]

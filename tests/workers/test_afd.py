@@ -1,4 +1,4 @@
-"""Engines on attention ranks and an FFN pool, with real groups, ranks as threads: the same tokens as the whole model."""
+"""Engines on attention ranks and an FFN pool, real groups, ranks as threads: the same tokens as the whole model."""
 
 import threading
 from collections.abc import Iterator, Sequence
