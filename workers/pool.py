@@ -72,7 +72,6 @@ class FeedForwardPool:
         self._edges: dict[int, Edge | None] = {}
         self._members: dict[int, Member] = {}
         self._events: queue.Queue[tuple[int, Announcement | None]] = queue.Queue()
-        self._joining: queue.Queue[int] = queue.Queue()
         self.steps = self.resumed = 0
         self._told = 0.0, 0  # the side's counters at the last opening
 
