@@ -181,5 +181,11 @@ class Deployment:
     def __post_init__(self) -> None:
         if self.layout.kind == "afd" and self.cluster.device != "cpu":
             raise ValueError("layout=afd runs on cluster.device=cpu only so far; use layout=tp on GPUs")
+        if self.layout.kind == "afd" and self.cluster.hang_seconds >= self.cluster.collective_seconds:
+            raise ValueError(
+                f"cluster.hang_seconds is {self.cluster.hang_seconds}, but with layout=afd it must be below "
+                f"cluster.collective_seconds ({self.cluster.collective_seconds}), so that a rank that hangs is killed "
+                "before those who wait for it give up"
+            )
         if self.layout.kind == "afd" and self.engine.lookahead:
             raise ValueError("engine.lookahead is 1, but with layout=afd steps are not queued ahead; set it to null")

@@ -42,6 +42,7 @@ class Keeper:
         self.restarts = self._failed_starts = 0
         self._worked = False
         self._met: tuple[int, PoolAddress | None] | None = None
+        self._meeting = threading.Lock()
         self._pause = threading.Event()
         self._thread = threading.Thread(target=self._run_noting, daemon=True, name=f"keeper-{name}")
         self.broke: Exception | None = None
@@ -49,13 +50,16 @@ class Keeper:
     @property
     def pool(self) -> PoolAddress | None:
         """Of the FFN pool's keeper: what its attention ranks are told."""
-        return self.gang.pool if self.endpoint else None
+        gang = self.gang  # the keeper's thread may put another in its place
+        return gang.pool if self.endpoint and gang.address else None
 
     def meet(self, pool: PoolAddress | None) -> None:
-        """Of an attention rank's keeper: tell it which pool there is, if it has not been told."""
-        if self.endpoint and self._met != (now := (self.endpoint.generation, pool)):
-            self.gang.meet(pool)
-            self._met = now
+        """Of an attention rank's keeper: tell it which pool there is, if it has not been told. From any thread."""
+        with self._meeting:
+            endpoint, gang = self.endpoint, self.gang
+            if endpoint and self._met != (now := (endpoint.generation, pool)):
+                gang.meet(pool)
+                self._met = now
 
     def adopt(self) -> None:
         """After a restart of the controller: take the gang over if it is whole, remove it if not."""

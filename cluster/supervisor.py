@@ -52,11 +52,9 @@ class Supervisor:
         self._ending, self._wake = threading.Event(), threading.Event()
         self._driver_heard = self._logged = monotonic()
         names = [f"engine-{index}" for index in range(deployment.layout.engines)]
-        self._engines = [Keeper(deployment, n, self._journal, self._go, self._wake.set) for n in names]
-        self._pools = []
-        if deployment.layout.kind == "afd":
-            self._pools = [Keeper(deployment, FFN, self._journal, self._go, self._wake.set)]
-        self._keepers = [*self._pools, *self._engines]
+        pools = [FFN] if deployment.layout.kind == "afd" else []
+        self._keepers = [Keeper(deployment, n, self._journal, self._go, self._changed) for n in [*names, *pools]]
+        self._engines, self._pools = self._keepers[: len(names)], self._keepers[len(names) :]
         self._front = Front(deployment, "gateway-0", self._journal.get("gateway_life", 0), self._journal.get("port", 0))
         self._phase, self._detail = "starting", "placing the ranks and loading the model"
         self._front_restarts = self._failed_fronts = 0
@@ -137,11 +135,10 @@ class Supervisor:
             return
         if broke := next((keeper.broke for keeper in self._keepers if keeper.broke), None):
             raise broke
-        for pool in self._pools:
-            for keeper in self._engines:
-                keeper.meet(pool.pool)
-        table = [keeper.endpoint for keeper in self._engines if keeper.endpoint]
-        serving = sum(keeper.endpoint is not None for keeper in self._keepers)
+        self._introduce()
+        endpoints = [keeper.endpoint for keeper in self._engines]
+        table = [endpoint for endpoint in endpoints if endpoint]
+        serving = len(table) + sum(keeper.endpoint is not None for keeper in self._pools)
         admit = not self._draining
         self._front.show(table, admit)
         if not self._front.alive():
@@ -157,6 +154,16 @@ class Supervisor:
             parts = "engines and FFN pool" if self._pools else "engines"
             self._set("mending", f"{serving} of {len(self._keepers)} {parts} serve; starting the rest again")
         self._log()
+
+    def _changed(self) -> None:
+        """In a keeper's thread: attention ranks hear of a pool at once, whatever the supervisor waits for."""
+        self._introduce()
+        self._wake.set()
+
+    def _introduce(self) -> None:
+        for pool in self._pools:
+            for keeper in self._engines:
+                keeper.meet(pool.pool)
 
     def _restart_front(self) -> None:
         if self._front.actor is not None:

@@ -62,12 +62,18 @@ class Opening(NamedTuple):
 class Line:
     """One end of the control messages of a pair. end: 0 on the A rank, 1 on the first F rank.
 
+    A message may take as long as a step of the others; a peer that dies closes its socket, and one that hangs is killed
+    by the controller. `deadline` is for both ends to come.
+
     Raises (all methods): EdgeLost, if the peer is gone.
     """
 
     def __init__(self, store: dist.Store, name: str, end: int, host: str, deadline: timedelta) -> None:
         self.name, self._peer = name, 1 - end
-        self._group = gloo_group(dist.PrefixStore(f"line {name}", store), end, 2, host, deadline)
+        own = dist.PrefixStore(f"line {name}", store)
+        own.set(f"here {end}", "yes")
+        own.wait([f"here {self._peer}"], deadline)
+        self._group = gloo_group(own, end, 2, host, timedelta(days=7))
         self._opened: tuple[Any, Tensor] | None = None  # on its way; a handle dropped unwaited loses its message
 
     def announce(self, announcement: Announcement) -> None:

@@ -139,7 +139,7 @@ class Link:
                 rows = self._posted[block, micro].wait()
                 break
             except EdgeLost as error:
-                self._mend(error)
+                self._mend(error.with_traceback(None))  # which would keep the old sockets open
         del self._posted[block, micro]
         self.waited += monotonic() - began
         return rows
@@ -162,11 +162,17 @@ class Link:
         done = min(stream.done for stream in self._streams)
         first = next(n for n, block in enumerate(self._blocks) if block.elsewhere and n >= done)
         start = max(0, min(first - self._blocks[first].lag, done))
+        asked = self._asked
+        for edge in self.edges:
+            edge.abort()  # those that live must not wait for us
+        self.edges = ()
+        self._posted.clear()
         self.edges, self.layout = self._again(Resume(start, first), lost)
         self.resumes += 1
         self._send_again(start, first)
-        for block, micro in [key for key in self._asked if key[0] >= first]:
-            self._post(block, micro)
+        for block, micro in asked:
+            if block >= first:
+                self._post(block, micro)
 
     def _send_again(self, start: int, first: int) -> None:
         """x with `start` contributions, then what followed it, in the order in which F reads it."""

@@ -34,11 +34,10 @@ class PoolAddress(NamedTuple):
 
 @dataclass(frozen=True)
 class _Joined:
-    """number: under which the pool knows this rank."""
+    """This rank's ends of everything between it and one life of the pool."""
 
     pool: PoolAddress
     store: dist.Store
-    number: int
     line: Line
     edges: list[Edge]
 
@@ -70,10 +69,12 @@ class Membership:
     ) -> None:
         self._spec, self._host, self._secret = spec, host, secret
         self._deadline, self._patience, self._send_as, self.sign = deadline, patience, send_as, sign
-        self._named: PoolAddress | None = None
         self._changed = threading.Condition()
+        self._named: PoolAddress | None = None  # by the controller
         self._joined: _Joined | None = None
+        self._entering: PoolAddress | None = None  # a thread is at its door
         self._lost: PoolAddress | None = None
+        self._lost_at = 0.0
         self.resumes, self.resumed_block, self.ffn_seconds = 0, -1, 0.0
 
     def meet(self, pool: PoolAddress | None) -> None:
@@ -82,36 +83,36 @@ class Membership:
             self._named = pool
             self._changed.notify_all()
 
-    @property
-    def generation(self) -> int | None:
-        """Of the pool that this rank belongs to."""
-        return self._joined.pool.generation if self._joined else None
-
     def open(self, tokens: Sequence[int]) -> Link:
         """Begin a step with so many tokens in each micro-batch; the pool may ask for more, empty ones.
 
         Raises:
             EdgeLost: the pool is lost to this rank, but to nobody else.
         """
-        counts = tuple(tokens)
+        edges, layout = self._begin(tuple(tokens))
 
         def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
             log.warning("%s; waiting for the next pool, which begins at block %d", lost, resume.first)
             self._lose()
             self.resumes, self.resumed_block = self.resumes + 1, resume.first
-            return self._begin(counts, resume)
+            return self._begin(layout.tokens[0], resume)
 
-        return Link(*self._begin(counts), self._spec, again)
+        return Link(edges, layout, self._spec, again)
 
     def rest(self) -> None:
-        """Nothing to do: the others need not wait for this rank. Joins a pool that has come up meanwhile."""
-        if self._joined is None and self._named in (None, self._lost):
-            return
-        try:
-            self._join().line.announce(Announcement())
-        except EdgeLost as error:
-            log.warning("%s", error)
-            self._lose()
+        """Nothing to do: the others need not wait for this rank. Joins a pool that has come up; never waits for one.
+
+        Raises:
+            EdgeLost: as `open`.
+        """
+        with self._changed:
+            joined = self._look()
+        if joined is not None:
+            try:
+                joined.line.announce(Announcement())
+            except EdgeLost as error:
+                log.warning("%s", error)
+                self._lose()
 
     def leave(self) -> None:
         if self._joined is not None:
@@ -127,6 +128,7 @@ class Membership:
                 opening = joined.line.opening()
             except EdgeLost as error:
                 log.warning("%s", error)
+                del joined  # its sockets close, which F notices
                 self._lose()
                 continue
             self.ffn_seconds = opening.ffn_nanoseconds / 1e9
@@ -135,39 +137,57 @@ class Membership:
 
     def _lose(self) -> None:
         if self._joined is not None:
-            self._lost, self._joined = self._joined.pool, None
+            self._lost, self._lost_at, self._joined = self._joined.pool, monotonic(), None
 
     def _join(self) -> _Joined:
-        """The pool that this rank belongs to; waits for one if it has none."""
-        while self._joined is None:
-            pool = self._wait()
-            try:
-                self._joined = self._enter(pool)
-            except RuntimeError as error:  # it was gone before we came
-                log.warning("pool %d: %s", pool.generation, (str(error).splitlines() or ["lost"])[0])
-                self._lost = pool
-        return self._joined
-
-    def _wait(self) -> PoolAddress:
-        began = monotonic()
-        with self._changed:
-            while self._named is None or self._named == self._lost:
-                if self._named is not None and monotonic() - began > self._patience:
-                    raise EdgeLost(f"pool {self._named.generation} is lost to this rank, but the controller keeps it")
+        """The pool that this rank belongs to; waits for one if it has none, and keeps giving signs of life."""
+        while True:
+            with self._changed:
+                if joined := self._look():
+                    return joined
                 self._changed.wait(SIGN_SECONDS)
-                self.sign()
-            return self._named
+            self.sign()
 
-    def _enter(self, pool: PoolAddress) -> _Joined:
+    def _look(self) -> _Joined | None:
+        """The pool that this rank belongs to, if it does; else begins to enter the one that the controller names."""
+        pool = self._named
+        if self._joined is not None or pool is None:
+            return self._joined
+        if pool == self._lost:
+            if monotonic() - self._lost_at > self._patience:
+                raise EdgeLost(f"pool {pool.generation} is lost to this rank, but the controller keeps it")
+        elif pool != self._entering:
+            self._entering = pool
+            threading.Thread(target=self._enter, args=(pool,), daemon=True, name="pool-enter").start()
+        return None
+
+    def _enter(self, pool: PoolAddress) -> None:
+        """In a thread: a pool that is just dying answers nobody until a deadline has passed."""
+        try:
+            joined = self._knock(pool)
+        except RuntimeError as error:
+            log.warning("pool %d: %s", pool.generation, (str(error).splitlines() or ["lost"])[0])
+            joined = None
+        with self._changed:
+            if self._entering == pool:  # nobody has given this up meanwhile
+                self._joined, self._entering = joined, None
+                if joined is None:
+                    self._lost, self._lost_at = pool, monotonic()
+                self._changed.notify_all()
+
+    def _knock(self, pool: PoolAddress) -> _Joined:
         host, port = pool.address.rsplit(":", 1)
         store = dist.PrefixStore(pool.prefix, dist.TCPStore(host, int(port), None, False, timeout=self._deadline))
-        number = store.add("joined", 1)
-        store.set(join_key(number), token(self._secret, number))
+        number = store.add(KNOCKS, 1)
+        store.set(join_key(number), token(self._secret, pool.prefix, number))
         line = Line(store, str(number), 0, self._host, self._deadline)
         names = [edge_name(number, rank) for rank in range(pool.size)]
         edges: list[Edge] = [GlooEdge(store, n, 0, self._host, self._deadline, send_as=self._send_as) for n in names]
         log.info("joined pool %d as its member %d", pool.generation, number)
-        return _Joined(pool, store, number, line, edges)
+        return _Joined(pool, store, line, edges)
+
+
+KNOCKS = "joined"  # the name of a counter in the pool's store
 
 
 def join_key(number: int) -> str:
@@ -180,6 +200,6 @@ def edge_name(number: int, rank: int) -> str:
     return f"a{number}-f{rank}"
 
 
-def token(secret: str, number: int) -> str:
-    """What proves that the `number`-th to join knows the deployment's secret."""
-    return hashlib.blake2b(f"join {number}".encode(), key=secret.encode()[:64], digest_size=32).hexdigest()
+def token(secret: str, prefix: str, number: int) -> str:
+    """What shows that the `number`-th to join this life of the pool knows the deployment's secret."""
+    return hashlib.blake2b(f"{prefix} join {number}".encode(), key=secret.encode()[:64], digest_size=32).hexdigest()

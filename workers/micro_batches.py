@@ -54,6 +54,11 @@ def fixed_number(schedule: str, wanted: int | None, spec: ModelSpec) -> int | No
             f"(ladder_layers={spec.ladder_layers}); use layout.schedule=pingpong, or convert it with recipe=convert"
         )
     if schedule == "ladder" or (schedule == "auto" and lags_everywhere(spec)):
+        if wanted not in (None, 1):
+            raise ValueError(
+                f"layout.micro_batches is {wanted}, but layout.schedule={schedule} has one with this checkpoint "
+                f"(wiring {spec.residual!r}); use layout.schedule=pingpong"
+            )
         return 1
     return wanted
 

@@ -24,12 +24,13 @@ from parallel.edges import Edge, EdgeLost, GlooEdge
 from parallel.link import BEGINNING, Layout, Resume
 from parallel.mesh import Mesh
 from parallel.wire import Wire
-from workers.membership import edge_name, join_key, token
+from workers.membership import KNOCKS, edge_name, join_key, token
 
 log = logging.getLogger(__name__)
 
 NOTHING, JOIN, LEAVE, STEP, STOP = range(5)
 IDLE_SECONDS = 1.0  # how often the leader tells the others that it is alive
+DOOR_SECONDS = 0.05  # how often it looks who has knocked
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Member:
     """An attention rank, as the leader knows it. at_work: it takes part in steps until it says that it is idle."""
 
     line: Line
+    edge: Edge
     announced: Announcement | None = None
     at_work: bool = False
 
@@ -46,7 +48,7 @@ class FeedForwardPool:
 
     Args:
         side: its weights. mesh: the pool's ranks.
-        store: the pool's, with the prefix of its life; attention ranks join through it.
+        store: the pool's, with the `prefix` of its life; attention ranks join through it.
         generation: of this life.
         host: where other machines reach this one. secret: the deployment's; who joins must know it.
         deadline: how long a message may take.
@@ -61,6 +63,7 @@ class FeedForwardPool:
         side: FeedForwardSide,
         mesh: Mesh,
         store: dist.Store,
+        prefix: str,
         generation: int,
         host: str,
         secret: str,
@@ -68,17 +71,18 @@ class FeedForwardPool:
         receive_as: Wire,
     ) -> None:
         self.side, self._mesh, self._store, self._generation = side, mesh, store, generation
+        self._prefix = prefix
         self._host, self._secret, self._deadline, self._receive_as = host, secret, deadline, receive_as
         self._edges: dict[int, Edge | None] = {}
         self._members: dict[int, Member] = {}
-        self._events: queue.Queue[tuple[int, Announcement | None]] = queue.Queue()
+        self._events: queue.Queue[tuple[int, Member | Announcement | None]] = queue.Queue()
         self.steps = self.resumed = 0
         self._told = 0.0, 0  # the side's counters at the last opening
 
     @torch.inference_mode()
-    def lead(self, door: dist.Store, stopping: Callable[[], bool]) -> None:
-        """The first rank, until `stopping`. door: the store again, over a connection of its own."""
-        threading.Thread(target=self._watch_door, args=(door, stopping), daemon=True, name="pool-door").start()
+    def lead(self, connect: Callable[[], dist.Store], stopping: Callable[[], bool]) -> None:
+        """The first rank, until `stopping`. connect: another connection to the store, for another thread."""
+        threading.Thread(target=self._watch_door, args=(connect, stopping), daemon=True, name="pool-door").start()
         last_sign = monotonic()
         while not stopping():
             self._hear(0.0 if self._next() else IDLE_SECONDS)
@@ -100,20 +104,19 @@ class FeedForwardPool:
         """Take in what has come, waiting at most so long for the first of it."""
         while True:
             try:
-                number, announcement = self._events.get(timeout=seconds) if seconds else self._events.get_nowait()
+                number, news = self._events.get(timeout=seconds) if seconds else self._events.get_nowait()
             except queue.Empty:
                 return
-            seconds = 0.0
-            member = self._members.get(number)
-            if member is None and announcement is not None:
-                self._admit(number)
-            elif member is not None and announcement is None:
+            seconds, member = 0.0, self._members.get(number)
+            if isinstance(news, Member):
+                self._admit(number, news)
+            elif member is not None and news is None:
                 log.info("attention rank %d has left the pool", number)
                 del self._members[number]
                 self._all([LEAVE, number])
-            elif member is not None and announcement is not None:
-                member.announced = announcement if announcement.tokens else None
-                member.at_work = bool(announcement.tokens)
+            elif member is not None and news is not None:
+                member.announced = news if news.tokens else None
+                member.at_work = bool(news.tokens)
 
     def _next(self) -> list[int]:
         """The members of the next step; none while somebody at work is still expected."""
@@ -144,16 +147,10 @@ class FeedForwardPool:
         (busy, calls), self._told = self._told, (self.side.busy, self.side.calls)
         return int(1e9 * (self.side.busy - busy) / max(1, self.side.calls - calls))
 
-    def _admit(self, number: int) -> None:
+    def _admit(self, number: int, member: Member) -> None:
         self._mesh.broadcast([JOIN, number])
-        try:
-            line = Line(self._store, str(number), 1, self._host, self._deadline)
-        except RuntimeError as error:
-            log.warning("attention rank %d did not come: %s", number, str(error).splitlines()[0])
-            return
-        self._obey([JOIN, number])
-        self._members[number] = Member(line)
-        line.listen(number, self._events)
+        self._members[number], self._edges[number] = member, member.edge
+        member.line.listen(number, self._events)
         log.info("attention rank %d has joined the pool", number)
 
     def _all(self, order: list[int]) -> None:
@@ -164,18 +161,21 @@ class FeedForwardPool:
         """What every rank of the pool does alike."""
         kind, *rest = order
         if kind == JOIN:
-            self._edges[rest[0]] = self._connect(rest[0])
+            self._edges[rest[0]] = self._edge_or_none(rest[0])
         elif kind == LEAVE:
             self._edges.pop(rest[0], None)
         elif kind == STEP:
             self._step(*rest)
 
-    def _connect(self, number: int) -> Edge | None:
+    def _connect(self, store: dist.Store, number: int) -> Edge:
         name = edge_name(number, self._mesh.shard.rank)
+        return GlooEdge(store, name, 1, self._host, self._deadline, receive_as=self._receive_as)
+
+    def _edge_or_none(self, number: int) -> Edge | None:
         try:
-            return GlooEdge(self._store, name, 1, self._host, self._deadline, receive_as=self._receive_as)
+            return self._connect(self._store, number)
         except RuntimeError as error:
-            log.warning("edge %s: %s", name, str(error).splitlines()[0])
+            log.warning("attention rank %d: %s", number, str(error).splitlines()[0])
             return None
 
     def _step(self, number: int, start: int, first: int, micro_batches: int, *rows: int) -> None:
@@ -186,16 +186,26 @@ class FeedForwardPool:
         for place in self.side([self._edges.get(n) for n in chosen], layout):
             self._edges[chosen[place]] = None
 
-    def _watch_door(self, door: dist.Store, stopping: Callable[[], bool]) -> None:
-        """Let in, one after the other, those who know the secret."""
-        number = 1
+    def _watch_door(self, connect: Callable[[], dist.Store], stopping: Callable[[], bool]) -> None:
+        """Let in, each in a thread of its own, those who knock and know the secret."""
+        door, known, waiting, pause = connect(), 0, set[int](), threading.Event()
         while not stopping():
-            try:
-                door.wait([join_key(number)], timedelta(seconds=IDLE_SECONDS))
-            except RuntimeError:
-                continue  # nobody yet
-            if compare_digest(door.get(join_key(number)).decode(), token(self._secret, number)):
-                self._events.put((number, Announcement()))
-            else:
-                log.warning("join %d does not know the deployment's secret; it stays outside", number)
-            number += 1
+            knocks = door.add(KNOCKS, 0)
+            waiting |= set(range(known + 1, knocks + 1))  # some have only taken a number so far, and may have died then
+            known = knocks
+            for number in sorted(n for n in waiting if door.check([join_key(n)])):
+                waiting.remove(number)
+                if compare_digest(door.get(join_key(number)).decode(), token(self._secret, self._prefix, number)):
+                    threading.Thread(target=self._receive_guest, args=(connect, number), daemon=True).start()
+                else:
+                    log.warning("join %d does not know the deployment's secret; it stays outside", number)
+            pause.wait(DOOR_SECONDS)
+
+    def _receive_guest(self, connect: Callable[[], dist.Store], number: int) -> None:
+        """Both ends of line and edge come, or do not; nobody else waits for that."""
+        try:
+            store = connect()
+            line = Line(store, str(number), 1, self._host, self._deadline)
+            self._events.put((number, Member(line, self._connect(store, number))))
+        except RuntimeError as error:
+            log.warning("attention rank %d did not come: %s", number, str(error).splitlines()[0])

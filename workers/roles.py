@@ -39,6 +39,7 @@ class AttentionRank(Rank):
 
     def _build(self, path: str) -> AttentionExecutor:  # type: ignore[override]
         config, afd = self.config, self.config.afd
+        config.engine.graphs_on(self._mesh.device)  # refuses what it cannot do
         wire = wire_to_ffn(afd.wire, self._spec)
         member = Membership(self._spec, config.host, config.secret, self._timeout, afd.patience_seconds, wire)
         number = fixed_number(afd.schedule, afd.micro_batches, self._spec)
@@ -62,9 +63,16 @@ class FeedForwardRank(Rank):
         side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce).requires_grad_(False)
         load_weights(side, path)
         pack_weights(side, config.engine.batch_invariant)
-        wire = wire_to_ffn(config.afd.wire, self._spec)
         self._pool = FeedForwardPool(
-            side, self._mesh, self._names, config.generation, config.host, config.secret, self._timeout, wire
+            side,
+            self._mesh,
+            self._names,
+            config.prefix,
+            config.generation,
+            config.host,
+            config.secret,
+            self._timeout,
+            wire_to_ffn(config.afd.wire, self._spec),
         )
         return UNBOUNDED
 
@@ -75,8 +83,12 @@ class FeedForwardRank(Rank):
         if self.config.shard.rank:
             self._pool.follow()
             return
-        door = dist.TCPStore(self.config.host, self._store.port, None, False, timeout=self._timeout)
-        self._pool.lead(dist.PrefixStore(self.config.prefix, door), lambda: self._stopping)
+
+        def connect() -> dist.Store:
+            store = dist.TCPStore(self.config.host, self._store.port, None, False, timeout=self._timeout)
+            return dist.PrefixStore(self.config.prefix, store)
+
+        self._pool.lead(connect, lambda: self._stopping)
 
     @property
     def address(self) -> str | None:

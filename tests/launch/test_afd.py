@@ -1,12 +1,43 @@
-"""suite=afd: the formula by hand, and the emulated pipeline close to it."""
+"""suite=afd: the formulas by hand, the emulated pipeline close to them, and a small real run over two hosts."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from launch.bench.afd.emulated import Case, measure
-from launch.bench.afd.formula import Times, micro_batches, per_layer
+from launch.bench import netns
+from launch.bench.afd.emulated import Case as EmulatedCase
+from launch.bench.afd.emulated import measure
+from launch.bench.afd.emulated_report import EmulatedOptions
+from launch.bench.afd.formula import Times, micro_batches, per_layer, pipeline
+from launch.bench.afd.real import RealOptions
+from launch.bench.afd.real_model import Model, Shapes, Wire
+from launch.bench.afd.real_point import Point, Turn, cases, modules_task, transfer_task
+from launch.bench.afd.real_report import rows, summary
+from launch.bench.afd.real_spans import busy, covered, exposed
+from launch.bench.afd.real_task import (
+    AFD,
+    LADDER,
+    LAG0,
+    MODULE,
+    REPLICAS,
+    REST,
+    TP,
+    Case,
+    Decoded,
+    Load,
+    Modules,
+    Moment,
+    Span,
+    Transfer,
+    micro_sizes,
+)
+from launch.bench.afd.real_trace import LANES, perfetto
 from launch.bench.afd.suite import AfdBench, run
+from launch.bench.report import publish
+
+EMULATED = {"times": [[2, 2, 1, 0]], "ratios": [[2, 1]], "layers": [2, 4], "steps": 1}
+TINY = Shapes(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocab=131)
 
 
 def test_the_formula_by_hand() -> None:
@@ -23,18 +54,171 @@ def test_micro_batches_of_a_busy_ping_pong(transfer: float, needed: int) -> None
     assert micro_batches(Times(attention=10, ffn=10, transfer=transfer)) == needed
 
 
+@pytest.mark.parametrize("schedule", [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "ms", [(10, 10, 5, 0, 0), (10, 10, 0, 0, 0), (5, 10, 2.5, 0, 0), (3, 3, 10, 0, 0), (2, 3, 9, 0, 9), (9, 6, 5, 0, 5)]
+)
+def test_a_pipeline_grows_by_the_formula(ms: tuple[float, ...], schedule: tuple[int, int]) -> None:
+    """The published formulas are the slope of what an event simulation takes."""
+    times = Times(**dict(zip(("attention", "ffn", "transfer", "reduce", "spacing"), ms, strict=True)))
+    shallow, deep = (pipeline(times, *schedule, layers) for layers in (60, 120))
+    assert (deep - shallow) / 60 == pytest.approx(per_layer(times, *schedule))
+
+
+def test_a_pipeline_by_hand() -> None:
+    """Two layers. Ladder: A at 0 and 10; F reads x_0 at 5 and A_0 at 15; F_1 is back at A at 30."""
+    times = Times(attention=10, ffn=10, transfer=5)
+    assert pipeline(times, 0, 1, 2) == 60
+    assert pipeline(times, 1, 1, 2) == 30
+    assert pipeline(Times(attention=10, ffn=10, transfer=5, reduce=4), 1, 1, 2) == 34
+
+
 def test_ladder_works_on_every_layer_with_both_pools_at_once() -> None:
     """Far apart even on a busy machine: a third of the time of ping-pong with one micro-batch."""
     times = Times(attention=0.02, ffn=0.02, transfer=0.01)
-    slow, fast = (min(measure(Case(times=times, lag=lag, micro_batches=1), 6, 2).steps) for lag in (0, 1))
+    slow, fast = (min(measure(EmulatedCase(times=times, lag=lag, micro_batches=1), 6, 2).steps) for lag in (0, 1))
     assert slow > 6 * 0.06 and fast < 0.75 * slow
 
 
-def test_a_small_run(tmp_path: Path) -> None:
-    config = AfdBench(name="afd", run_dir=str(tmp_path), times=[[2, 2, 1, 0]], ratios=[[2, 1]], layers=[2, 4], steps=1)
-    report = run(config)
-    assert len({row.case for row in report.rows}) == 6 and report.emulated
-    assert all(row.value is not None for row in report.rows)
+def test_a_small_emulated_part(tmp_path: Path) -> None:
+    report = run(bench(tmp_path, parts=["emulated"]))
+    publish(report, ["suite=afd"], tmp_path)
+    assert len({row.case for row in report.rows}) == 6
+    assert all(row.value is not None and row.case.startswith("emulated") for row in report.rows)
+    assert report.emulated and all(name.startswith("emulated") for name in report.summary)
+
+
+def test_what_is_covered() -> None:
+    """Windows 0..10 and 20..30; spans that overlap each other and the windows' ends."""
+    spans = [Span(MODULE, "a", -2, 3), Span(MODULE, "b", 1, 4), Span(REST, "c", 6, 8), Span(MODULE, "d", 25, 99)]
+    windows = [(0.0, 10.0), (20.0, 30.0)]
+    assert covered(spans, windows) == 6 + 5
+    assert busy(spans, windows) == (4 + 5) / 20
+    assert exposed(spans, windows) == (4 + 5) / 2
+
+
+def test_a_turn_is_as_long_as_its_slower_rank() -> None:
+    a = Decoded([(0.0, 4.0)], [Span(MODULE, "a", 0, 2)], [[1, 2]])
+    b = Decoded([(0.0, 5.0)], [Span(MODULE, "b", 1, 3)], [[3]])
+    assert Turn.of(Case(TP, 0), [a, b]) == Turn(5.0, 1.0, (0.5, 0.4), [[1, 2]])
+    assert Turn.of(Case(REPLICAS, 0), [a, b]).tokens == [[1, 2, 3]]
+    f = Decoded([], b.compute, [])
+    assert Turn.of(LADDER, [a, f]) == Turn(4.0, 1.0, (0.5, 0.5), [[1, 2]])
+
+
+def point(
+    module: float = 2.0, half: float = 1.8, transfer: float = 1.0, wire: Wire | None = None, **steps: float
+) -> Point:
+    """4 layers, batch 4; every module with all rows takes `module`, with fewer `half`; the rest of a step nothing."""
+    load = Load(batch=4, context=8, steps=1, late=0.0)
+    turns = {case: [Turn(10.0, 1.0, (0.5, 0.5), [[1, 2, 3, 4]])] * 3 for case in cases(4)}
+    named = {case.name: case for case in turns}
+    for name, step in steps.items():
+        case = named[{"ladder": LADDER.name, "lag0": LAG0.name, "m2": "AFD lag 0, m = 2"}[name]]
+        turns[case] = [Turn(step, 1.0, (0.5, 0.5), [[1, 2, 3, 4]])] * 3
+    tasks = {modules_task(case, load): module if case.micro_batches == 1 else half for case in turns}
+    modules = {task: Modules(seconds, seconds, 0.0) for task, seconds in tasks.items()}
+    transfers = {transfer_task(case, load): Transfer(transfer, 0.0) for case in turns if case.kind != REPLICAS}
+    return Point("m", 4, wire or Wire(rate=100), load, turns, modules, transfers)
+
+
+def test_bounds_of_a_point() -> None:
+    """Modules of 2, transfers of 1: a layer takes 6 at lag 0 and 2 in a ladder, whose pipeline fills for 1.
+
+    TP: the embedding's reduce, the tokens' reduce, and the published 3 a module, or 2 and the last reduce.
+    """
+    found = point()
+    assert found.bound(LAG0).step == 4 * 6 and found.bound(LAG0).layer == 6
+    assert found.bound(LADDER) == (pipeline(Times(attention=2, ffn=2, transfer=1), 1, 1, 4), 2)
+    assert found.bound(Case(TP, 0)).step == 1 + 8 * 3 + 1
+    assert found.bound(Case(TP, 1)).step == 1 + 8 * 2 + 1 + 1
+    assert found.bound(Case(REPLICAS, 0)).step == 8 * 2
+    assert found.weight == found.far == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "regime"),
+    [({}, "memory-bound"), ({"half": 1.2}, "compute-bound"), ({"transfer": 3.0, "half": 1.0}, "latency-bound")],
+)
+def test_regimes(values: dict[str, float], regime: str) -> None:
+    assert point(**values).regime == regime
+
+
+def test_goals_are_of_the_point_where_a_transfer_is_half_a_module() -> None:
+    points = [
+        point(wire=Wire(rate=100), ladder=10.0, lag0=25.0, m2=14.0),
+        point(wire=Wire(rate=50), transfer=1.9, ladder=10.0, lag0=11.0),
+        point(wire=Wire(rate=70), half=1.0, ladder=10.0, lag0=11.0),  # compute-bound
+        point(wire=Wire(late_ms=0.1), transfer=0.2, ladder=10.0, lag0=11.0),  # nothing to hide
+    ]
+    lines = summary(points)
+    (lag0,) = [goal for name, goal in lines.items() if name.startswith("shaped link: TPOT of lag 0")]
+    (best,) = [goal for name, goal in lines.items() if name.startswith("shaped link: TPOT of best ping-pong, m = 3")]
+    assert lag0 == (2.5, ">= 1.8", True) and best == (1.0, ">= 1.3", False)
+    assert not any(name.startswith("emulated latency") for name in lines)
+    assert {row.unit for row in rows(points)} == {"ms", "tokens/s", "%", "ms/step"}
+    (alike,) = [goal for name, goal in lines.items() if "continue alike" in name]
+    assert alike.value == 100
+
+
+def test_cases_that_draw_other_tokens_are_told() -> None:
+    found = point()
+    assert found.alike == 1
+    found.turns[LADDER][0] = Turn(1.0, 1.0, (0.5, 0.5), [[1, 2, 0, 4]])
+    assert found.alike == 7 / 8
+
+
+def test_micro_batches_of_a_batch() -> None:
+    assert [micro_sizes(12, m) for m in (1, 3)] == [[12], [4, 4, 4]]
+    assert micro_sizes(5, 4) == [2, 1, 1, 1]
+    assert [case.micro_batches for case in cases(2) if case.kind == AFD] == [1, 1, 2]
+
+
+def test_a_trace_has_a_lane_for_each_side_and_direction() -> None:
+    """The last step only; a message from the moment it was sent to the one it could be read."""
+    sent = [Moment(step, block, 0, 10.0 * step + block) for step in (0, 1) for block in (0, 2)]
+    came = [Moment(m.step, m.block, m.micro, m.at + 0.5) for m in reversed(sent)]
+    compute = [Span(MODULE, "attention 0", 1.0, 2.0), Span(MODULE, "attention 0", 11.0, 12.0)]
+    a, f = Decoded([(0.0, 9.0), (10.0, 19.0)], compute, [], sent, []), Decoded([], compute[1:], [], [], came)
+    events = perfetto({"ladder AFD": [a, f]})["traceEvents"]
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == list(LANES)
+    assert [(e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(0, 1e6, 1e6), (2, 1e6, 1e6)]
+    begins, ends = ([e["ts"] for e in events if e["ph"] == ph] for ph in "be")
+    assert begins == [0, 2e6] and ends == [0.5e6, 2.5e6]
+    assert [e["args"]["message"] for e in events if e["ph"] == "b"] == [
+        "attention 0, micro-batch 0",
+        "attention 1, micro-batch 0",
+    ]
+
+
+def bench(tmp_path: Path, **options: object) -> AfdBench:
+    model = Model(name="tiny", shapes=TINY, batches=[5], wires=[Wire(), Wire(late_ms=5)])
+    real = RealOptions(models=[model], context=20, steps=2, rounds=2)
+    values = {"name": "afd", "run_dir": str(tmp_path), "parts": ["real"], "emulated": EmulatedOptions(**EMULATED)}  # type: ignore[arg-type]
+    return AfdBench(**{**values, "real": real, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(180)
+def test_a_small_real_run_over_two_hosts(tmp_path: Path) -> None:
+    """What does not depend on the machine's speed: the same tokens everywhere, and no step shorter than its delays."""
+    if why := netns.unavailable():
+        pytest.skip(why)
+    report = run(bench(tmp_path, trace=str(tmp_path / "trace.json")))
+    publish(report, ["suite=afd"], tmp_path)
+    assert len((tmp_path / "afd-rounds.jsonl").read_text().splitlines()) == 2 * 2
+    unshaped, late = json.loads((tmp_path / "afd-points.json").read_text())["points"]
+    assert set(unshaped["cases"]) == {case.name for case in cases(5)}
+    (alike,) = [goal for name, goal in report.summary.items() if "continue alike" in name]
+    assert alike.value == 100
+    found = late["cases"]
+    assert found["ladder AFD"]["tC_ms"] >= 5
+    assert found["AFD lag 0, m = 1"]["TPOT_ms"] >= 2 * 2 * 5  # a way there and one back in each of two layers
+    assert found["AFD lag 0, m = 1"]["exposed_ms"] >= 0.9 * 20
+    assert found["TP 2 standard"]["TPOT_ms"] >= 6 * 5  # embedding, two layers' four, tokens
+    assert found["2 replicas"]["TPOT_ms"] < found["ladder AFD"]["TPOT_ms"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {(e["pid"], e["tid"]) for e in events if "ts" in e} == {(pid, tid) for pid in (0, 1) for tid in range(4)}
+    assert (tmp_path / "afd.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -45,7 +229,27 @@ def test_a_small_run(tmp_path: Path) -> None:
         ({"ratios": [[0, 1]]}, "ratios must"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, object], sentence: str) -> None:
-    values = {"name": "afd", "run_dir": "/r", "times": [[1, 1, 1, 0]], "ratios": [[1, 1]], "layers": [2, 4], "steps": 1}
+def test_emulated_options_that_cannot_be(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        AfdBench(**{**values, **options})  # type: ignore[arg-type]
+        EmulatedOptions(**{**EMULATED, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"rounds": 0}, "real.rounds is 0"), ({"models": []}, "real.models is empty")],
+)
+def test_real_options_that_cannot_be(options: dict[str, object], sentence: str) -> None:
+    model = Model(name="tiny", shapes=TINY, batches=[4], wires=[Wire()])
+    with pytest.raises(ValueError, match=sentence):
+        RealOptions(**{"models": [model], "context": 8, "steps": 1, "rounds": 1, **options})  # type: ignore[arg-type]
+
+
+def test_options_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parts is"):
+        bench(tmp_path, parts=["unreal"])
+    with pytest.raises(ValueError, match="trace is of the real part"):
+        bench(tmp_path, parts=["emulated"], trace="t.json")
+    with pytest.raises(ValueError, match="either a path or shapes"):
+        Model(name="m", batches=[4], wires=[Wire()])
+    with pytest.raises(ValueError, match="one of them"):
+        Wire(rate=5, late_ms=5)

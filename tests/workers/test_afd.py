@@ -1,13 +1,20 @@
 """Engines on attention ranks and an FFN pool, real groups, ranks as threads: the same tokens as the whole model."""
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from time import monotonic
 
 import pytest
+import torch.distributed as dist
 
 from parallel.mesh import SingleRank
 from parallel.shards import Shard
@@ -20,7 +27,7 @@ from workers.core import Request, SamplingParams
 from workers.engine import Engine
 from workers.executor import Executor
 from workers.limits import SchedulerConfig
-from workers.membership import Membership, PoolAddress
+from workers.membership import KNOCKS, Membership, PoolAddress, join_key, token
 from workers.rank import FFN, RankConfig
 from workers.roles import FeedForwardRank
 
@@ -77,6 +84,27 @@ def pool_of(path: Path, size: int) -> Iterator[PoolAddress]:
         yield pool.start()
     finally:
         pool.stop()
+
+
+def serve_pool(path: Path, generation: int, told: Connection) -> None:
+    """A pool of one rank, as a process that can be killed."""
+    pool = PoolOf(path, 1, generation)
+    told.send(tuple(pool.start()))
+    pool.threads[0].join()
+
+
+@contextmanager
+def killable(path: Path, generation: int) -> Iterator[tuple[PoolAddress, BaseProcess]]:
+    spawn = get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve_pool, args=(path, generation, there), daemon=True)
+    process.start()
+    try:
+        assert here.poll(60)
+        yield PoolAddress(*here.recv()), process
+    finally:
+        process.kill()
+        process.join()
 
 
 def engine(spec: ModelSpec, path: Path, pool: PoolAddress, micro_batches: int | None) -> Engine:
@@ -137,6 +165,67 @@ def test_the_tokens_of_the_whole_model(attention: int, ffn: int, micro: int | No
         for thread in threads:
             thread.join(60)
     assert results == {index: whole(spec, checkpoint, mine) for index, mine in enumerate(asked)}
+
+
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+def test_a_pool_that_is_killed_under_unequal_micro_batches(residual: str, checkpoint: Path) -> None:
+    """One attention rank has a single sequence and is asked for an empty micro-batch; both go on with the next pool."""
+    spec = replace(ModelSpec.load(checkpoint), residual=residual)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"residual": residual}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    asked = [
+        [replace(one, params=replace(one.params, max_tokens=50)) for one in requests(spec, count, shift)]
+        for shift, count in enumerate([1, 5])
+    ]
+    results: dict[int, dict[str, list[int]]] = {}
+
+    def serve(index: int, mine: Engine) -> None:
+        for request in asked[index]:
+            mine.add(request)
+        tokens = {request.id: list[int]() for request in asked[index]}
+        while mine.has_work:
+            for output in mine.step():
+                tokens[output.id] += output.tokens
+        mine.heartbeat()
+        results[index] = tokens
+
+    with killable(checkpoint, 1) as (first, process), killable(checkpoint, 2) as (second, _):
+        engines = [engine(spec, checkpoint, first, 2) for _ in asked]
+        calls = count()
+
+        def strike(*_: object) -> None:
+            """In the middle of the twentieth step of the rank with one sequence."""
+            if next(calls) == 20:
+                process.kill()
+                for one in engines:
+                    one.executor.member.meet(second)  # type: ignore[attr-defined]
+
+        engines[0].executor.model.attentions[1].register_forward_pre_hook(strike)  # type: ignore[attr-defined]
+        threads = [threading.Thread(target=serve, args=one, daemon=True) for one in enumerate(engines)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert engines[0].executor.member.resumes == 1  # type: ignore[attr-defined]
+        for one in engines:
+            one.executor.stop()  # type: ignore[attr-defined]
+    assert results == {index: whole(spec, checkpoint, mine) for index, mine in enumerate(asked)}
+
+
+def test_a_rank_that_dies_at_the_door_keeps_nobody_out(checkpoint: Path) -> None:
+    """It has taken a number and no more; or it has knocked and never comes in."""
+    spec = ModelSpec.load(checkpoint)
+    with pool_of(checkpoint, 1) as pool:
+        host, port = pool.address.split(":")
+        store = dist.PrefixStore(pool.prefix, dist.TCPStore(host, int(port), None, False))
+        store.add(KNOCKS, 1)
+        number = store.add(KNOCKS, 1)
+        store.set(join_key(number), token(SECRET, pool.prefix, number))
+        mine = engine(spec, checkpoint, pool, 1)
+        began = monotonic()
+        assert run(mine, requests(spec, 2)) == whole(spec, checkpoint, requests(spec, 2))
+        assert monotonic() - began < DEADLINE.total_seconds() / 2
+        mine.executor.stop()  # type: ignore[attr-defined]
 
 
 def test_who_does_not_know_the_secret_stays_outside(checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from launch.bench.afd.formula import Times
 from parallel.context import WholeSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide, Layout
+from parallel.disaggregate import AttentionSide, FeedForwardSide
 from parallel.edges import GlooEdge, Header
+from parallel.link import Layout, Link
 from parallel.residual import Block
 from parallel.spec import ModelSpec
 
@@ -128,7 +129,8 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         for layout in layouts:
             inputs = [torch.zeros(ROWS, dtype=torch.int64)] * case.micro_batches
             began = time.perf_counter()
-            side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, mine, layout, rank)
+            link = Link(mine, replace(layout, tokens=layout.tokens[rank : rank + 1]), spec)
+            side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, link)
             seconds.append(time.perf_counter() - began)
         _close(mine)
         return seconds[1:], module.total / sum(seconds)
@@ -138,7 +140,8 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         side = FeedForwardSide(spec, reduce=lambda partial: LateReduce(partial, case.times.reduce))
         side.blocks, mine, began = _sleeping(side.blocks, module), edges(1, rank, case.attention), time.perf_counter()
         for layout in layouts:
-            side(mine, layout)
+            lost = side(mine, layout)
+            assert not lost, "an A rank is a thread of this process"
         busy = module.total / (time.perf_counter() - began)
         _close(mine)
         return busy

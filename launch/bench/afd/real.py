@@ -1,0 +1,84 @@
+"""The real part: should we disaggregate? Two ranks, one core each, on two hosts made of network namespaces.
+
+Real models decode greedily in two processes with gloo between them, no Ray and no HTTP: ladder AFD; ping-pong with one
+to four micro-batches of the same batch; tensor parallelism over the same link; two replicas with half of it each.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from launch.bench import netns
+from launch.bench.afd.real_measure import Measuring
+from launch.bench.afd.real_model import Model, check_context
+from launch.bench.afd.real_pair import Pair, cores
+from launch.bench.afd.real_point import Point
+from launch.bench.afd.real_task import LADDER, LAG0, Decoded, Load
+from launch.bench.hosts import Hosts, Link
+from parallel.spec import ModelSpec
+
+PAIRS = ("launch.bench.afd.real_apart", "launch.bench.afd.real_colocated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealOptions:
+    """context: cached tokens of each sequence. steps: of a turn, besides one that warms up. rounds: in each, every case
+    has a turn."""
+
+    models: list[Model]
+    context: int
+    steps: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name in ("context", "steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"real.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.models:
+            raise ValueError("real.models is empty; name at least one, or leave `real` out of parts")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A turn of ladder AFD and one of lag 0 with m = 1, both ranks' answers of each."""
+
+    point: Point
+    turns: dict[str, list[Decoded]]
+
+
+def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Point], list[Traced]]:
+    """All points and, if asked for, a trace of each. journal: where every round is written to at once.
+
+    Raises:
+        ValueError: there are no network namespaces to be had here, or no two cores.
+    """
+    if why := netns.unavailable():
+        raise ValueError(f"suite=afd needs network namespaces for real models, or parts=[emulated]; {why}")
+    cores()
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+    traces: list[Traced] = []
+    total = sum(len(model.wires) * len(model.batches) for model in options.models)
+    with Hosts(2) as hosts, tqdm(total=total, unit="point") as bar:
+        for model in options.models:
+            with ExitStack() as stack:
+                path = model.directory(Path(stack.enter_context(TemporaryDirectory())))
+                spec = ModelSpec.load(path)
+                apart, colocated = (stack.enter_context(Pair(m, path, hosts)) for m in PAIRS)
+                measuring = Measuring(model.name, spec.num_layers, apart, colocated, options.rounds, journal)
+                for wire in model.wires:
+                    for host in hosts:
+                        host.shape(Link(rate=wire.rate))
+                    for batch in model.batches:
+                        bar.set_postfix_str(f"{model.name}, {wire.name}, batch {batch}")
+                        load = Load(batch, options.context, options.steps, wire.late_ms / 1e3)
+                        check_context(spec, load, model.name)
+                        points.append(measuring.point(wire, load))
+                        if trace:
+                            turns = {case.name: measuring.traced(case, load) for case in (LADDER, LAG0)}
+                            traces.append(Traced(points[-1], turns))
+                        bar.update()
+    return points, traces
