@@ -32,7 +32,7 @@ class Link:
 
     Attributes:
         rate: Mbit/s; None for as fast as the machine goes.
-        burst: bytes that pass at once after a silence; None: what passes in a quarter of a millisecond, 16 KiB at
+        burst: bytes that pass at once after a silence; None: what passes in a quarter of a millisecond, 10 KiB at
             least. With fewer, the kernel's timers make the link slower than told.
         queue_ms: what would have to wait longer is dropped.
     """
@@ -51,7 +51,7 @@ class Link:
     def tbf(self) -> list[str]:
         """The arguments of the token bucket; it must have a rate."""
         assert self.rate is not None
-        burst = self.burst or max(16 << 10, int(self.rate * 1e6 / 8 * 250e-6))
+        burst = self.burst or max(10 << 10, int(self.rate * 1e6 / 8 * 250e-6))
         return ["tbf", "rate", f"{self.rate * 1e6:.0f}bit", "burst", f"{burst}b", "latency", f"{self.queue_ms}ms"]
 
 
