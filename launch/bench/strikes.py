@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from launch.bench.failures import FAILURES, Failure, FailuresBench, Occurrence
+from launch.bench.failure import FAILURES, Failure, FailuresBench, Occurrence
 from launch.bench.insist import Insisting
 from launch.bench.victim import Victim, Watch, deployed, within
 

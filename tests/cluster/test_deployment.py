@@ -21,30 +21,10 @@ from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT
 from tests.cluster.collector import collecting
 from tests.cluster.jobs import Job, eventually, submit
-from tests.cluster.models import write_random
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 PROMPTS = [f"prompt number {n}: " + "x" * (3 * n) for n in range(6)]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[PrivateRay]:
-    with PrivateRay(num_cpus=4) as cluster, pytest.MonkeyPatch.context() as patch:
-        for name, value in cluster.env.items():
-            patch.setenv(name, value)
-        ray.init(address=cluster.address, namespace="tests", log_to_driver=False)
-        yield cluster
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the ladder wiring."""
-    directory = write_random(tmp_path_factory.mktemp("ladder"))
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"residual": "ladder"}))
-    return directory
 
 
 @pytest.fixture(scope="module")
