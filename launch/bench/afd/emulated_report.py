@@ -11,7 +11,6 @@ from launch.bench.afd.formula import Times, micro_batches, per_layer
 from launch.bench.report import Goal, Row, at_least, at_most
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class EmulatedOptions:
     """times: [attention, ffn, transfer, reduce] in ms of each case. ratios: [A ranks, F ranks] of each case.
