@@ -21,9 +21,10 @@ from tests.multihost.transfer import Connection
 pytestmark = [pytest.mark.multihost, pytest.mark.timeout(90)]
 
 OWNER = """
-import sys
+import signal, sys
 from launch.bench.hosts import Hosts
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 with Hosts(2) as hosts:
     print(*hosts.namespaces, hosts[0].popen(["sleep", "600"]).pid, flush=True)
     sys.stdin.read()

@@ -23,12 +23,12 @@ def test_announcements_as_words(tokens: tuple[int, ...], resume: Resume | None) 
         assert len(announcement.encode()) == len(Opening(1, 2, 3, 4).encode())
 
 
-def lines(count: int, seconds: float = 20) -> list[tuple[Line, Line]]:
+def lines(count: int) -> list[tuple[Line, Line]]:
     server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
     def end(number: int, end: int) -> Line:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
-        return Line(store, str(number), end, "127.0.0.1", timedelta(seconds=seconds))
+        return Line(store, str(number), end, "127.0.0.1", timedelta(seconds=20))
 
     with ThreadPoolExecutor(2 * count) as pool:
         futures = [[pool.submit(end, number, side) for side in (0, 1)] for number in range(count)]
@@ -58,7 +58,15 @@ def test_who_leaves_is_gone_and_nobody_else() -> None:
     assert events.get(timeout=20) == (1, Announcement((5,)))
 
 
-def test_a_silent_peer_is_lost_after_the_deadline() -> None:
-    ((a, _),) = lines(1, seconds=0.3)
+def test_a_peer_that_goes_away_is_lost_at_once() -> None:
+    pairs = lines(1)
+    a, _ = pairs.pop()
+    del _
     with pytest.raises(EdgeLost, match="control line 0"):
         a.opening()
+
+
+def test_a_peer_that_does_not_come_is_not_waited_for() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with pytest.raises(RuntimeError):
+        Line(store, "0", 0, "127.0.0.1", timedelta(seconds=0.3))
