@@ -40,7 +40,7 @@ def _documents(paths: Sequence[str], field: str) -> Iterator[Document]:
         if not path.exists():
             raise ValueError(f"{path} does not exist; data and held_out must name files or directories")
         for file in sorted(filter(_is_text, path.rglob("*"))) if path.is_dir() else [path]:
-            yield from _of_file(file, field)
+            yield from _of_file(file, file.relative_to(path if path.is_dir() else path.parent).as_posix(), field)
 
 
 def _is_text(path: Path) -> bool:
@@ -51,18 +51,19 @@ def _is_text(path: Path) -> bool:
         return b"\0" not in file.read(1 << 13)
 
 
-def _of_file(path: Path, field: str) -> Iterator[Document]:
-    """One document, or one for each line of JSON."""
+def _of_file(path: Path, name: str, field: str) -> Iterator[Document]:
+    """One document, or one for each line of JSON. name: the same wherever the data lies, since it decides what is set
+    apart."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; leave it out of data") from None
     if path.suffix not in LINES:
-        yield Document(path.as_posix(), text)
+        yield Document(name, text)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield Document(f"{path.as_posix()}:{number}", _field(line, field, f"{path}, line {number}"))
+            yield Document(f"{name}:{number}", _field(line, field, f"{path}, line {number}"))
 
 
 def _field(line: str, field: str, where: str) -> str:

@@ -54,11 +54,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty documents: twenty in a file of JSON lines, twenty in files of their own."""
     directory = tmp_path_factory.mktemp("text")
     lines = [json.dumps({"text": TEXT[i % 2] * (i % 5 + 1) + str(i), "id": i}) for i in range(20)]
-    (directory / "lines.jsonl").write_text("\n".join(lines) + "\n")
-    (directory / "below").mkdir()
+    (directory / "docs.jsonl").write_text("\n".join(lines) + "\n")
+    (directory / "deep").mkdir()
     for i in range(20):
-        (directory / "below" / f"{i}.txt").write_text(TEXT[i % 2] * (i % 4 + 1) + f"number {i}")
-    (directory / "below" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+        (directory / "deep" / f"{i}.txt").write_text(TEXT[i % 2] * (i % 4 + 1) + f"number {i}")
+    (directory / "deep" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     return directory
 
 
@@ -292,8 +292,8 @@ def test_documents_have_the_tokens_around_them_that_the_model_knows(tmp_path: Pa
 def test_text_is_read_from_files_lines_and_directories(text: Path, tmp_path: Path) -> None:
     corpus = given_text([str(text)], None, "text")
     names = {document.name for document in (*corpus.train, *corpus.held_out)}
-    assert len(names) == 40 and f"{(text / 'lines.jsonl').as_posix()}:20" in names
-    apart = given_text([str(text / "lines.jsonl")], [str(text)], "text")
+    assert len(names) == 40 and "docs.jsonl:20" in names
+    apart = given_text([str(text / "docs.jsonl")], [str(text)], "text")
     assert len(apart.train) == 20 and len(apart.held_out) == 20  # nothing is measured that is trained on
 
 
