@@ -1,5 +1,6 @@
 """What the modules of a step need besides the stream: rotary tables, and attention over this step's contexts."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
@@ -56,7 +57,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=spec.dtype, device=device)
 
 
-class _Paged:
+class _Paged(ABC):
     """A step over the paged cache, in general. Subclasses say which slots it writes, and which contexts it reads.
 
     Args:
@@ -90,8 +91,9 @@ class _Paged:
             self._groups[window] = self._build(window)
         return self._groups[window]
 
+    @abstractmethod
     def _build(self, window: int | None) -> list[Group]:
-        raise NotImplementedError
+        """The sequences to attend over, by equal shapes."""
 
 
 class PagedSequences(_Paged):

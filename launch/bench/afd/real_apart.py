@@ -1,5 +1,6 @@
 """The two rank processes of the disaggregated cases: halves of one checkpoint, and one edge over the link."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
@@ -37,7 +38,7 @@ def feed_forward_step(side: FeedForwardSide, edge: WatchedEdge, layout: Layout) 
         raise RuntimeError("the A rank is lost; what it said is above")
 
 
-class Rank(Generic[Side]):
+class Rank(ABC, Generic[Side]):
     """What both ranks do alike."""
 
     def __init__(self, side: Side, setup: Setup, store: dist.Store) -> None:
@@ -63,12 +64,13 @@ class Rank(Generic[Side]):
             return self.modules(task.load, task.rows)
         return self._turn(task)
 
+    @abstractmethod
     def decode(self, load: Load, sizes: list[int]) -> tuple[list[Window], list[list[int]]]:
         """All steps of a turn, in micro-batches of these sizes: when they were, and what was drawn."""
-        raise NotImplementedError
 
+    @abstractmethod
     def modules(self, load: Load, rows: int) -> Modules:
-        raise NotImplementedError
+        """What a layer takes on this side, without communication."""
 
     def alone(self, x: Tensor, context: PagedSequences | None) -> float:
         """Seconds of a layer's module on this side, the mean of all layers."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from launch.bench.afd.real_task import MODULE, REST, Span
+from launch.bench.afd.real_task import MODULE, REST
+from launch.bench.overlap.task import Span
 from parallel.residual import Block
 
 Window = tuple[float, float]

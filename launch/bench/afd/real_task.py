@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from launch.bench.overlap.task import Span
+
 AFD, TP, REPLICAS = "afd", "tp", "replicas"
 MODULE, REST = "module", "rest"  # kinds of compute: a block's modules; embedding, contexts and head
 
@@ -74,16 +76,6 @@ class Task:
     rows: int = 0
     together: bool = False
     traced: bool = False
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that one rank did, in seconds of the machine's monotonic clock."""
-
-    kind: str
-    name: str
-    begin: float
-    end: float
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.bench.afd.real_task import Decoded, Moment, Span
+from launch.bench.afd.real_task import Decoded, Moment
+from launch.bench.overlap.task import Span
 
 LANES = ("A compute", "A -> F", "F compute", "F -> A")
 

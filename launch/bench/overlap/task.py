@@ -79,7 +79,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Span:
-    """Something that one rank did, in seconds of the machine's monotonic clock. kind: compute, wait or reduce."""
+    """Something that one rank did, in seconds of the machine's monotonic clock. kind: here compute, wait or
+    reduce; in suite=afd a module or the rest."""
 
     kind: str
     name: str
