@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from time import monotonic
+from typing import Any, ClassVar
 
 import psutil
 import ray
@@ -32,6 +33,7 @@ class Gang:
     Attributes:
         name: the engine's or the pool's; generation: which life of it this is.
         ranks: rank actors, rank 0 first. places: where each of them runs.
+        asked: when (monotonic seconds) it asked the cluster for room that it has not got yet.
         address: where rank 0 takes requests, or where attention ranks join the pool.
     """
 
@@ -41,12 +43,20 @@ class Gang:
     ranks: list[ActorHandle] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     address: str | None = None
+    asked: float | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+
+    ROOM_SECONDS: ClassVar[float] = 5.0  # placing ranks takes less where there is room
 
     @property
     def group(self) -> str:
         """Name of the placement group."""
         return f"{self.deployment.name}/{self.generation}/{self.name}"
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether the cluster is full: longer than placing takes."""
+        return self.asked is not None and monotonic() - self.asked > self.ROOM_SECONDS
 
     @property
     def role(self) -> str:
@@ -80,7 +90,9 @@ class Gang:
         """
         cluster, size = self.deployment.cluster, self.size
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
+        self.asked = monotonic()
         group = placement.place(self.group, bundle, size, cluster.strategy, cluster.start_seconds, go)
+        self.asked = None
         actors = [self._actor(group, index) for index in range(size)]
         go = _pinging(actors, go)  # loading may take longer than a rank waits for its controller
         places = wait_for([a.where.remote() for a in actors], cluster.start_seconds, go)

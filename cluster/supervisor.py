@@ -20,6 +20,7 @@ from workers.rank import FFN
 
 log = logging.getLogger(__name__)
 
+STARTING = "placing the ranks and loading the model"
 NO_FIGURES = ("loop_runs", "pool_resumed_block", "micro_batches")  # of an engine's counters: no sense in adding them up
 
 
@@ -56,7 +57,7 @@ class Supervisor:
         self._keepers = [Keeper(deployment, n, self._journal, self._go, self._changed) for n in [*names, *pools]]
         self._engines, self._pools = self._keepers[: len(names)], self._keepers[len(names) :]
         self._front = Front(deployment, "gateway-0", self._journal.get("gateway_life", 0), self._journal.get("port", 0))
-        self._phase, self._detail = "starting", "placing the ranks and loading the model"
+        self._phase, self._detail = "starting", STARTING
         self._front_restarts = self._failed_fronts = 0
         self._figures: dict[str, float] = {}
 
@@ -150,10 +151,19 @@ class Supervisor:
             self._set("draining", "by order, no new requests are admitted (`launch.ctl resume` undoes it)")
         elif serving == len(self._keepers) and self._front.stats.get("ready"):
             self._set("ready", f"serving {self.deployment.model.name} at {self._front.url}")
-        elif self._phase != "starting":
+        elif self._phase == "starting":
+            self._set("starting", STARTING + self._full())
+        else:
             parts = "engines and FFN pool" if self._pools else "engines"
-            self._set("mending", f"{serving} of {len(self._keepers)} {parts} serve; starting the rest again")
+            rest = "starting the rest again" + self._full()
+            self._set("mending", f"{serving} of {len(self._keepers)} {parts} serve; {rest}")
         self._log()
+
+    def _full(self) -> str:
+        """Who waits for room, for a person who wonders why it takes so long."""
+        waiting = [f"{keeper.gang.size} of {keeper.name}" for keeper in self._keepers if keeper.gang.waits_for_room]
+        seconds = f"{self.deployment.cluster.start_seconds:.0f} s"
+        return f"; no room in the cluster yet for ranks: {', '.join(waiting)} (up to {seconds})" if waiting else ""
 
     def _changed(self) -> None:
         """In a keeper's thread: attention ranks hear of a pool at once, whatever the supervisor waits for."""

@@ -96,7 +96,10 @@ class RayNode:
         return self._process.poll() is None
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Live processes of this node whose title begins with `name`, such as "ray::RankActor"."""
+        """Live processes of this node whose title (without the folders of the program) begins with `name`.
+
+        For instance "ray::RankActor", or "wandb-core".
+        """
         return [p for p in self._processes() if _title(p).startswith(name)]
 
     def _up(self, log: str) -> bool:
@@ -194,9 +197,10 @@ def _ray() -> str:
 
 def _title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
+        program, *arguments = process.cmdline() or [""]  # empty when it has ended, a zombie too
     except psutil.NoSuchProcess:
         return ""
+    return " ".join([program.rpartition("/")[2], *arguments])
 
 
 def _free_port() -> int:

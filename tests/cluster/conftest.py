@@ -51,7 +51,7 @@ def bundled(cycle_model: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PrivateRay]:
-    with PrivateRay(num_cpus=4) as cluster, pytest.MonkeyPatch.context() as patch:
+    with PrivateRay(num_cpus=5) as cluster, pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.env.items():
             patch.setenv(name, value)
         ray.init(address=cluster.address, namespace="tests", log_to_driver=False)

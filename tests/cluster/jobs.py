@@ -80,10 +80,8 @@ class Job:
 
 def ours(cluster: PrivateRay) -> set[int]:
     """Processes of any deployment: actors, and W&B's helper."""
-    titles = ("ray::RankActor", "ray::GatewayActor", "ray::ControllerActor")
-    actors = [p for title in titles for p in cluster.processes(title)]
-    helpers = [p for p in cluster.processes("") if "wandb-core" in " ".join(p.cmdline()[:1])]
-    return {p.pid for p in [*actors, *helpers]}
+    titles = ("ray::RankActor", "ray::GatewayActor", "ray::ControllerActor", "wandb-core")
+    return {p.pid for title in titles for p in cluster.processes(title)}
 
 
 @contextmanager
@@ -91,7 +89,7 @@ def submit(
     cluster: PrivateRay, name: str, model: Path, run_dir: Path, *options: str, layout: Sequence[str] = ("layout.tp=2",)
 ) -> Iterator[Job]:
     """Submit, wait until it serves, and stop it in the end if the test has not."""
-    command = ["python", "-m", "launch.serve", "model=path", f"model.path={model}", "model.name=tiny", f"name={name}"]
+    command = ["python", "-m", "launch.serve", f"name={name}", "model=path", f"model.path={model}", "model.name=tiny"]
     command += [*layout, f"run_dir={run_dir}", "kv.tokens=8192", *options]
     cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
     before = ours(cluster)

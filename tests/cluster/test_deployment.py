@@ -208,7 +208,7 @@ def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_pa
 
 def test_a_driver_that_just_dies_takes_the_deployment_along(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
     with submit(cluster, "orphaned", model, tmp_path, "cluster.driver_seconds=3") as job:
-        (driver,) = [p for p in cluster.processes("python -m launch.serve") if "name=orphaned" in p.cmdline()]
+        (driver,) = cluster.processes("python -m launch.serve name=orphaned")
         driver.kill()
         eventually(lambda: not job.remains(), job.remains)
 
@@ -216,3 +216,10 @@ def test_a_driver_that_just_dies_takes_the_deployment_along(cluster: PrivateRay,
 def test_a_model_that_is_not_there_is_one_sentence(cluster: PrivateRay, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"model.path '/nowhere' is not a directory"):
         submit(cluster, "missing", Path("/nowhere"), tmp_path).__enter__()
+
+
+def test_ranks_without_room_are_told(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as failed:
+        submit(cluster, "crowded", model, tmp_path, "cluster.start_seconds=12", layout=("layout.tp=6",)).__enter__()
+    assert "no room in the cluster yet for ranks: 6 of engine-0 (up to 12 s)" in str(failed.value)
+    assert "stepladder failed: the cluster had no room for 6 x {'CPU': 1.0} within 12 s" in str(failed.value)
