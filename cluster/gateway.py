@@ -92,8 +92,8 @@ class GatewayActor:
     async def ping(self, controller: Place) -> dict[str, Any]:
         """A sign of life for both sides; `controller` is where the caller runs."""
         self._heard, self._controller = monotonic(), controller
-        for engine, stats in self._router.stats.items():
-            self._service.metrics.update_engine(asdict(stats), engine)
+        engines = {engine: asdict(stats) for engine, stats in self._router.stats.items()}
+        self._service.metrics.update_engines(engines)
         return {"ready": self._router.ready(), "in_flight": len(self._service.in_flight)}
 
     async def take_figures(self) -> dict[str, Any]:

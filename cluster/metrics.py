@@ -81,6 +81,7 @@ class Metrics:
             field: Counter(f"stepladder:{name}", text, labels, registry=self.registry)
             for field, (name, text) in _ENGINE_COUNTERS.items()
         }
+        self._engines: set[str] = set()
         self._seen: dict[tuple[str, str], float] = {}
 
     def observe(self, name: str, value: float) -> None:
@@ -89,19 +90,26 @@ class Metrics:
     def ended(self, reason: str) -> None:
         self._success.labels(self._model_name, reason).inc()
 
-    def update_engine(self, stats: Mapping[str, float], engine: str = "0") -> None:
-        """Take over the fields of an engine's `EngineStats`. A counter that went back means a restarted engine."""
+    def update_engines(self, engines: Mapping[str, Mapping[str, float]]) -> None:
+        """Take over the fields of each engine's `EngineStats`, by name: of all there are now.
+
+        The gauges of an engine that is gone are forgotten; its counters stay, as counters must. A counter that went
+        back means a restarted engine.
+        """
+        for engine in self._engines - engines.keys():
+            for gauge in self._gauges.values():
+                gauge.remove(self._model_name, engine)
+        self._engines = set(engines)
+        for engine, stats in engines.items():
+            self._update_engine(engine, stats)
+
+    def _update_engine(self, engine: str, stats: Mapping[str, float]) -> None:
         for field, gauge in self._gauges.items():
             gauge.labels(self._model_name, engine).set(stats[field])
         for field, counter in self._counters.items():
             before, now = self._seen.get((engine, field), 0.0), stats[field]
             counter.labels(self._model_name, engine).inc(now - before if now >= before else now)
             self._seen[engine, field] = now
-
-    def remove_engine(self, engine: str) -> None:
-        """Forget the gauges of an engine that is gone; its counters stay, as counters must."""
-        for gauge in self._gauges.values():
-            gauge.remove(self._model_name, engine)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -51,6 +51,9 @@ def _value(kind: Any, value: Any, where: str, strict: bool) -> Any:
         return build(cast(type, kind), value, where + ".", strict)
     if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]) and isinstance(value, Mapping):
         return {key: _value(get_args(kind)[1], inner, f"{where}.{key}", strict) for key, inner in value.items()}
+    if get_origin(kind) in (list, tuple) and is_dataclass(get_args(kind)[0]) and isinstance(value, list):
+        items = [_value(get_args(kind)[0], inner, f"{where}[{index}]", strict) for index, inner in enumerate(value)]
+        return get_origin(kind)(items)
     try:
         return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:

@@ -171,15 +171,14 @@ def test_engine_metrics() -> None:
         return metrics.registry.get_sample_value(f"stepladder:{name}", {"model_name": "m", "engine": engine})
 
     stats = asdict(EngineStats(running=3, waiting=2, kv_usage=0.5, preemptions=4, steps=100))
-    metrics.update_engine(stats)
-    metrics.update_engine({**stats, "steps": 110}, engine="0")
-    metrics.update_engine({**stats, "running": 1}, engine="1")
+    metrics.update_engines({"0": stats})
+    metrics.update_engines({"0": {**stats, "steps": 110}, "1": {**stats, "running": 1}})
     assert (value("num_requests_running", "0"), value("num_requests_running", "1")) == (3, 1)
     assert value("kv_cache_usage_perc", "0") == 0.5
     assert (value("engine_steps_total", "0"), value("num_preemptions_total", "0")) == (110, 4)
-    metrics.update_engine({**stats, "steps": 7, "preemptions": 0})
+    metrics.update_engines({"0": {**stats, "steps": 7, "preemptions": 0}, "1": stats})
     assert (value("engine_steps_total", "0"), value("num_preemptions_total", "0")) == (117, 4), "it was restarted"
-    metrics.remove_engine("0")
+    metrics.update_engines({"1": stats})
     assert value("num_requests_running", "0") is None and value("engine_steps_total", "0") == 117
 
 

@@ -24,6 +24,7 @@ class Outer:
     inner: Inner
     several: dict[str, Inner] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
+    row: list[Inner] = field(default_factory=list)
     maybe: int | None = None
 
 
@@ -31,8 +32,15 @@ WHOLE = {"name": "a", "inner": {"size": 2}}
 
 
 def test_nested_values_become_nested_dataclasses() -> None:
-    built = build(Outer, {**WHOLE, "several": {"x": {"size": 3, "ratio": 1}}, "numbers": [1, 2], "maybe": None})
-    assert built == Outer(name="a", inner=Inner(size=2), several={"x": Inner(size=3, ratio=1.0)}, numbers=[1, 2])
+    values = {
+        **WHOLE,
+        "several": {"x": {"size": 3, "ratio": 1}},
+        "numbers": [1, 2],
+        "row": [{"size": 4}],
+        "maybe": None,
+    }
+    several, row = {"x": Inner(size=3, ratio=1.0)}, [Inner(size=4)]
+    assert build(Outer, values) == Outer(name="a", inner=Inner(size=2), several=several, numbers=[1, 2], row=row)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +48,15 @@ def test_nested_values_become_nested_dataclasses() -> None:
     [
         ({"inner": {"size": 1}}, "name is missing; give name=..."),
         ({"name": "a", "inner": {}}, "inner.size is missing; give inner.size=..."),
-        ({**WHOLE, "nmae": 1}, "nmae is not an option; the top level takes inner, maybe, name, numbers, several"),
+        ({**WHOLE, "nmae": 1}, "nmae is not an option; the top level takes inner, maybe, name, numbers, row, several"),
         ({"name": "a", "inner": {"size": 1, "sise": 1}}, "inner.sise is not an option; inner takes ratio, size"),
         ({"name": "a", "inner": {"size": "1"}}, "inner.size is '1': expected `int`, got `str`"),
         ({"name": "a", "inner": {"size": 0}}, "size is 0; it must be at least 1"),
         ({**WHOLE, "name": 3}, "name is 3: expected `str`, got `int`"),
         ({**WHOLE, "numbers": [1, "b"]}, "numbers is [1, 'b']: expected `int`, got `str` - at `$[1]`"),
         ({**WHOLE, "several": {"x": {"size": 1, "sise": 2}}}, "several.x.sise is not an option"),
+        ({**WHOLE, "row": [{"size": 1}, {"sise": 2}]}, "row[1].sise is not an option; row[1] takes ratio, size"),
+        ({**WHOLE, "row": {"size": 1}}, "row is {'size': 1}: expected `array`, got `object`"),
         ({**WHOLE, "several": {"x": 7}}, "several.x is 7: expected `object`, got `int`"),
         ({"name": "a", "inner": None}, "inner is None: expected `object`, got `null`"),
     ],
