@@ -141,7 +141,7 @@ class Gang:
     def stop(self) -> None:
         """Let the ranks leave their loops, then remove everything."""
         with suppress(RayError):
-            ray.get([a.stop.remote() for a in self.ranks[:1]], timeout=2)
+            ray.get([a.stop.remote() for a in self.ranks], timeout=2)
         self.kill()
 
     def kill(self) -> None:

@@ -47,6 +47,7 @@ class RankActor:
         self._heard = monotonic()
         self._rank: Rank | None = None
         self._running = False
+        self._loop = threading.Thread(target=self._run, daemon=True, name="rank-loop")
         threading.Thread(target=self._watch, daemon=True, name="orphan-watch").start()
 
     def where(self) -> Place:
@@ -75,7 +76,7 @@ class RankActor:
     def start(self) -> None:
         """Begin the loop."""
         self._running = True
-        threading.Thread(target=self._run, daemon=True, name="rank-loop").start()
+        self._loop.start()
 
     @ray.method(concurrency_group="ctl")
     def ping(self) -> dict[str, Any]:
@@ -91,9 +92,10 @@ class RankActor:
 
     @ray.method(concurrency_group="ctl")
     def stop(self) -> None:
-        """Ask the loop to end."""
-        if self._rank:
+        """Ask the loop to end, and wait for it: whoever is killed before the others have left breaks their group."""
+        if self._rank and self._running:
             self._rank.stop()
+            self._loop.join()
 
     def _run(self) -> None:
         """A broken group cannot be repaired from inside: end the process, so that everybody notices at once."""
