@@ -22,6 +22,7 @@ class Row:
     Attributes:
         case: what was run. metric: what was measured.
         bound: the best or worst that this value can be, in the same unit. rival: what it competes with measured.
+        interval: of 95 % around `value`.
     """
 
     case: str
@@ -30,10 +31,13 @@ class Row:
     unit: str
     bound: float | None = None
     rival: float | None = None
+    interval: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         ratios = {"ratio_to_bound": _ratio(self.value, self.bound), "ratio_to_rival": _ratio(self.value, self.rival)}
-        return {name: getattr(self, name) for name in ("case", "metric", "value", "unit", "bound", "rival")} | ratios
+        return {
+            name: getattr(self, name) for name in ("case", "metric", "value", "interval", "unit", "bound", "rival")
+        } | ratios
 
 
 class Goal(NamedTuple):
@@ -149,12 +153,17 @@ def _bars(report: Report, figure: Any) -> None:
 def _rows_table(report: Report) -> str:
     heading = ["case", "metric", "value", "unit", "bound", "of bound", "rival", "of rival"]
     rows = [
-        [r.case, r.metric, _short(r.value), r.unit, _short(r.bound), _percent(r.value, r.bound), _short(r.rival),
+        [r.case, r.metric, _with_interval(r), r.unit, _short(r.bound), _percent(r.value, r.bound), _short(r.rival),
          _percent(r.value, r.rival)]
         for r in report.rows
     ]  # fmt: skip
     note = f"\nemulated: {report.emulated}" if report.emulated else ""
     return table([heading, *rows]) + note
+
+
+def _with_interval(row: Row) -> str:
+    around = f" ({_short(row.interval[0])} to {_short(row.interval[1])})" if row.interval else ""
+    return _short(row.value) + around
 
 
 def _summary_table(report: Report) -> str:
