@@ -161,9 +161,9 @@ def _rows_table(report: Report) -> str:
     return table([heading, *rows]) + note
 
 
-def _with_interval(row: Row) -> str:
-    around = f" ({_short(row.interval[0])} to {_short(row.interval[1])})" if row.interval else ""
-    return _short(row.value) + around
+def _with_interval(row: Row) -> str | None:
+    value = _short(row.value)
+    return f"{value} ({_short(row.interval[0])} to {_short(row.interval[1])})" if row.interval else value
 
 
 def _summary_table(report: Report) -> str:

@@ -190,6 +190,7 @@ def test_goodput_counts_requests_within_every_limit() -> None:
 
 def test_the_common_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [Row("a", "speed", 8.0, "tokens/s", bound=10.0, rival=4.0), Row("b", "speed", None, "tokens/s")]
+    rows.append(Row("c", "gain", 1.5, "x", interval=(1.25, 1.75)))
     report = Report("demo", rows, {"fast": at_least(8.0, 9), "small": at_most(None, 3)}, emulated="links of 1 ms")
     publish(report, ["suite=demo", "a=b c"], tmp_path)
     written = json.loads((tmp_path / "demo.json").read_text())
@@ -199,13 +200,14 @@ def test_the_common_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "case": "a", "metric": "speed", "value": 8.0, "unit": "tokens/s", "bound": 10.0, "rival": 4.0,
         "ratio_to_bound": 0.8, "ratio_to_rival": 2.0,
     }  # fmt: skip
-    assert written["rows"][1]["ratio_to_bound"] is None
+    assert written["rows"][1]["ratio_to_bound"] is None and written["rows"][2]["interval"] == [1.25, 1.75]
     assert written["summary"] == {
         "fast": {"value": 8.0, "goal": ">= 9", "holds": False},
         "small": {"value": None, "goal": "<= 3", "holds": False},
     }
     assert (tmp_path / "demo.png").stat().st_size > 1000
     printed = capsys.readouterr().out.rstrip().splitlines()
+    assert any("1.5 (1.25 to 1.75)" in line for line in printed)
     assert printed[-3].split() == ["summary", "value", "goal", "holds"] and "emulated: links of 1 ms" in printed
 
 
