@@ -35,9 +35,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         ratios = {"ratio_to_bound": _ratio(self.value, self.bound), "ratio_to_rival": _ratio(self.value, self.rival)}
-        return {
-            name: getattr(self, name) for name in ("case", "metric", "value", "interval", "unit", "bound", "rival")
-        } | ratios
+        numbers = {name: getattr(self, name) for name in ("case", "metric", "value", "unit", "bound", "rival")}
+        return numbers | ratios | ({"interval": self.interval} if self.interval else {})
 
 
 class Goal(NamedTuple):
