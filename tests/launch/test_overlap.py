@@ -44,6 +44,13 @@ def test_the_bound_of_one_layer_by_hand() -> None:
     assert shortest_step(parts, BOUND) == 1 + 7
 
 
+def test_what_a_reduce_takes_of_the_core_does_not_hide() -> None:
+    """The same with 0.5 of the core for each reduce: attention's is under way beside the ffn."""
+    parts = Parts(attention=2.0, ffn=5.0, reduce=3.0, spacing=3.0, rest=1.0, layers=1, cpu=0.5)
+    assert shortest_step(parts, "ladder") == 1 + 3 + (2 + 5 + 0.5) + 3
+    assert shortest_step(parts, "standard") == 1 + 3 + (2 + 3) + (5 + 3), "nothing is beside a reduce"
+
+
 def test_a_paired_ratio_ignores_what_both_sides_share() -> None:
     noise = [1.0, 5.0, 2.0, 9.0, 1.5, 3.0, 7.0]
     ratio = paired_ratio([1.6 * n for n in noise], noise)

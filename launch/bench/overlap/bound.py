@@ -10,7 +10,8 @@ from launch.bench.overlap.task import BOUND
 class Parts:
     """Measured seconds. attention, ffn: compute of one block of each; reduce: a lone all-reduce, from issue to done;
     spacing: from one reduce's end to the next one's, if both were issued together (0 on a link that is only slow to
-    answer, `reduce` on one that is only narrow); rest: of a step, what is neither block nor reduce."""
+    answer, `reduce` on one that is only narrow); rest: of a step, what is neither block nor reduce; cpu: of a
+    core, for one reduce."""
 
     attention: float
     ffn: float
@@ -18,6 +19,7 @@ class Parts:
     spacing: float
     rest: float
     layers: int
+    cpu: float = 0.0
 
 
 def shortest_step(parts: Parts, wiring: str) -> float:
@@ -27,6 +29,9 @@ def shortest_step(parts: Parts, wiring: str) -> float:
     after its issue and `spacing` after the one before it. For equal blocks this is the model of Ladder Residual's
     authors' measurements: standard c + a a module, ladder max(c, a) where reduces queue and max(c, (c + a)/2) where
     they do not, parallel c + a/2. The embedding's reduce and the last one have nothing to hide under.
+
+    A CPU rank has one core: what a reduce takes of it (`cpu`, part of `reduce`) cannot pass under a block's compute, so
+    a block under which a reduce is on its way takes that much longer. On a GPU it is 0.
     """
     layer = [parts.attention, parts.ffn]
     blocks = ([sum(layer)] if wiring.endswith("parallel") else layer) * parts.layers
@@ -37,7 +42,8 @@ def shortest_step(parts: Parts, wiring: str) -> float:
 
 def _last_reduce(blocks: Sequence[float], lag: int, parts: Parts) -> float:
     computed, done = 0.0, [float("-inf")] * (lag + 1)
-    for seconds in blocks:
-        computed = max(computed, done[-1 - lag]) + seconds
+    for number, seconds in enumerate(blocks):
+        beside = parts.cpu if lag and number else 0.0
+        computed = max(computed, done[-1 - lag]) + seconds + beside
         done.append(max(computed + parts.reduce, done[-1] + parts.spacing))
     return done[-1]

@@ -2,7 +2,7 @@
 
 import sys
 from datetime import timedelta
-from time import perf_counter
+from time import perf_counter, process_time
 
 import msgspec
 import torch
@@ -44,12 +44,13 @@ def measure(model: Transformer, mesh: Group, task: Task) -> Answer:
         mesh.late = task.late
     steps = Steps(model, mesh, task.case)
     size = (task.case.tokens, model.spec.hidden_size)
-    answer = Answer({}, [], [], {})
+    answer = Answer({}, [], [], [], {})
     for number, order in enumerate([*orders(1), *orders(task.rounds)]):
         seconds = {variant: steps(variant) for variant in order}
-        lone, pair = (_reduces(mesh, size, model.spec.dtype, count) for count in (1, 2))
+        (lone, cpu), (pair, _) = (_reduces(mesh, size, model.spec.dtype, count) for count in (1, 2))
         if number:  # the first warms up
             answer.reduce.append(lone)
+            answer.reduce_cpu.append(cpu)
             answer.pair.append(pair)
             for variant, one in seconds.items():
                 answer.steps.setdefault(variant, []).append(one)
@@ -61,15 +62,16 @@ def measure(model: Transformer, mesh: Group, task: Task) -> Answer:
     return answer
 
 
-def _reduces(mesh: Mesh, size: tuple[int, int], dtype: torch.dtype, count: int) -> float:
-    """Seconds from the first issue to the last completion of `count` reduces issued together."""
+def _reduces(mesh: Mesh, size: tuple[int, int], dtype: torch.dtype, count: int) -> tuple[float, float]:
+    """Seconds from the first issue to the last completion of `count` reduces issued together, and this process's
+    CPU seconds meanwhile."""
     tensors = [torch.ones(size, dtype=dtype, device=mesh.device) for _ in range(count)]
     meet(mesh)
-    began = perf_counter()
+    began, busy = perf_counter(), process_time()
     for pending in [mesh.all_reduce(tensor) for tensor in tensors]:
         pending.wait()
     settle(mesh)
-    return perf_counter() - began
+    return perf_counter() - began, process_time() - busy
 
 
 def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, late: float) -> None:

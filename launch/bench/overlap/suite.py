@@ -6,7 +6,7 @@ of network namespaces, with gloo over a shaped link; with two GPUs two processes
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from pathlib import Path
 from statistics import median
@@ -169,6 +169,8 @@ def _point(wire: Wire, case: Case, answers: list[Answer], config: OverlapBench) 
     attention, ffn = attention * scale, ffn * scale
     parts = Parts(attention, ffn, lone, max(0.0, pair - lone), alone - layers * (attention + ffn), layers)
     ratios = {name: paired_ratio(steps["standard"], steps[name]) for name in VARIANTS}
+    if not config.cuda:
+        parts = replace(parts, cpu=median(max(each) for each in zip(*(a.reduce_cpu for a in answers), strict=True)))
     return Point(wire, case, steps, parts, answers, ratios)
 
 
@@ -236,7 +238,9 @@ def _plain(point: Point) -> dict[str, Any]:
         }
         for name in VARIANTS
     }
-    parts = {name: getattr(point.parts, name) * 1e3 for name in ("attention", "ffn", "reduce", "spacing", "rest")}
+    parts = {
+        name: getattr(point.parts, name) * 1e3 for name in ("attention", "ffn", "reduce", "spacing", "rest", "cpu")
+    }
     return {
         "link": point.wire.name,
         "rate_mbit": point.wire.rate,

@@ -93,7 +93,8 @@ class Answer:
     """One rank's measurements, in seconds; lists by round.
 
     Attributes:
-        steps: by variant. reduce: a lone all-reduce of the case's size. pair: two that were issued together.
+        steps: by variant. reduce: a lone all-reduce of the case's size; reduce_cpu: what of a core it takes; pair: two
+            that were issued together.
         blocks: by module, the compute of one of its blocks, without communication.
         hidden: by wiring, the share of the reduces' time that the rank's counters call hidden. CPU ranks only.
         spans: by wiring, some steps as they went, for the same share computed from a trace. CPU ranks only.
@@ -101,6 +102,7 @@ class Answer:
 
     steps: dict[str, list[float]]
     reduce: list[float]
+    reduce_cpu: list[float]
     pair: list[float]
     blocks: dict[str, float]
     hidden: dict[str, float] = field(default_factory=dict)
