@@ -7,12 +7,13 @@ print(llm.generate(["def main():"], SamplingParams(max_tokens=64, temperature=0.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 import torch
 
+from parallel.generation import GenerationDefaults
 from parallel.mesh import SingleRank
 from parallel.spec import ModelSpec
 from workers.config import EngineConfig, KvConfig
@@ -82,6 +83,9 @@ class LLM:
         kv: the cache in full, in place of `kv_tokens`; without a number of tokens it is measured how many fit.
         options: fields of `EngineConfig`, such as max_sequences, dtype or batch_invariant.
 
+    Attributes:
+        defaults: sampling parameters that the model's generation_config.json recommends; the others as they are.
+
     Raises:
         ValueError: the model or an option is unusable.
     """
@@ -100,6 +104,7 @@ class LLM:
         if engine.threads:
             torch.set_num_threads(engine.threads)
         spec = engine.of(ModelSpec.load(path))
+        self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
         self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         capture = CudaCapture(mesh.device) if engine.graphs_on(mesh.device) else None
@@ -111,11 +116,15 @@ class LLM:
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 
     def generate(self, prompts: list[str], params: SamplingParams | None = None) -> list[Completion]:
-        """Continue every prompt, batched; results are in the prompts' order."""
-        done = dict(self.stream(prompts, params or SamplingParams()))
+        """Continue every prompt, batched; results are in the prompts' order.
+
+        Args:
+            params: None takes the model's `defaults`, with max_tokens as far as the context goes.
+        """
+        done = dict(self.stream(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def stream(self, prompts: list[str], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    def stream(self, prompts: list[str], params: SamplingParams | None = None) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but yields (index of the prompt, completion) as each one ends.
 
         Several streams may be read in turn. One that is not read to its end takes its requests along when it is closed.
@@ -127,11 +136,13 @@ class LLM:
         own: list[str] = []
         try:
             for index, prompt in enumerate(prompts):
-                request = Request(id=next(self._ids), prompt=tuple(self.tokenizer.encode(prompt)), params=params)
+                tokens = tuple(self.tokenizer.encode(prompt))
+                wanted = params or self.engine.config.fit(self.defaults, len(tokens))
+                request = Request(id=next(self._ids), prompt=tokens, params=wanted)
                 self.engine.add(request)
                 own.append(request.id)
-                text = TextStream.of(self.tokenizer, params)
-                self._growing[request.id] = _Growing(index, prompt, params, text, done)
+                text = TextStream.of(self.tokenizer, wanted)
+                self._growing[request.id] = _Growing(index, prompt, wanted, text, done)
             for _ in prompts:
                 while not done:
                     self._step()

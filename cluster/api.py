@@ -40,23 +40,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    config = service.config
-    card = {
-        "id": config.model_name,
-        "object": "model",
-        "created": config.created,
-        "owned_by": "stepladder",
-        "max_model_len": config.max_model_len,
-    }
-
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [service.card()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return card
+        return service.card()
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:

@@ -88,7 +88,7 @@ class GatewayConfig:
     Attributes:
         host: address to listen on; loopback unless told otherwise.
         port: 0 takes a free one, which then stays the same for the deployment's life.
-        api_key: if set, requests need it as a bearer token.
+        api_key: if set, requests need it as a bearer token; never empty.
         drain_seconds: how long requests in flight may still run after SIGTERM.
         resource: a Ray resource that the gateway's node must have, such as node:__internal_head__ for the head; None
             takes any node.
@@ -107,6 +107,8 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port is {self.port}; it must be between 0 and 65535")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("gateway.api_key is empty; give a key that clients can send, or null to let everybody in")
         if self.otlp_traces_endpoint is not None:
             check_endpoint(self.otlp_traces_endpoint)
 

@@ -1,8 +1,10 @@
 """The gateway as the controller sees it: it starts, is adopted, answers, and is replaced on the same port."""
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 import ray
@@ -12,6 +14,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from cluster.config import Deployment
 from cluster.gang import kill_process
 from cluster.gateway import GatewayActor
+from cluster.sentence import sentence
+from cluster.waiting import wait_for
 from cluster.wire import Endpoint
 from workers.actors import Place
 
@@ -41,11 +45,12 @@ class Front:
             host = self.place.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
-    def start(self) -> None:
+    def start(self, go: Callable[[], bool]) -> None:
         """A new actor on the same port as before.
 
         Raises:
-            ValueError: the port is taken, or the tokenizer unusable. RayError, GetTimeoutError: the process died.
+            ValueError: the port is taken, or the tokenizer unusable. TimeoutError, RayError: it is silent, or died.
+            Cancelled: `go` turned False.
         """
         self.life += 1
         self._told = None
@@ -54,8 +59,9 @@ class Front:
             name=self._actor_name, lifetime="detached", resources={resource: 0.001} if resource else None
         ).remote(self.deployment, self._actor_name)
         seconds = self.deployment.cluster.start_seconds
-        self.place = ray.get(self.actor.where.remote(), timeout=seconds)
-        self.port = ray.get(self.actor.start.remote(self.port or self.deployment.gateway.port), timeout=seconds)
+        (self.place,) = wait_for([self.actor.where.remote()], seconds, go)
+        port = self.port or self.deployment.gateway.port
+        (self.port,) = wait_for([self.actor.start.remote(port)], seconds, go)
 
     def adopt(self) -> bool:
         """Take over the gateway that an earlier controller left running."""
@@ -73,7 +79,7 @@ class Front:
         try:
             self.stats = ray.get(self.actor.ping.remote(self._here), timeout=self.deployment.cluster.hang_seconds)
         except (RayError, GetTimeoutError) as error:
-            log.error("%s does not answer: %s", self._actor_name, (str(error).splitlines() or ["timeout"])[0])
+            log.error("%s does not answer: %s", self._actor_name, sentence(error))
             return False
         return True
 
@@ -93,11 +99,13 @@ class Front:
         except (RayError, GetTimeoutError):
             return {}
 
-    def drain(self, seconds: float) -> None:
-        """Let it finish what is in flight, then end it."""
+    def drain(self, seconds: float, meanwhile: Callable[[], None]) -> None:
+        """Let it finish what is in flight, then end it. Until then it is pinged, and `meanwhile` called in between."""
         if self.actor is not None:
-            with suppress(RayError, GetTimeoutError):
-                ray.get(self.actor.drain.remote(seconds), timeout=seconds + 10)
+            drained, deadline = [self.actor.drain.remote(seconds)], monotonic() + seconds + 10
+            every = self.deployment.cluster.ping_seconds
+            while not ray.wait(drained, timeout=every)[0] and monotonic() < deadline and self.alive():
+                meanwhile()
         self.kill()
 
     def kill(self) -> None:

@@ -15,6 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster import placement
 from cluster.config import Deployment
+from cluster.copies import Copies
+from cluster.sentence import sentence
 from cluster.waiting import wait_for
 from cluster.wire import Endpoint
 from parallel.shards import Shard
@@ -32,6 +34,7 @@ class Gang:
 
     Attributes:
         name: the engine's or the pool's; generation: which life of it this is.
+        copies: of the model, as the nodes of this deployment have them.
         ranks: rank actors, rank 0 first. places: where each of them runs.
         asked: when (monotonic seconds) it asked the cluster for room that it has not got yet.
         address: where rank 0 takes requests, or where attention ranks join the pool.
@@ -40,6 +43,7 @@ class Gang:
     deployment: Deployment
     name: str
     generation: int
+    copies: Copies
     ranks: list[ActorHandle] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     address: str | None = None
@@ -133,7 +137,7 @@ class Gang:
             log.error("%s: a rank has not answered for %.0f s", self.group, self.deployment.cluster.hang_seconds)
             return False
         except RayError as error:
-            log.error("%s: a rank died: %s", self.group, str(error).splitlines()[0])
+            log.error("%s: a rank died: %s", self.group, sentence(error))
             return False
         self.stats = answers[0]
         return all(answer["loop_runs"] for answer in answers)
@@ -151,19 +155,15 @@ class Gang:
                 ray.kill(actor)
             kill_process(place)
         placement.remove(self.group)
+        self.ranks, self.places, self.asked = [], [], None
 
     def _compare_checkpoints(self, go: Callable[[], bool]) -> None:
-        """All nodes must have the same files, before any rank reads them."""
-        path, one_per_node = (
-            self.deployment.model.path,
-            dict(zip((p.node for p in self.places), self.ranks, strict=True)),
-        )
-        refs = [actor.fingerprint.remote(path) for actor in one_per_node.values()]
-        prints = wait_for(refs, self.deployment.cluster.start_seconds, go)
-        if len(set(prints)) > 1:
-            hosts = {place.node: place.host for place in self.places}
-            seen = ", ".join(f"{hosts[node]}: {print_[:12]}" for node, print_ in zip(one_per_node, prints, strict=True))
-            raise ValueError(f"model.path {path} holds different files on different nodes ({seen}); copy it again")
+        """All nodes must have the same files, those of other gangs too, before any rank reads them."""
+        path, seconds = self.deployment.model.path, self.deployment.cluster.start_seconds
+        one_per_node = {place.host: actor for place, actor in zip(self.places, self.ranks, strict=True)}
+        found = wait_for([actor.fingerprints.remote(path) for actor in one_per_node.values()], seconds, go)
+        for host, files in zip(one_per_node, found, strict=True):
+            self.copies.compare(host, files)
 
     def _actor(self, group: Any, index: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)

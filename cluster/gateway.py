@@ -42,6 +42,25 @@ class _Nothing:
         pass
 
 
+def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
+    """What the gateway of a deployment serves, whose model lies in `directory`.
+
+    Raises:
+        ValueError: the model's configuration or the limits are unusable.
+    """
+    spec, recommended = ModelSpec.load(directory), GenerationDefaults.load(directory)
+    return ServiceConfig(
+        model_name=deployment.model.name,
+        max_model_len=deployment.engine.model_len(spec, deployment.kv, deployment.kv.tokens),
+        vocab_size=spec.vocab_size,
+        version=version("stepladder"),
+        api_key=deployment.gateway.api_key,
+        tokenizer_info=deployment.gateway.tokenizer_info,
+        defaults=replace(SamplingParams(), **recommended.sampling),
+        chat_max_tokens=recommended.max_tokens,
+    )
+
+
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class GatewayActor:
     """One HTTP endpoint of a deployment. It kills a controller that hangs, and ends itself when none comes back."""
@@ -63,17 +82,8 @@ class GatewayActor:
         """
         deployment = self._deployment
         directory = resolve(deployment.model.path)
-        spec = ModelSpec.load(directory)
-        config = ServiceConfig(
-            model_name=deployment.model.name,
-            max_model_len=deployment.engine.model_len(spec, deployment.kv.tokens or spec.max_position),
-            vocab_size=spec.vocab_size,
-            version=version("stepladder"),
-            api_key=deployment.gateway.api_key,
-            tokenizer_info=deployment.gateway.tokenizer_info,
-            defaults=replace(SamplingParams(), **GenerationDefaults.load(directory).sampling),
-        )
-        self._router = Router(self._name, deployment.secret, silence=deployment.cluster.hang_seconds * 3)
+        config = service_config(deployment, directory)
+        self._router = Router.of(self._name, deployment)
         self._service = Service(self._router, Tokenizer(directory), config)
         endpoint = deployment.gateway.otlp_traces_endpoint
         self._traces = Traces(endpoint, config.version) if endpoint else None
@@ -102,7 +112,6 @@ class GatewayActor:
 
     async def drain(self, seconds: float) -> None:
         """Admit nothing more; return when all is answered or `seconds` are over, having closed what was left."""
-        self._controller = None  # it waits for us now, and does not ping
         await self._service.drain(seconds)
         self._server.should_exit = True
         await self._serving

@@ -4,9 +4,11 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
+from cluster.attempts import Attempts
 from cluster.config import Deployment
+from cluster.copies import Copies
 from cluster.gang import Gang
 from cluster.journal import Journal
 from cluster.waiting import Cancelled
@@ -21,29 +23,26 @@ class Keeper:
 
     Args:
         name: the engine's; its generation lies in the journal under this name.
-        go: whether the deployment is to go on; asked often.
-        changed: called whenever `endpoint` or `failure` has changed.
+        copies: what the nodes have of the model; all keepers share it.
+        changed: called whenever `endpoint` or `starts` has changed.
 
     Attributes:
         endpoint: where the engine takes requests, or the pool its members; None while it does not.
-        failure: why it will not be tried again; None while it will.
-        restarts: how often it was put back. broke: what ended this keeper's thread, if it was not asked to end.
+        starts: how starting it goes.
+        restarts: how often it was lost. broke: what ended this keeper's thread, if it was not asked to end.
     """
 
-    MAX_FAILED_STARTS = 3  # of an engine that has never worked
-
     def __init__(
-        self, deployment: Deployment, name: str, journal: Journal, go: Callable[[], bool], changed: Callable[[], None]
+        self, deployment: Deployment, name: str, journal: Journal, copies: Copies, changed: Callable[[], None]
     ) -> None:
-        self._deployment, self.name, self._journal, self._go, self._changed = deployment, name, journal, go, changed
-        self.gang = Gang(deployment, name, journal.get(f"generation of {name}", 0))
+        self._deployment, self.name, self._journal, self._changed = deployment, name, journal, changed
+        self.gang = Gang(deployment, name, journal.get(f"generation of {name}", 0), copies)
         self.endpoint: Endpoint | None = None
-        self.failure: str | None = None
-        self.restarts = self._failed_starts = 0
-        self._worked = False
+        self.starts = Attempts(name, worked=journal.get("served", False))
+        self.restarts = 0
         self._met: tuple[int, PoolAddress | None] | None = None
         self._meeting = threading.Lock()
-        self._pause = threading.Event()
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run_noting, daemon=True, name=f"keeper-{name}")
         self.broke: Exception | None = None
 
@@ -62,20 +61,21 @@ class Keeper:
                 self._met = now
 
     def adopt(self) -> None:
-        """After a restart of the controller: take the gang over if it is whole, remove it if not."""
-        if self.gang.generation and self.gang.adopt():
-            self._worked = True
+        """After a restart of the controller: take the gang over if it is whole and ours, remove it if not."""
+        if not self.gang.generation:
+            return
+        if self.gang.adopt() and self._journal.resumed:
+            self.starts.succeeded()
             self._show(self.gang.endpoint)
-        elif self.gang.generation:
-            self.gang.kill()
-            self.gang.ranks.clear()
+        else:
+            self._clear()
 
     def start(self) -> None:
         self._thread.start()
 
     def end(self) -> None:
         """Stop looking after the gang, and take it down."""
-        self._pause.set()
+        self._ending.set()
         self._thread.join()
         self.gang.stop()
 
@@ -87,49 +87,42 @@ class Keeper:
             self._changed()
 
     def _run(self) -> None:
-        while self._go() and not self._pause.is_set() and not self.failure:
+        while not self._ending.is_set() and not self.starts.over:
             try:
-                if not self.gang.ranks or not self.gang.alive():
-                    self._put_back()
+                self._look()
             except Cancelled:
                 return
-            except (ValueError, TimeoutError) as error:
-                self._give_up(str(error))
-            except RayError as error:
-                self._failed_start(error)
-            self._pause.wait(self._deployment.cluster.ping_seconds)
+            except (ValueError, TimeoutError, RayError) as error:
+                self.starts.failed(error)
+                self._clear()
+            self._ending.wait(max(self._deployment.cluster.ping_seconds, self.starts.pause))
 
-    def _put_back(self) -> None:
-        """A new generation in place of whatever there was."""
-        if self.gang.ranks:
+    def _look(self) -> None:
+        """Ping the gang; if it has died, or there is none, start one."""
+        if self.gang.ranks and not self.gang.alive():
             self.restarts += 1
             log.error("%s was lost; starting another", self.gang.group)
-            self._show(None)
-            self._failed_starts += not self._worked
-        self.gang.kill()
-        if self._failed_starts >= self.MAX_FAILED_STARTS:
-            raise ValueError(f"{self.name} died {self._failed_starts} times as soon as it had started; see its log")
+            self._clear()
+        if not self.gang.ranks:
+            self._start()
+
+    def _start(self) -> None:
+        """A new generation."""
         generation = self.gang.generation + 1
         self._journal.set(**{f"generation of {self.name}": generation})
-        self.gang = Gang(self._deployment, self.name, generation)
-        self.gang.start(lambda: self._go() and not self._pause.is_set())
-        self._worked = self._worked or self.gang.alive()
+        self.gang = Gang(self._deployment, self.name, generation, self.gang.copies)
+        self.gang.start(lambda: not self._ending.is_set())
+        if not self.gang.alive():
+            raise RayActorError(error_msg=f"{self.gang.group} died as soon as it had started; see its log")
+        self.starts.succeeded()
         self._show(self.gang.endpoint)
 
-    def _failed_start(self, error: Exception) -> None:
-        """A process died while it was being started: try again, but not for ever if it never worked."""
-        self._failed_starts += 1
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.error("start %d of %s failed: %s", self._failed_starts, self.name, reason)
-        if not self._worked and self._failed_starts >= self.MAX_FAILED_STARTS:
-            self._give_up(f"{self._failed_starts} starts of {self.name} failed, the last one with: {reason}")
-        self._pause.wait(min(2.0**self._failed_starts, 30.0))
-
-    def _give_up(self, why: str) -> None:
-        self.failure = why
+    def _clear(self) -> None:
+        """Nothing is left of the gang."""
+        self.endpoint = None
+        self._changed()
         self.gang.kill()
-        self._show(None)
 
-    def _show(self, endpoint: Endpoint | None) -> None:
+    def _show(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self._changed()

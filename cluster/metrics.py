@@ -5,14 +5,18 @@ engine (queue, prefill) come from there as durations. Names and buckets:
 https://docs.vllm.ai/en/latest/design/metrics.html.
 """
 
-from collections.abc import Mapping
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, product
 from time import monotonic
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from cluster.window import Window
 from workers.core import Start
+from workers.engine import STEP_TOKENS
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _BETWEEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -31,6 +35,9 @@ _HISTOGRAMS = {
     "request_inference_time_seconds": ("Prefill and decode.", _PHASE),
     "request_prompt_tokens": ("Prompt tokens of a sequence.", _TOKENS),
     "request_generation_tokens": ("Generated tokens of a sequence.", _TOKENS),
+    "request_max_num_generation_tokens": ("Generated tokens of the longest of a prompt's n sequences.", _TOKENS),
+    "request_params_max_tokens": ("The parameter max_tokens of a sequence.", _TOKENS),
+    "request_params_n": ("The parameter n of a prompt.", (1, 2, 5, 10, 20)),
 }
 # field of EngineStats -> metric
 _ENGINE_GAUGES = {
@@ -44,6 +51,27 @@ _ENGINE_COUNTERS = {
     "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found there."),
 }
+
+
+class StepSizes(Collector):
+    """The histogram of tokens per step, which every engine counts itself.
+
+    Attributes:
+        engines: `EngineStats` by name, of the engines there are now. One that was restarted begins anew.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.engines: Mapping[str, Mapping[str, Any]] = {}
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        name, labels = "stepladder:iteration_tokens_total", ["model_name", "engine"]
+        family = HistogramMetricFamily(name, "Tokens of a step.", labels=labels)
+        bounds = [*(str(float(bound)) for bound in STEP_TOKENS), "+Inf"]
+        for engine, stats in self.engines.items():
+            buckets = list(zip(bounds, accumulate(stats["step_sizes"]), strict=True))
+            family.add_metric([self._model_name, engine], buckets, stats["step_tokens"])
+        yield family
 
 
 class Metrics:
@@ -81,6 +109,8 @@ class Metrics:
             field: Counter(f"stepladder:{name}", text, labels, registry=self.registry)
             for field, (name, text) in _ENGINE_COUNTERS.items()
         }
+        self._step_sizes = StepSizes(model_name)
+        self.registry.register(self._step_sizes)
         self._engines: set[str] = set()
         self._seen: dict[tuple[str, str], float] = {}
 
@@ -90,7 +120,14 @@ class Metrics:
     def ended(self, reason: str) -> None:
         self._success.labels(self._model_name, reason).inc()
 
-    def update_engines(self, engines: Mapping[str, Mapping[str, float]]) -> None:
+    def answered(self, max_tokens: int, num_tokens: Sequence[int]) -> None:
+        """All sequences of a prompt have ended by themselves: so many tokens each, of at most `max_tokens`."""
+        self.observe("request_params_n", len(num_tokens))
+        self.observe("request_max_num_generation_tokens", max(num_tokens))
+        for _ in num_tokens:
+            self.observe("request_params_max_tokens", max_tokens)
+
+    def update_engines(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the fields of each engine's `EngineStats`, by name: of all there are now.
 
         The gauges of an engine that is gone are forgotten; its counters stay, as counters must. A counter that went
@@ -99,11 +136,11 @@ class Metrics:
         for engine in self._engines - engines.keys():
             for gauge in self._gauges.values():
                 gauge.remove(self._model_name, engine)
-        self._engines = set(engines)
+        self._engines, self._step_sizes.engines = set(engines), engines
         for engine, stats in engines.items():
             self._update_engine(engine, stats)
 
-    def _update_engine(self, engine: str, stats: Mapping[str, float]) -> None:
+    def _update_engine(self, engine: str, stats: Mapping[str, Any]) -> None:
         for field, gauge in self._gauges.items():
             gauge.labels(self._model_name, engine).set(stats[field])
         for field, counter in self._counters.items():

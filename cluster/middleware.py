@@ -26,7 +26,8 @@ class Edge:
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
-        self._api_key = api_key.encode() if api_key else None
+        assert api_key != "", "an empty key is no key, and None has to be meant"
+        self._api_key = api_key.encode() if api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +56,7 @@ class Edge:
                 await ApiError("internal error").response()(scope, receive, send_with_id)
 
     def _check(self, path: str, headers: Headers, bad_id: bool) -> None:
-        if self._api_key and path not in OPEN_PATHS:
+        if self._api_key is not None and path not in OPEN_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), self._api_key):
                 raise Unauthorized("this server needs its API key: send Authorization: Bearer <key>")

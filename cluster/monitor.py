@@ -3,11 +3,15 @@
 Whoever logs has already aggregated: one row every few seconds or steps, never one per token or request.
 """
 
+import errno
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +19,7 @@ LOG = logging.getLogger(__name__)
 CLOCKS = {  # what W&B plots each family of figures over; serving, training and drafters have clocks of their own
     "serve/*": "serve/seconds",
     "engine/*": "serve/seconds",
+    "afd/*": "serve/seconds",
     "spec/*": "serve/seconds",
     "train/*": "train/step",
     "drafter/*": "drafter/version",
@@ -25,7 +30,8 @@ FINISH_SECONDS = 30.0
 
 class Monitor(Protocol):
     def log(self, row: Mapping[str, Any]) -> None:
-        """One row of figures under namespaced names ("train/loss"). Never raises because a service is away."""
+        """One row of figures under namespaced names ("train/loss"). Never raises because a service is away or a disk
+        full."""
         ...
 
     def close(self) -> None: ...
@@ -62,17 +68,45 @@ class Monitors:
 
 
 class JsonlMonitor:
-    """One JSON object per line, with the Unix time; rows of an earlier run in the same file stay."""
+    """One JSON object per line, with the Unix time; rows of an earlier run in the same file stay.
+
+    A row that the disk does not take is lost; the next one is tried again.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._path, self._failing = path, False
+        self._file: FileIO | None = None
+        with suppress(OSError):  # `log` tries again, and tells
+            self._open()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), **row}) + "\n"
+        try:
+            self._append(line.encode())
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                LOG.error("%s cannot be written (%s); going on without", self._path, error.strerror or error)
+            self._failing = True
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+    def _open(self) -> FileIO:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+        return self._file
+
+    def _append(self, line: bytes) -> None:
+        """Unbuffered, so that a row is there at once and whole, or not at all."""
+        file = self._open()
+        end = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class WandbMonitor:

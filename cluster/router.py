@@ -4,19 +4,21 @@ A library inside each gateway, fed the table of engines by the controller. It im
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from time import monotonic
-from typing import Any
 
 import zmq.asyncio
 
 from cluster.affinity import PrefixMemory
+from cluster.config import Deployment
 from cluster.errors import Unavailable
 from cluster.wire import Endpoint, Flight, Link
 from workers.core import Output, Request
 from workers.engine import EngineStats
 
 WORTH = 8  # a busier engine is preferred while it has at most this many more KV tokens per prompt token that it saves
+FIRST_WORD_SECONDS = 1.0  # an engine that is new in the table has this long to say whose orphans it has
 
 
 class Router:
@@ -25,19 +27,27 @@ class Router:
     Args:
         gateway: this gateway's name, unique among gateways.
         secret: the deployment's.
-        patience: seconds that a request whose engine was lost waits for another one.
+        patience: seconds that requests whose engine was lost wait for another one.
         silence: seconds without a word from an engine after which messages must have been lost. Longer than a step.
     """
 
-    def __init__(self, gateway: str, secret: str, patience: float = 120.0, silence: float = 30.0) -> None:
+    def __init__(self, gateway: str, secret: str, patience: float, silence: float) -> None:
         self._gateway, self._secret, self._patience, self._silence = gateway, secret, patience, silence
         self._context = zmq.asyncio.Context()
         self._links: dict[Endpoint, Link] = {}
         self._tasks: dict[Endpoint, list[asyncio.Task[None]]] = {}
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Condition()  # the table, or who in it has been heard
+        self._wanted: set[Flight] = set()  # those whose clients are there
         self._background: set[asyncio.Task[None]] = set()
         self._prefixes = PrefixMemory()
         self.replays = 0
+
+    @classmethod
+    def of(cls, gateway: str, deployment: Deployment) -> "Router":
+        """A deployment's: an engine that is lost must first be missed, and then started again."""
+        cluster = deployment.cluster
+        patience = cluster.ping_seconds + cluster.hang_seconds + cluster.start_seconds
+        return cls(gateway, deployment.secret, patience, silence=3 * cluster.hang_seconds)
 
     def ready(self) -> bool:
         return any(link.alive for link in self._links.values())
@@ -46,6 +56,11 @@ class Router:
     def stats(self) -> dict[str, EngineStats]:
         """The newest counters of every engine, by its name."""
         return {link.endpoint.name: link.stats for link in self._links.values()}
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Prompt and output together that every engine takes, of those that have been heard; None of none."""
+        return min((stats.max_model_len for stats in self.stats.values() if stats.max_model_len), default=None)
 
     async def update(self, table: Iterable[Endpoint]) -> None:
         """Talk to exactly these engines from now on; requests of the others are replayed."""
@@ -60,10 +75,8 @@ class Router:
             for task in self._tasks.pop(link.endpoint):
                 task.cancel()
             link.close()
-        async with self._changed:
-            self._changed.notify_all()
-        for link in lost:
-            self._in_background(self._replay(link))
+        self._replay([flight for link in lost for flight in _take_back(link)])
+        await self._notify()
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """The outputs of `request`, across replays, until one has a finish reason. Closing it aborts the request.
@@ -74,8 +87,10 @@ class Router:
         if not self.ready():
             raise Unavailable("no engine is ready", retry_after=2)
         flight = Flight(request)
+        self._wanted.add(flight)
         try:
-            await self._submit(flight)
+            await self._hear_everyone()
+            await self._submit(flight, monotonic() + self._patience)
             while True:
                 event = await flight.events.get()
                 if isinstance(event, Exception):
@@ -84,35 +99,45 @@ class Router:
                 if event.finish_reason:
                     return
         finally:
+            self._wanted.discard(flight)
             if flight.link and self._links.get(flight.link.endpoint) is flight.link:
                 await flight.link.abort(flight)
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Replays may have to wait for an engine; whoever brings the news of one must not."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
         await self.update([])
         self._context.destroy(linger=0)
 
-    async def _submit(self, flight: Flight) -> None:
+    async def _hear_everyone(self) -> None:
+        """A retry belongs where its request is under way already; so wait shortly for engines that may yet say so."""
+        silent = [link.last_heard for link in self._links.values() if not link.alive]
+        seconds = max(silent) + FIRST_WORD_SECONDS - monotonic() if silent else 0.0
+        if seconds > 0:
+            async with self._changed:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self._changed.wait_for(lambda: all(link.alive for link in self._links.values()))
+
+    async def _submit(self, flight: Flight, until: float) -> None:
+        """To the engine that suits it best. There may be none yet; Unavailable if there is none until `until`."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: bool(self._links)), self._patience)
+                async with asyncio.timeout(until - monotonic()):
+                    await self._changed.wait_for(lambda: bool(self._links))
             except TimeoutError:
-                raise Unavailable("the engine was lost and none has come back", retry_after=10) from None
-        link = self._choose(flight.request)
-        self._prefixes.remember(flight.request.prompt, link.endpoint)
-        await link.submit(flight)
+                sentence = f"the engine was lost and none has come back within {self._patience:g} s"
+                raise Unavailable(sentence, retry_after=10) from None
+        if flight in self._wanted:  # its client may have left meanwhile
+            link = self._choose(flight.request)
+            self._prefixes.remember(flight.request.prompt, link.endpoint)
+            await link.submit(flight)
 
     def _choose(self, request: Request) -> Link:
         """The engine where this request is under way already; else the one that has cached the longest beginning of
-        the prompt, unless it is busier by more than that saves; else the idlest."""
+        the prompt, unless it is busier by more than that saves; else the idlest of those that have been heard."""
         if home := next((link for link in self._links.values() if request.id in link.orphans), None):
             return home
-        idlest = min(self._links.values(), key=lambda link: link.load)
+        heard = [link for link in self._links.values() if link.alive] or list(self._links.values())
+        idlest = min(heard, key=lambda link: link.load)
         known, saved = self._prefixes.engine(request.prompt, set(self._links))
         near = self._links.get(known) if isinstance(known, Endpoint) else None
         return near if near and near.load - idlest.load <= WORTH * saved else idlest
@@ -120,23 +145,44 @@ class Router:
     async def _read(self, link: Link) -> None:
         """Deliver updates until cancelled; after a gap in their numbers, start anew with everything replayed."""
         while True:
-            if not await link.receive():
-                await link.hello()
-                await self._replay(link)
+            was_alive = link.alive
+            is_whole = await link.receive()
+            if link.alive and not was_alive:
+                await self._notify()
+            if not is_whole:
+                await self._start_anew(link)
 
     async def _watch(self, link: Link) -> None:
         """Start anew with an engine that has been silent for too long, until cancelled."""
         while True:
             await asyncio.sleep(self._silence / 4)
             if monotonic() - link.last_heard > self._silence:
-                await link.hello()
-                await self._replay(link)
+                await self._start_anew(link)
 
-    async def _replay(self, link: Link) -> None:
-        for wire_id in list(link.flights):
-            if flight := link.forget(wire_id):
-                self.replays += 1
-                try:
-                    await self._submit(flight)
-                except Unavailable as error:
-                    flight.events.put_nowait(error)
+    async def _start_anew(self, link: Link) -> None:
+        flights = _take_back(link)
+        await link.hello()
+        self._replay(flights)
+
+    def _replay(self, flights: list[Flight]) -> None:
+        """In the background: it may have to wait for an engine, and whoever brings the news of one must not."""
+        self.replays += len(flights)
+        task = asyncio.create_task(self._submit_all(flights, monotonic() + self._patience))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _submit_all(self, flights: list[Flight], until: float) -> None:
+        for flight in flights:
+            try:
+                await self._submit(flight, until)
+            except Unavailable as error:
+                flight.events.put_nowait(error)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _take_back(link: Link) -> list[Flight]:
+    """What was under way there, which the link then forgets."""
+    return [flight for wire_id in list(link.flights) if (flight := link.forget(wire_id))]

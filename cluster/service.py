@@ -34,6 +34,11 @@ _encode_json = msgspec.json.Encoder().encode
 class Backend(Protocol):
     """The engines, as a server sees them."""
 
+    @property
+    def max_model_len(self) -> int | None:
+        """Prompt and output together, in tokens, that every engine takes; None while no engine has said."""
+        ...
+
     def generate(self, request: Request) -> AsyncIterator[Output]:
         """The outputs of this request, until one has a finish reason. An async generator; closing it aborts.
 
@@ -53,16 +58,18 @@ class ServiceConfig:
 
     Attributes:
         model_name: what clients call the model.
-        max_model_len: prompt and output together, in tokens; that of the engines.
+        max_model_len: prompt and output together, in tokens; the engines may have room for less.
         vocab_size: token ids from 0 to this are the model's.
         version: of Stepladder.
-        api_key: bearer token that requests need; None lets everybody in.
+        api_key: bearer token that requests need, not empty; None lets everybody in.
         max_choices: prompts times n of one HTTP request.
         max_body_bytes: of one HTTP request.
         created: when the model came to be, in Unix seconds.
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
             The only place for such defaults, as of a generation_config.json.
+        chat_max_tokens: as many tokens may follow a chat that leaves max_tokens out, if the context has room for them;
+            None fills the context.
     """
 
     model_name: str
@@ -75,6 +82,7 @@ class ServiceConfig:
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
     defaults: SamplingParams = field(default_factory=SamplingParams)
+    chat_max_tokens: int | None = None
 
 
 class Service:
@@ -89,6 +97,21 @@ class Service:
     def ready(self) -> bool:
         return not self.in_flight.draining and self._backend.ready()
 
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output together, in tokens; of the smallest engine, once it has said."""
+        return min(self.config.max_model_len, self._backend.max_model_len or self.config.max_model_len)
+
+    def card(self) -> dict[str, Any]:
+        """The model, as /v1/models describes it."""
+        return {
+            "id": self.config.model_name,
+            "object": "model",
+            "created": self.config.created,
+            "owned_by": "stepladder",
+            "max_model_len": self.max_model_len,
+        }
+
     async def drain(self, seconds: float) -> None:
         """Admit no more requests; return when all have ended, at the latest after `seconds`."""
         await self.in_flight.drain(seconds)
@@ -102,7 +125,8 @@ class Service:
         self.check_model(body.model)
         prompt = await self._encode_chat(body.messages)
         max_tokens = body.max_completion_tokens or body.max_tokens
-        limits = [self._max_tokens(prompt, "messages", max_tokens, self.config.max_model_len)]
+        default = self.config.chat_max_tokens or self.config.max_model_len
+        limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
         return self._generation(Chat(body.prompt_logprobs), body, http, [prompt], limits)
 
     async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Generation:
@@ -146,7 +170,7 @@ class Service:
         else:
             assert body.prompt is not None
             tokens = await self._encode(body.prompt, special=body.add_special_tokens is not False)
-        return {"count": len(tokens), "max_model_len": self.config.max_model_len, "tokens": tokens, "token_strs": None}
+        return {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens, "token_strs": None}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         """Special tokens are written out, so that it undoes `tokenize`."""
@@ -211,10 +235,11 @@ class Service:
     def _max_tokens(self, prompt: list[int], param: str, asked: int | None, default: int) -> int:
         """How many tokens may follow a prompt: as many as asked for, else the default as far as the context goes."""
         self._check_ids(prompt, param)
-        room = self.config.max_model_len - len(prompt)
+        context = self.max_model_len
+        room = context - len(prompt)
         if room < max(asked or 1, 1):
             sentence = (
-                f"this model's context is {self.config.max_model_len} tokens, but the prompt has {len(prompt)} and "
+                f"this model's context is {context} tokens, but the prompt has {len(prompt)} and "
                 f"{asked or 'at least 1'} may be generated; shorten the prompt or lower max_tokens"
             )
             raise BadRequest(sentence, param=param, code="context_length_exceeded")
@@ -227,9 +252,16 @@ class Service:
             sentence = f"{param} holds a token id outside of 0 to {self.config.vocab_size - 1}, the model's vocabulary"
             raise BadRequest(sentence, param=param, code="invalid_value")
 
-    def _pieces(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """What every output of the engines adds."""
-        return merge([self._pieces_of(choice, generation.arrived) for choice in generation.choices])
+        streams = [self._pieces_of(choice, generation.arrived) for choice in generation.choices]
+        async with aclosing(merge(streams)) as pieces:
+            async for piece in pieces:
+                yield piece
+        n, choices = generation.n, generation.choices
+        for first in range(0, len(choices), n):
+            counts = [choice.num_tokens for choice in choices[first : first + n]]
+            self.metrics.answered(choices[first].request.params.max_tokens, counts)
 
     async def _pieces_of(self, choice: Choice, arrived: float) -> AsyncGenerator[Piece, None]:
         meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"

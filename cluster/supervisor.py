@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -11,17 +12,22 @@ from typing import Any
 from ray.exceptions import RayError
 
 from cluster import placement
+from cluster.attempts import Attempts
 from cluster.config import Deployment
+from cluster.copies import Copies
 from cluster.front import Front
 from cluster.journal import Journal
 from cluster.keeper import Keeper
 from cluster.monitor import Monitor
+from cluster.waiting import Cancelled
 from workers.rank import FFN
 
 log = logging.getLogger(__name__)
 
 STARTING = "placing the ranks and loading the model"
-NO_FIGURES = ("loop_runs", "pool_resumed_block", "micro_batches")  # of an engine's counters: no sense in adding them up
+# of what an engine tells: no sense in adding them up
+NO_FIGURES = ("loop_runs", "pool_resumed_block", "micro_batches", "max_model_len", "step_sizes")
+OF_EACH = ("pool_wait_seconds", "micro_batches")  # of what an attention rank tells: watched for each of them
 
 
 @dataclass(frozen=True)
@@ -43,22 +49,30 @@ class Status:
 
 
 class Supervisor:
-    """One thread (`run`) looks after gateway, figures and driver; a keeper per engine looks after that engine."""
+    """One thread (`run`) looks after gateway, figures and driver; a keeper per engine looks after that engine.
+
+    Raises:
+        ValueError: `run_dir` cannot be written.
+    """
 
     def __init__(self, deployment: Deployment, monitor: Monitor) -> None:
         self.deployment, self._monitor = deployment, monitor
-        self._journal = Journal(Path(deployment.run_dir) / "journal.json")
-        if not self._journal.get("began"):
-            self._journal.set(began=time())
+        identity = blake2b(deployment.secret.encode(), digest_size=8).hexdigest()
+        copies = Copies(deployment.model.path)
+        self._journal = journal = Journal(Path(deployment.run_dir) / "journal.json", identity)
         self._ending, self._wake = threading.Event(), threading.Event()
         self._driver_heard = self._logged = monotonic()
         names = [f"engine-{index}" for index in range(deployment.layout.engines)]
         pools = [FFN] if deployment.layout.kind == "afd" else []
-        self._keepers = [Keeper(deployment, n, self._journal, self._go, self._changed) for n in [*names, *pools]]
+        self._keepers = [Keeper(deployment, name, journal, copies, self._changed) for name in [*names, *pools]]
         self._engines, self._pools = self._keepers[: len(names)], self._keepers[len(names) :]
-        self._front = Front(deployment, "gateway-0", self._journal.get("gateway_life", 0), self._journal.get("port", 0))
+        self._front = Front(deployment, "gateway-0", journal.get("gateway_life", 0), journal.get("port", 0))
+        self._front_starts, self._front_restarts = Attempts("the gateway", worked=journal.get("served", False)), 0
         self._phase, self._detail = "starting", STARTING
-        self._front_restarts = self._failed_fronts = 0
+        if journal.get("served"):
+            self._phase, self._detail = "mending", "the controller was lost; looking for what lives"
+        if journal.get("ending"):
+            self._ending.set()
         self._figures: dict[str, float] = {}
 
     def status(self) -> Status:
@@ -93,24 +107,21 @@ class Supervisor:
 
     def drain(self, draining: bool) -> None:
         """Admit no more requests, or again; in the journal, so that it outlives a restart of controller or gateway."""
-        self._journal.set(draining=self._identity if draining else None)
+        self._journal.set(draining=draining)
         self._wake.set()
 
     @property
     def _draining(self) -> bool:
-        """By order to this deployment, not to an earlier one of the same run directory."""
-        return self._journal.get("draining") == self._identity
-
-    @property
-    def _identity(self) -> str:
-        return blake2b(self.deployment.secret.encode(), digest_size=8).hexdigest()
+        """By order."""
+        return self._journal.get("draining", False)
 
     def driver_alive(self) -> None:
         """Note the driver's sign of life."""
         self._driver_heard = monotonic()
 
     def shut_down(self) -> None:
-        """Drain and remove everything, soon."""
+        """Drain and remove everything, soon; in the journal, so that it outlives a restart of the controller."""
+        self._journal.set(ending=True)
         self._ending.set()
         self._wake.set()
 
@@ -120,12 +131,7 @@ class Supervisor:
         for keeper in self._keepers:
             keeper.start()
         while self._go():
-            try:
-                self._turn()
-            except (ValueError, TimeoutError) as error:
-                self._fail(str(error))
-            except RayError as error:
-                self._failed_front(error)
+            self._turn()
             self._wake.wait(self.deployment.cluster.ping_seconds)
             self._wake.clear()
         self._finish()
@@ -136,28 +142,45 @@ class Supervisor:
             return
         if broke := next((keeper.broke for keeper in self._keepers if keeper.broke), None):
             raise broke
-        self._introduce()
-        endpoints = [keeper.endpoint for keeper in self._engines]
-        table = [endpoint for endpoint in endpoints if endpoint]
-        serving = len(table) + sum(keeper.endpoint is not None for keeper in self._pools)
         admit = not self._draining
-        self._front.show(table, admit)
+        self._tell(admit)
         if not self._front.alive():
             self._restart_front()
-            self._front.show(table, admit)
-        if failure := next((keeper.failure for keeper in self._keepers if keeper.failure), None):
-            self._fail(failure)
+            self._tell(admit)
+        self._judge(admit)
+        self._log()
+
+    def _tell(self, admit: bool) -> None:
+        """Attention ranks hear of the pool, and the gateway of the engines, if that has changed."""
+        self._introduce()
+        self._front.show([endpoint for keeper in self._engines if (endpoint := keeper.endpoint)], admit)
+
+    def _judge(self, admit: bool) -> None:
+        """How the deployment is; one of which a part that has never worked cannot be started has failed."""
+        serving = sum(keeper.endpoint is not None for keeper in self._keepers)
+        if over := next((starts.over for starts in self._starts if starts.over), None):
+            self._fail(over)
         elif not admit:
             self._set("draining", "by order, no new requests are admitted (`launch.ctl resume` undoes it)")
         elif serving == len(self._keepers) and self._front.stats.get("ready"):
             self._set("ready", f"serving {self.deployment.model.name} at {self._front.url}")
+            if not self._journal.get("served"):
+                self._journal.set(served=True)
         elif self._phase == "starting":
-            self._set("starting", STARTING + self._full())
+            self._set("starting", "; ".join([STARTING, *self._troubles()]) + self._full())
         else:
             parts = "engines and FFN pool" if self._pools else "engines"
-            rest = "starting the rest again" + self._full()
-            self._set("mending", f"{serving} of {len(self._keepers)} {parts} serve; {rest}")
-        self._log()
+            rest = self._troubles() or ["starting the rest again"]
+            self._set("mending", "; ".join([f"{serving} of {len(self._keepers)} {parts} serve", *rest]) + self._full())
+
+    @property
+    def _starts(self) -> list[Attempts]:
+        return [*(keeper.starts for keeper in self._keepers), self._front_starts]
+
+    def _troubles(self) -> list[str]:
+        """Why something does not serve, if its last start has failed."""
+        found = [f"{starts.name}: {trouble}" for starts in self._starts if (trouble := starts.trouble)]
+        return [*found, "trying again"] if found else []
 
     def _full(self) -> str:
         """Who waits for room, for a person who wonders why it takes so long."""
@@ -176,27 +199,33 @@ class Supervisor:
                 keeper.meet(pool.pool)
 
     def _restart_front(self) -> None:
+        """If it is due. One that cannot start, since its port is taken for instance, is not left running."""
         if self._front.actor is not None:
             self._front_restarts += 1
             if self._phase != "starting":
                 self._set("mending", "the gateway was lost; starting it again")
             self._front.kill()
+        if self._front_starts.pause:
+            return
         self._journal.set(gateway_life=self._front.life + 1)
-        self._front.start()
-        self._failed_fronts = 0
-        self._journal.set(port=self._front.port)
-
-    def _failed_front(self, error: Exception) -> None:
-        self._failed_fronts += 1
-        log.error("start %d of the gateway failed: %s", self._failed_fronts, str(error).splitlines()[0])
-        if self._failed_fronts >= Keeper.MAX_FAILED_STARTS and self._phase == "starting":
-            self._fail(f"{self._failed_fronts} starts of the gateway failed, the last one with: {error}")
+        try:
+            self._front.start(self._go)
+        except Cancelled:
+            self._front.kill()
+        except (ValueError, TimeoutError, RayError) as error:
+            self._front_starts.failed(error)
+            self._front.kill()
+        else:
+            self._front_starts.succeeded()
+            self._journal.set(port=self._front.port)
 
     def _adopt(self) -> None:
-        """After a restart of the controller: keep what is whole, remove what is not."""
+        """After a restart of the controller: keep what is whole and ours, remove what is not."""
         for keeper in self._keepers:
             keeper.adopt()
-        if self._front.life and not self._front.adopt():
+        if self._front.life and self._front.adopt() and self._journal.resumed and self._front.port:
+            self._front_starts.succeeded()
+        else:
             self._front.kill()
         whole = {keeper.gang.group for keeper in self._keepers if keeper.endpoint}
         for name in placement.names(f"{self.deployment.name}/"):
@@ -218,14 +247,19 @@ class Supervisor:
         return not self._ending.is_set()
 
     def _finish(self) -> None:
+        """Keepers go on until nothing is in flight: who waits for an answer needs an engine."""
         self._set("draining", "finishing what is in flight")
-        self._front.drain(self.deployment.gateway.drain_seconds)
+        self._front.drain(self.deployment.gateway.drain_seconds, self._while_draining)
         for keeper in self._keepers:
             keeper.end()
         for name in placement.names(f"{self.deployment.name}/"):
             placement.remove(name)
         self._monitor.close()
         self._set("ended", "everything is removed")
+
+    def _while_draining(self) -> None:
+        self._tell(admit=False)
+        self._log()
 
     def _set(self, phase: str, detail: str) -> None:
         if (phase, detail) != (self._phase, self._detail):
@@ -236,18 +270,26 @@ class Supervisor:
         if monotonic() - self._logged < self.deployment.monitor.every_seconds:
             return
         self._logged = monotonic()
+        self._journal.retry()
         clock = round(time() - self._journal.get("began"), 1)  # goes on over a restart of the controller
-        numbers = figures([keeper.gang.stats for keeper in self._engines], self._front.take_figures())
+        engines, pools = ({k.name: k.gang.stats for k in keepers} for keepers in (self._engines, self._pools))
+        numbers = figures(engines, pools, self._front.take_figures())
         self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers}
         self._monitor.log(self._figures)
 
 
-def figures(engines: list[dict[str, Any]], gateway: dict[str, Any]) -> dict[str, float]:
-    """What is watched over time, in W&B's namespaces; counters of several engines are added up."""
-    names = dict.fromkeys(key for engine in engines for key in engine)
-    total = {key: float(sum(engine.get(key, 0) for engine in engines)) for key in names}
+def figures(
+    engines: Mapping[str, dict[str, Any]], pools: Mapping[str, dict[str, Any]], gateway: dict[str, Any]
+) -> dict[str, float]:
+    """What is watched over time, in W&B's namespaces. Counters of several engines are added up under engine/; afd/NAME/
+    has those of the FFN pool, and of each attention rank what it tells of the pool."""
+    counters = engines.values()
+    names = dict.fromkeys(key for engine in counters for key in engine if key not in NO_FIGURES)
+    total = {key: float(sum(engine.get(key, 0) for engine in counters)) for key in names}
     total["kv_usage"] = total.get("kv_usage", 0.0) / max(1, len(engines))
-    numbers = {f"engine/{key}": value for key, value in total.items() if key not in NO_FIGURES}
+    numbers = {f"engine/{key}": value for key, value in total.items()}
+    numbers |= {f"afd/{name}/{key}": float(c[key]) for name, c in engines.items() for key in OF_EACH if key in c}
+    numbers |= {f"afd/{name}/{key}": float(c[key]) for name, c in pools.items() for key in c if key not in NO_FIGURES}
     numbers |= {key: float(value) for key, value in gateway.items() if value is not None}
     if seconds := total.get("reduce_seconds", 0.0):
         numbers["engine/reduce_hidden_share"] = 1 - total["exposed_seconds"] / seconds

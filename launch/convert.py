@@ -16,7 +16,7 @@ from launch.convert_report import publish
 from launch.corpus import Corpus, Document, standard_library
 from launch.documents import given_text
 from launch.training import TrainMonitor, Words, run_with_progress, write_json
-from parallel.checkpoint import fingerprint, load_weights, save_weights
+from parallel.checkpoint import fingerprints, load_weights, save_weights
 from parallel.model import Transformer
 from parallel.spec import ModelSpec
 from workers.train_config import TrainConfig
@@ -159,7 +159,7 @@ class Costs:
 def _settings(recipe: ConvertRecipe, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
     """What the costs depend on, as JSON gives it back."""
     settings: dict[str, Any] = {
-        "checkpoint": fingerprint(recipe.model.path),
+        "checkpoint": fingerprints(recipe.model.path),
         "ladder_layers": recipe.ladder_layers,
         "text": corpus.sha256,
         "measured_bytes": sum(len(document.text.encode()) for document in measured),

@@ -202,21 +202,38 @@ def describe(report: dict[str, Any]) -> str:
     shown = {"serve/tokens_per_s": "{:.1f} tokens/s", "serve/ttft_ms_p50": "TTFT {:.1f} ms"}
     shown |= {"serve/tpot_ms_p50": "TPOT {:.1f} ms"}
     recent = [text.format(figures[key]) for key, text in shown.items() if key in figures]
-    rows: list[list[object]] = [["engine", "generation", "serves", "restarts", "running", "waiting", "KV", "steps"]]
-    for engine, numbers in report["engines"].items():
-        cells = [numbers["generation"], "yes" if numbers["serves"] else "no", numbers["restarts"]]
-        kv = f"{numbers['kv_usage']:.0%}" if "kv_usage" in numbers else None
-        rows.append([engine, *cells, numbers.get("running"), numbers.get("waiting"), kv, numbers.get("steps")])
+    tables = [_parts("engine", report["engines"], ENGINE_COLUMNS)]
+    if pools := report.get("pools"):
+        tables.append(_parts("pool", pools, POOL_COLUMNS))
     return "\n".join(
         [
             f"{report['name']}  {report['phase']}: {report['detail']}",
             f"url       {report['url'] or 'not yet'}",
             f"requests  {', '.join([str(report['in_flight']) + ' in flight', *recent])}",
             f"restarts  {report['restarts']}",
-            "",
-            table(rows),
+            *(f"\n{one}" for one in tables),
         ]
     )
+
+
+Columns = dict[str, tuple[str, str]]  # heading -> counter, and how to print it
+ENGINE_COLUMNS: Columns = {
+    "running": ("running", ""),
+    "waiting": ("waiting", ""),
+    "KV": ("kv_usage", ".0%"),
+    "steps": ("steps", ""),
+}
+POOL_COLUMNS: Columns = {"steps": ("steps", ""), "resumed": ("resumed_steps", ""), "busy s": ("busy_seconds", ".1f")}
+
+
+def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str:
+    """A row for each engine or pool; a counter that it has not told yet is a dash."""
+    rows: list[list[object]] = [[kind, "generation", "serves", "restarts", *columns]]
+    for name, numbers in parts.items():
+        life = [numbers["generation"], "yes" if numbers["serves"] else "no", numbers["restarts"]]
+        told = (format(numbers[key], spec) if key in numbers else None for key, spec in columns.values())
+        rows.append([name, *life, *told])
+    return table(rows)
 
 
 def _wait(left: Callable[[], str | None], seconds: float, done: str) -> int:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from cluster.config import ModelConfig
 from launch.build import build, plain
-from launch.prompts import Line, OutputFile, read_lines
+from launch.prompts import Line, Options, OutputFile, read_lines
+from parallel.generation import GenerationDefaults
 from stepladder import LLM
 from workers.config import EngineConfig, KvConfig
 from workers.core import Output, Request
@@ -30,11 +31,16 @@ from workers.rank import resolve
 from workers.text import TextStream
 
 TERMINATED = 128 + signal.SIGTERM
+DEFAULTS = {"max_tokens": 256}  # where they are not those of SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """prompts, output: files. sampling: fields of SamplingParams, for lines that do not give them."""
+    """prompts, output: files.
+
+    sampling: fields of SamplingParams, for lines that do not give them. What is None or missing is as the model's
+    generation_config.json recommends, or else as in DEFAULTS.
+    """
 
     model: ModelConfig
     prompts: str
@@ -67,7 +73,7 @@ def generate(config: GenerateConfig, stopping: Callable[[], bool] = lambda: Fals
     Raises:
         ValueError: an unusable option, line or model; nothing has been written then.
     """
-    lines = read_lines(Path(config.prompts), config.sampling, config.model.path)
+    lines = read_lines(Path(config.prompts), options_of(config))
     with OutputFile(Path(config.output)) as output:
         done = output.done(lines)
         missing = [line for line in lines if line.index not in done]
@@ -81,6 +87,13 @@ def generate(config: GenerateConfig, stopping: Callable[[], bool] = lambda: Fals
         return TERMINATED
     print(f"{len(lines)} rows in {config.output}{f', {refused} of them refused' if refused else ''}")
     return 1 if refused else 0
+
+
+def options_of(config: GenerateConfig) -> Options:
+    """What holds for every line of this run."""
+    recommended = GenerationDefaults.load(resolve(config.model.path)).sampling
+    asked = {name: value for name, value in config.sampling.items() if value is not None}
+    return Options(config.model.path, asked, DEFAULTS | recommended)
 
 
 def _rows(config: GenerateConfig, lines: list[Line], stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
@@ -123,11 +136,13 @@ class Batch:
     def _admit(self, line: Line) -> str | None:
         """Queue it; why not, if it cannot be served."""
         try:
-            prompt, request_id = self._encode(line), str(line.index)
-            self._llm.engine.add(Request(id=request_id, prompt=prompt, params=line.params))
+            prompt, params, request_id = self._encode(line), line.params, str(line.index)
+            if line.open_ended:
+                params = self._llm.engine.config.fit(params, len(prompt))
+            self._llm.engine.add(Request(id=request_id, prompt=prompt, params=params))
         except ValueError as error:
             return str(error)
-        self._growing[request_id] = Growing(line, prompt, TextStream.of(self._llm.tokenizer, line.params))
+        self._growing[request_id] = Growing(line, prompt, TextStream.of(self._llm.tokenizer, params))
         return None
 
     def _encode(self, line: Line) -> tuple[int, ...]:

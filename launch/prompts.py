@@ -17,18 +17,34 @@ _NOT_WRITTEN = ("logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True)
+class Options:
+    """What holds for every line.
+
+    Attributes:
+        model: directory of the checkpoint.
+        sampling: parameters that were asked for, for lines that do not give them. defaults: of the others.
+    """
+
+    model: str
+    sampling: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Line:
     """One prompt.
 
     Attributes:
         index: of the line in its file, from 0.
         source: what its row repeats: prompt or messages, and the id if it has one.
+        open_ended: nobody asked for its max_tokens: they are a default, and hold as far as the context goes.
         request: a digest of model, prompt and sampling, by which a row is known to be this line's.
     """
 
     index: int
     source: dict[str, Any]
     params: SamplingParams
+    open_ended: bool
     request: str
 
     @property
@@ -43,7 +59,7 @@ class Line:
         return {"index": self.index, **self.source, **result, "request": self.request}
 
 
-def read_lines(path: Path, sampling: Mapping[str, Any], model: str) -> list[Line]:
+def read_lines(path: Path, options: Options) -> list[Line]:
     """All lines that are not blank.
 
     Raises:
@@ -56,7 +72,7 @@ def read_lines(path: Path, sampling: Mapping[str, Any], model: str) -> list[Line
         if text.strip():
             where = f"{path} line {index + 1}"
             fields = _object(text, where) if path.suffix == ".jsonl" else {"prompt": text}
-            lines.append(_line(index, fields, sampling, model, where))
+            lines.append(_line(index, fields, options, where))
     return lines
 
 
@@ -74,18 +90,19 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _line(index: int, fields: dict[str, Any], sampling: Mapping[str, Any], model: str, where: str) -> Line:
+def _line(index: int, fields: dict[str, Any], options: Options, where: str) -> Line:
     source = {key: value for key, value in fields.items() if key in _OWN}
     if ("prompt" in source) == ("messages" in source):
         raise ValueError(f"{where}: give either prompt or messages")
     kind, key = (str, "prompt") if "prompt" in source else (list, "messages")
     if not isinstance(source[key], kind):
         raise ValueError(f"{where}: {key} must be a {'string' if kind is str else 'list of messages'}")
-    seed = {"seed": sampling.get("seed", 0) + index}
-    wanted = {**sampling, **seed, **{key: value for key, value in fields.items() if key not in _OWN}}
-    params = _params(wanted, where)
-    identity = json.dumps([model, source[key], asdict(params)], sort_keys=True)
-    return Line(index, source, params, hashlib.sha256(identity.encode()).hexdigest()[:16])
+    seed = {"seed": options.sampling.get("seed", 0) + index}
+    asked = {**options.sampling, **seed, **{key: value for key, value in fields.items() if key not in _OWN}}
+    params = _params({**options.defaults, **asked}, where)
+    identity = json.dumps([options.model, source[key], asdict(params)], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return Line(index, source, params, "max_tokens" not in asked, digest)
 
 
 def _params(wanted: dict[str, Any], where: str) -> SamplingParams:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from threading import Event
 from time import monotonic, strftime
 from typing import Any
 
@@ -21,6 +22,7 @@ from launch.private_ray import PrivateRay
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 96
+FIGURES_SECONDS = 15.0  # within which the figures of the last stream are in metrics.jsonl
 LAYOUTS = {"tp": ["layout.tp=2"], "afd": ["layout=afd", "layout.attention=1", "layout.ffn=1"]}
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a file."""\n    ',
@@ -49,10 +51,17 @@ class Timing:
 
 @dataclass
 class Run:
-    """One layout: its completions, and the deployment's newest figures."""
+    """One layout: its completions, and the deployment's figures after them."""
 
     timings: list[Timing]
     figures: dict[str, float]
+
+    @property
+    def waited(self) -> float | None:
+        """Of the time in which text was made, the share in which attention waited for the FFNs."""
+        if "engine/pool_wait_seconds" not in self.figures:
+            return None
+        return self.figures["engine/pool_wait_seconds"] / sum(t.arrivals[-1] - t.sent for t in self.timings)
 
 
 def main() -> None:
@@ -64,7 +73,8 @@ def main() -> None:
             with submitted(ray, name, options, run_dir / name) as url:
                 say(f"serving at {url}")
                 timings = [stream(url, prompt, quiet=bool(runs)) for prompt in PROMPTS]
-                runs[name] = Run(timings, newest(run_dir / name / "metrics.jsonl"))
+                tokens = sum(timing.tokens for timing in timings)
+                runs[name] = Run(timings, figures_after(tokens, run_dir / name / "metrics.jsonl"))
     show(runs)
     offline = next(iter(sorted(run_dir.glob("*/wandb/*run-*"))), None)
     say(f"W&B runs:   {offline.parent if offline else 'none'} and beside it")
@@ -140,10 +150,23 @@ def stream(url: str, prompt: str, quiet: bool) -> Timing:
     return timing
 
 
-def newest(figures: Path) -> dict[str, float]:
-    """The newest value of every figure."""
-    rows = [json.loads(line) for line in figures.read_text().splitlines()]
-    return {key: value for row in rows for key, value in row.items()}
+def figures_after(tokens: int, path: Path, seconds: float = FIGURES_SECONDS) -> dict[str, float]:
+    """The newest value of every figure, once the engines have counted so many generated tokens; none if they do not.
+
+    A row is up to a monitor's and a ping's interval old: earlier ones lack some of what the clients have seen.
+    """
+    deadline = monotonic() + seconds
+    while (found := newest(path)).get("engine/generation_tokens", 0) < tokens:
+        if monotonic() > deadline:
+            return {}
+        Event().wait(0.05)
+    return found
+
+
+def newest(path: Path) -> dict[str, float]:
+    """The newest value of every figure; a row that is being written does not count."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return {key: value for line in whole.splitlines() for key, value in json.loads(line).items()}
 
 
 def show(runs: dict[str, Run]) -> None:
@@ -155,7 +178,7 @@ def show(runs: dict[str, Run]) -> None:
         "TTFT, median": [f"{median(t.ttft for t in run.timings) * 1e3:.1f} ms" for run in runs.values()],
         "TPOT, median": [f"{tpot * 1e3:.1f} ms" for tpot in tpots],
         "tokens/s, one stream": [f"{1 / tpot:.0f}" for tpot in tpots],
-        "communication": [_hidden(runs["tp"].figures), _waited(runs["afd"])],
+        "communication": [_hidden(runs["tp"].figures), _waited(runs["afd"].waited)],
         "texts": ["", "the same" if same else "not the same (rounding)"],
     }
     print()
@@ -169,12 +192,8 @@ def _hidden(figures: dict[str, float]) -> str:
     return "not measured" if share is None else f"{share:.0%} of all-reduce time hidden"
 
 
-def _waited(run: Run) -> str:
-    """Of the time in which text was made, the share in which attention waited for the FFNs."""
-    if "engine/pool_wait_seconds" not in run.figures:
-        return "not measured"
-    working = sum(t.arrivals[-1] - t.sent for t in run.timings)
-    return f"attention waits for FFNs {run.figures['engine/pool_wait_seconds'] / working:.0%} of the time"
+def _waited(share: float | None) -> str:
+    return "not measured" if share is None else f"attention waits for FFNs {share:.0%} of the time"
 
 
 def say(text: str) -> None:

@@ -21,10 +21,12 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from cluster.config import Deployment
 from cluster.controller import start_controller
 from cluster.names import namespace
+from cluster.sentence import sentence
 from cluster.supervisor import Status
 from launch.build import build, plain
 
 HEARTBEAT_SECONDS = 1.0
+ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="serve")
@@ -65,17 +67,22 @@ def serve(deployment: Deployment) -> int:
 def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Event) -> int:
     """Heartbeats until the controller is gone; prints what changes."""
     seen: Status | None = None
-    told = False
+    pause, told = threading.Event(), False
     while True:
-        if stop.wait(0.2 if told else HEARTBEAT_SECONDS) and not told:
+        if told:
+            pause.wait(ENDING_SECONDS)  # `stop` is set, and would not wait
+        elif stop.wait(HEARTBEAT_SECONDS):
             controller.shut_down.remote()
             told = True
         try:
             status: Status = ray.get(controller.heartbeat.remote(), timeout=deployment.cluster.hang_seconds)
         except (GetTimeoutError, ActorUnavailableError):
             continue  # it is busy or restarting; Ray tells when it is gone for good
-        except RayActorError:
-            return 0 if told or seen else 1  # it did not start, or somebody has ended it
+        except RayActorError as error:
+            if told or seen:  # somebody has ended it
+                return 0
+            print(f"stepladder failed: {sentence(error)}", flush=True)
+            return 1
         if status != seen:
             _tell(status, seen)
             seen = status

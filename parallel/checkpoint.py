@@ -130,31 +130,36 @@ def _refuse_unused(checkpoint: Checkpoint, model: Transformer) -> None:
         )
 
 
-def fingerprint(directory: str | Path) -> str:
-    """A hash by which ranks on different machines tell that they hold the same checkpoint, in a fraction of a second.
+def fingerprints(directory: str | Path) -> dict[str, str]:
+    """A hash of each file, by which machines tell in a fraction of a second whether they hold the same checkpoint.
 
-    SHA-256 over `config.json` and, for each file of weights in use, its name, its size, its safetensors header (names,
-    dtypes, shapes and offsets of all tensors) and 32 pages of 4 KiB spread evenly over the file, the last one included.
-    It finds another model, another revision and a truncated or half-written copy; a few flipped bits between the
-    sampled pages it does not find.
+    SHA-256 of the whole of `config.json`, and of each file of weights in use over its size, its safetensors header
+    (names, dtypes, shapes and offsets of all tensors) and 32 pages of 4 KiB spread evenly over the file, the last one
+    included. It finds another model, another revision and a truncated or half-written copy; a few flipped bits between
+    the sampled pages it does not find.
+
+    Returns:
+        By the file's name.
 
     Raises:
         ValueError: a file is missing or broken; the sentence names it.
     """
-    total = hashlib.sha256()
     config = Path(directory) / "config.json"
     try:
-        total.update(config.read_bytes())
-        for path in Checkpoint(directory).files:
-            size = path.stat().st_size
-            total.update(f"\0{path.name}\0{size}\0".encode())
-            with path.open("rb") as file:
-                total.update(file.read(int.from_bytes(file.read(8), "little")))
-                for page in range(PAGES):
-                    file.seek(max(0, size - PAGE) * page // (PAGES - 1))
-                    total.update(file.read(PAGE))
+        whole = {config.name: hashlib.sha256(config.read_bytes()).hexdigest()}
+        return whole | {path.name: _sampled(path) for path in Checkpoint(directory).files}
     except OSError as error:
         raise ValueError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+
+
+def _sampled(path: Path) -> str:
+    size = path.stat().st_size
+    total = hashlib.sha256(f"{size}".encode())
+    with path.open("rb") as file:
+        total.update(file.read(int.from_bytes(file.read(8), "little")))
+        for page in range(PAGES):
+            file.seek(max(0, size - PAGE) * page // (PAGES - 1))
+            total.update(file.read(PAGE))
     return total.hexdigest()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.edges import EdgeLost
+from parallel.edges import EdgeLost, hang_up
 from parallel.link import Resume
 from parallel.mesh import gloo_group
 
@@ -21,6 +21,7 @@ MAX_MICRO_BATCHES = 16
 WORDS = 4 + MAX_MICRO_BATCHES
 IDLE, WORK, LEAVE = range(3)
 UP, DOWN = 0, 1  # tags: to F, to A
+NO_TIMEOUT, LEAVING = timedelta(0), timedelta(seconds=1)  # the group's own, and how long who leaves waits for it
 
 
 class Announcement(NamedTuple):
@@ -62,8 +63,8 @@ class Opening(NamedTuple):
 class Line:
     """One end of the control messages of a pair. end: 0 on the A rank, 1 on the first F rank.
 
-    A message may take as long as a step of the others; a peer that dies closes its socket, and one that hangs is killed
-    by the controller. `deadline` is for both ends to come.
+    A message may take as long as a step of the others; a peer that dies closes its socket, and one that is silent too
+    long is hung up on. `deadline` is for both ends to come.
 
     Raises (all methods): EdgeLost, if the peer is gone.
     """
@@ -78,7 +79,7 @@ class Line:
 
     def announce(self, announcement: Announcement) -> None:
         """A: what comes next. F listens at all times, so this takes no longer than the way there."""
-        self._wait(self._send(announcement.encode(), UP))
+        self._wait(self._send(announcement.encode(), UP), LEAVING if announcement.leaves else NO_TIMEOUT)
 
     def opening(self) -> Opening:
         """A: wait until the step is opened."""
@@ -106,6 +107,10 @@ class Line:
 
         threading.Thread(target=run, daemon=True, name=f"line-{self.name}").start()
 
+    def hang_up(self) -> None:
+        """Give the line up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
+        hang_up(self._group, self._peer)
+
     def _send(self, message: Tensor, tag: int) -> Any:
         try:
             return self._group.send([message], self._peer, tag)
@@ -120,9 +125,9 @@ class Line:
             raise self._lost(error) from None
         return message
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: Any, timeout: timedelta = NO_TIMEOUT) -> None:
         try:
-            work.wait()
+            work.wait(timeout)
         except RuntimeError as error:
             raise self._lost(error) from None
 

@@ -9,6 +9,7 @@ import queue
 import struct
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,6 +25,7 @@ from parallel.wire import PLAIN, Wire
 
 ABORT = 1  # flag: the sender gives this step up; no rows follow
 INPUT = -1  # as block: x_0, what the streams of both sides begin with
+HANG_UP = 2  # a tag that no message has
 
 
 class Header(NamedTuple):
@@ -152,6 +154,19 @@ class GlooEdge:
     def abort(self) -> None:
         last = self._watch.last or Header(0, 0, INPUT, 0, 0)
         self.send(last._replace(flags=ABORT, tokens=0), torch.empty(0, 1))
+
+    def hang_up(self) -> None:
+        """Give the edge up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
+        hang_up(self._group, self._peer)
+
+
+def hang_up(group: dist.ProcessGroup, peer: int) -> None:
+    """Close a gloo group of two whoever waits in it: a silent peer would be waited for until the group's timeout.
+
+    Gloo's abort interrupts nobody, but a wait that runs out fails whatever is pending and closes the group's sockets.
+    """
+    with suppress(RuntimeError):
+        group.recv([torch.empty(1, dtype=torch.uint8)], peer, HANG_UP).wait(timedelta(milliseconds=1))
 
 
 def _try(start: Callable[[], Any]) -> Any:

@@ -20,7 +20,8 @@ class Shard(NamedTuple):
         """
         if total % self.size:
             raise ValueError(
-                f"{what} is {total}, which {self.size} tensor-parallel ranks cannot share; change layout.tp"
+                f"{what} is {total}, which {self.size} tensor-parallel ranks cannot share; change layout.tp, or "
+                "layout.ffn with layout=afd"
             )
         part = total // self.size
         return range(self.rank * part, (self.rank + 1) * part)

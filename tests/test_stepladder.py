@@ -1,5 +1,7 @@
 """`stepladder.LLM`, text to text, against `transformers`."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,20 @@ def test_seeds_reproduce_and_differ(path: Path, llm: LLM) -> None:
     assert wide.generate(PROMPTS, params) == once
     other = llm.generate(PROMPTS, SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, seed=13))
     assert all(a.tokens != b.tokens for a, b in zip(once, other, strict=True))
+
+
+def test_without_parameters_the_models_own_defaults_hold(path: Path, tmp_path: Path, llm: LLM) -> None:
+    model = Path(shutil.copytree(path, tmp_path / "model"))
+    recommended = {"temperature": 0.6, "top_k": 9, "repetition_penalty": 1.3, "max_new_tokens": 40}
+    (model / "generation_config.json").write_text(json.dumps(recommended))
+    advised = LLM(str(model), device="cpu", kv_tokens=100)
+    params = SamplingParams(temperature=0.6, top_k=9, repetition_penalty=1.3, max_tokens=40)
+    assert advised.defaults == params
+    assert advised.generate(PROMPTS) == list(dict(sorted(advised.stream(PROMPTS))).values())
+    assert advised.generate(PROMPTS) == llm.generate(PROMPTS, params) != llm.generate(PROMPTS)
+    [near] = advised.generate(["x" * 80])
+    assert len(near.tokens) == 96 - len(llm.tokenizer.encode(near.prompt)) < 40, "as far as the context goes"
+    assert advised.generate(PROMPTS[:1], SamplingParams())[0].tokens == llm.generate(PROMPTS[:1])[0].tokens
 
 
 def test_streams_yield_each_completion_once(llm: LLM) -> None:
@@ -177,8 +193,10 @@ def test_parameters_out_of_range_are_a_sentence(fields: dict[str, object], sente
 
 
 def test_limits_are_a_sentence(path: Path) -> None:
-    with pytest.raises(ValueError, match="the KV cache holds"):
-        LLM(str(path), device="cpu", kv_tokens=64, max_model_len=128)
+    sentence = r"the KV cache holds 96 tokens in blocks of 16, fewer .* raise kv\.tokens or lower engine\.max_model_len"
+    with pytest.raises(ValueError, match=sentence):
+        LLM(str(path), device="cpu", kv_tokens=100, max_model_len=100)
+    assert LLM(str(path), device="cpu", kv_tokens=100).engine.config.max_model_len == 96
     with pytest.raises(ValueError, match=r"tokenizer\.json|config\.json"):
         LLM(str(path / "nowhere"))
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 import ray
 
-from parallel.checkpoint import fingerprint
+from parallel.checkpoint import fingerprints
 from workers.membership import PoolAddress
 from workers.rank import Rank, RankConfig, resolve
 from workers.roles import AttentionRank, rank_of
@@ -59,9 +59,9 @@ class RankActor:
         self._rank = rank_of(_on_this_device(config))
         return self._rank.open_store()
 
-    def fingerprint(self, model: str) -> str:
-        """A hash of the checkpoint as this machine has it."""
-        return fingerprint(resolve(model))
+    def fingerprints(self, model: str) -> dict[str, str]:
+        """A hash of each of the checkpoint's files as this machine has it."""
+        return fingerprints(resolve(model))
 
     def load(self, config: RankConfig, store_host: str, store_port: int) -> int:
         """Join the group, read the weights; returns how many tokens this rank can cache."""

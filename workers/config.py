@@ -7,31 +7,46 @@ import torch
 from parallel.spec import DTYPES, ModelSpec
 from workers.limits import SchedulerConfig
 
+MEMORY_FRACTION = 0.9
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvConfig:
     """The KV cache of an engine.
 
     Attributes:
-        tokens: how many tokens it holds; None measures how many fit.
-        memory_fraction: if measured, the share of a GPU's memory (or of the machine's free memory, on CPU) that model,
-            largest step and cache may take together.
+        tokens: how many tokens it holds, in whole blocks; None measures how many fit.
+        memory_fraction: if measured, the share of a GPU's memory that model, largest step and cache may take together,
+            or on CPU the share of what is left for the cache; None takes MEMORY_FRACTION.
         block_size: tokens of a block, the unit in which sequences get room.
         prefix_caching: keep and share the blocks of known beginnings of prompts.
     """
 
     tokens: int | None = None
-    memory_fraction: float = 0.9
+    memory_fraction: float | None = None
     block_size: int = 16
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < self.block_size:
-            raise ValueError(f"kv.tokens is {self.tokens}; it must be at least kv.block_size ({self.block_size})")
-        if not 0 < self.memory_fraction <= 1:
-            raise ValueError(f"kv.memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
         if self.block_size < 1:
             raise ValueError(f"kv.block_size is {self.block_size}; it must be at least 1")
+        if self.tokens is not None and self.tokens < self.block_size:
+            raise ValueError(f"kv.tokens is {self.tokens}; it must be at least kv.block_size ({self.block_size})")
+        if self.memory_fraction is not None:
+            self._check_fraction(self.memory_fraction)
+
+    def _check_fraction(self, fraction: float) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"kv.memory_fraction is {fraction}; it must be above 0 and at most 1")
+        if self.tokens is not None:
+            raise ValueError(
+                f"kv.memory_fraction is {fraction}, but kv.tokens is {self.tokens}, so that nothing is measured; "
+                "set one of them to null"
+            )
+
+    def whole(self, tokens: int) -> int:
+        """Of so many tokens, those in whole blocks."""
+        return tokens // self.block_size * self.block_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +114,14 @@ class EngineConfig:
             raise ValueError(f"engine.cuda_graphs is true, but this engine runs on {device.type}; set it to null")
         return device.type == "cuda" and self.cuda_graphs is not False
 
-    def model_len(self, spec: ModelSpec, kv_tokens: int) -> int:
-        """Prompt and output together, for a cache of `kv_tokens`.
+    def model_len(self, spec: ModelSpec, kv: KvConfig, kv_tokens: int | None) -> int:
+        """Prompt and output together, for a cache of `kv_tokens`; None where it has not been measured yet.
 
         Raises:
             ValueError: more than the model was made for.
         """
-        length = self.max_model_len or min(spec.max_position, kv_tokens)
+        room = spec.max_position if kv_tokens is None else kv.whole(kv_tokens)
+        length = self.max_model_len or min(spec.max_position, room)
         if length > spec.max_position:
             raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.max_position} tokens")
         return length
@@ -119,7 +135,7 @@ class EngineConfig:
         return SchedulerConfig(
             max_sequences=self.max_sequences,
             max_step_tokens=self.max_step_tokens,
-            max_model_len=self.model_len(spec, kv_tokens),
+            max_model_len=self.model_len(spec, kv, kv_tokens),
             num_blocks=kv_tokens // kv.block_size,
             block_size=kv.block_size,
             prefix_caching=kv.prefix_caching,

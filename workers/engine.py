@@ -1,11 +1,14 @@
 """Requests in, tokens out: one scheduler and one executor. It knows tokens, nothing of text, HTTP or Ray."""
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.core import Output, Request, Sequence, StepPlan, StepResult
 from workers.scheduler import Scheduler, SchedulerConfig
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's buckets
 
 
 class Step(Protocol):
@@ -24,10 +27,21 @@ class Runs(Protocol):
         ...
 
 
+def _no_steps() -> list[int]:
+    return [0] * (len(STEP_TOKENS) + 1)
+
+
 @dataclass
 class EngineStats:
-    """Counters since start, and the present state of the queues."""
+    """Counters since start, the present state of the queues, and a limit.
 
+    Attributes:
+        max_model_len: prompt and output together, in tokens; 0 of an engine that has not been heard yet.
+        step_tokens: tokens of all steps together. step_sizes: steps by size; the one at i counts those of at most
+            STEP_TOKENS[i] tokens that no earlier one counts, the last one all others.
+    """
+
+    max_model_len: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -37,6 +51,13 @@ class EngineStats:
     kv_usage: float = 0.0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    step_tokens: int = 0
+    step_sizes: list[int] = field(default_factory=_no_steps)
+
+    def count_step(self, tokens: int) -> None:
+        """A step of so many tokens has been queued."""
+        self.step_tokens += tokens
+        self.step_sizes[bisect_left(STEP_TOKENS, tokens)] += 1
 
 
 @dataclass
@@ -52,6 +73,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
+        self.stats.max_model_len = self.config.max_model_len
         self._under_way: deque[Step] = deque()
 
     @property
@@ -82,6 +104,7 @@ class Engine:
         """Read one step and return what it did for each sequence that got a token."""
         while len(self._under_way) <= self.config.lookahead and (plan := self.scheduler.schedule()).tokens:
             self._under_way.append(self.executor.submit(plan))
+            self.stats.count_step(len(plan.tokens))
         outputs = self.scheduler.commit(self._under_way.popleft().result()) if self._under_way else []
         self._count(outputs)
         return outputs

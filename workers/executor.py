@@ -11,9 +11,12 @@ from parallel.model import Transformer
 from parallel.pack import pack_weights
 from parallel.spec import ModelSpec
 from workers.codec import decode, encode
-from workers.core import StepPlan
+from workers.core import Sample, SamplingParams, StepPlan
 from workers.graphs import Capture, DecodeGraphs
 from workers.sampler import Drawn, draw
+
+# the sampler copies the logits for each of these
+_ALL_COPIES = SamplingParams(min_p=0.01, top_k=50, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=1)
 
 
 class Executor:
@@ -65,12 +68,21 @@ class Executor:
 
     @torch.inference_mode()
     def warm_up(self, tokens: int, sequences: int, block_size: int) -> None:
-        """The largest step there can be, so that what the libraries allocate on the way is allocated. Every rank."""
-        blocks = -(-tokens // block_size)
+        """Large steps, so that what they and the libraries allocate on the way has been allocated. Every rank.
+
+        A prefill of `tokens`, and a decode step of all sequences, each with that prefill as its context: the same
+        blocks serve all, since nobody looks at the result. Of both, all logits are gathered and drawn from.
+        """
+        blocks, count = -(-tokens // block_size), min(sequences, tokens)
         cache = KVCache(self.model.spec, self.model.num_kv_heads, blocks, block_size, self.mesh.device)
-        ids = torch.zeros(tokens, dtype=torch.int64, device=self.mesh.device)
-        hidden = self.model(ids, PagedSequences(cache, [0], [tokens], [list(range(blocks))]))
-        self.model.logits(hidden[-min(sequences, tokens) :])
+        samples = [Sample(row, tokens, _ALL_COPIES, [0] * tokens, 1) for row in range(count)]
+        for starts, lengths in (([0], [tokens]), ([tokens - 1] * count, [1] * count)):
+            ids = torch.zeros(sum(lengths), dtype=torch.int64, device=self.mesh.device)
+            tables = [list(range(blocks))] * len(starts)
+            hidden = self.model(ids, PagedSequences(cache, starts, lengths, tables, self._batch_invariant))
+            logits = self.mesh.gather(self.model.logits(hidden[-count:]))
+            if logits is not None:
+                draw(logits[:, : self.model.spec.vocab_size], StepPlan(samples=samples))
 
     def submit(self, plan: StepPlan) -> Drawn:
         """Queue one step, on rank 0; an empty plan only tells the followers that rank 0 is alive."""

@@ -1,6 +1,6 @@
 """The limits of one engine, and which requests can never be served within them. Pure host code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.core import Request, SamplingParams
 
@@ -45,9 +45,19 @@ class SchedulerConfig:
             raise ValueError(f"engine.lookahead is {self.lookahead}; it must be 0 or 1")
         if self.num_blocks * self.block_size < self.max_model_len:
             raise ValueError(
-                f"the KV cache holds {self.num_blocks * self.block_size} tokens, fewer than one sequence of "
-                f"max_model_len ({self.max_model_len}); raise kv.num_blocks or lower engine.max_model_len"
+                f"the KV cache holds {self.num_blocks * self.block_size} tokens in blocks of {self.block_size}, fewer "
+                f"than engine.max_model_len ({self.max_model_len}); raise kv.tokens or lower engine.max_model_len"
             )
+
+    def fit(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """The same with no more max_tokens than fit behind such a prompt (1, if none do): for who has not asked for
+        that many.
+
+        Raises:
+            ValueError: min_tokens do not fit.
+        """
+        room = max(1, self.max_model_len - num_prompt_tokens)
+        return params if params.max_tokens <= room else replace(params, max_tokens=room)
 
     def check(self, request: Request) -> None:
         """Judge a request before it is queued.

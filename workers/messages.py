@@ -22,8 +22,15 @@ class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
+    """request.id: the client's name for it, `#` and the number of the attempt, from 1."""
+
     number: int
     request: Request
+
+    @property
+    def is_replay(self) -> bool:
+        """An attempt before this one was lost after it had been accepted, or before anybody could judge it."""
+        return not self.request.id.endswith("#1")
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):

@@ -1,5 +1,6 @@
 """Ranks of a disaggregated model: those with attention, which have engines, and those with FFNs, which have none."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -66,12 +67,12 @@ class FeedForwardRank(Rank):
         self._pool = FeedForwardPool(
             side,
             self._mesh,
-            self._names,
+            self._connect,
             config.prefix,
             config.generation,
             config.host,
             config.secret,
-            self._timeout,
+            self._silence,
             wire_to_ffn(config.afd.wire, self._spec),
         )
         return UNBOUNDED
@@ -82,13 +83,8 @@ class FeedForwardRank(Rank):
     def run(self) -> None:
         if self.config.shard.rank:
             self._pool.follow()
-            return
-
-        def connect() -> dist.Store:
-            store = dist.TCPStore(self.config.host, self._store.port, None, False, timeout=self._timeout)
-            return dist.PrefixStore(self.config.prefix, store)
-
-        self._pool.lead(connect, lambda: self._stopping)
+        else:
+            self._pool.lead(lambda: self._stopping)
 
     @property
     def address(self) -> str | None:
@@ -97,6 +93,21 @@ class FeedForwardRank(Rank):
     def stats(self) -> dict[str, Any]:
         pool = self._pool
         return {"steps": pool.steps, "resumed_steps": pool.resumed, "busy_seconds": pool.side.busy}
+
+    def _connect(self) -> dist.Store:
+        """Another connection to the pool's store."""
+        store = dist.TCPStore(self._store.host, self._store.port, None, False, timeout=self._timeout)
+        return dist.PrefixStore(self.config.prefix, store)
+
+    @property
+    def _silence(self) -> timedelta:
+        """How long an A rank may keep the pool waiting.
+
+        Longer than the controller takes to kill one that hangs; but F ranks that wait in a reduce, other A ranks, and
+        the gateways that wait for those must not lose patience first.
+        """
+        config = self.config
+        return timedelta(seconds=min(config.collective_seconds / 2, config.afd.patience_seconds * 2 / 3))
 
 
 ROLES: dict[str, type[Rank]] = {ATTENTION: AttentionRank, FFN: FeedForwardRank}

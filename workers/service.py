@@ -3,7 +3,9 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from time import monotonic
+from typing import NamedTuple
 
 from workers.channel import Channel
 from workers.core import Output, Request
@@ -12,11 +14,22 @@ from workers.messages import Abort, Hello, Refusal, Submit
 from workers.orphans import Orphans
 
 
+class _Client(NamedTuple):
+    """Who asked for a request, and under which id."""
+
+    gateway: bytes
+    name: str
+
+
 class EngineService:
     """An engine behind a channel.
 
+    Inside the engine a request has an id of its own, made from the gateway's: two gateways, or two lives of one, may
+    ask under the same id.
+
     Args:
-        max_queued_tokens: tokens that may wait for a place; beyond that, requests are refused as "full".
+        max_queued_tokens: tokens that may wait for a place; beyond that, requests are refused as "full", unless they
+            are replays, which have been accepted before.
         idle_seconds: how often an engine gives a sign of life, to its followers (when idle) and to the gateways.
         orphan_seconds: how long a request runs on whose gateway was lost.
     """
@@ -31,11 +44,11 @@ class EngineService:
     ) -> None:
         self._engine, self._channel = engine, channel
         self._max_queued_tokens, self._idle_seconds = max_queued_tokens, idle_seconds
-        self._owners: dict[str, bytes] = {}  # engine's request id -> gateway
-        self._names: dict[str, str] = {}  # engine's request id -> the gateway's, where an orphan was given out
+        self._clients: dict[str, _Client] = {}  # by the engine's request id
         self._mail: defaultdict[bytes, list[Output]] = defaultdict(list)
         self._refusals: defaultdict[bytes, list[Refusal]] = defaultdict(list)
         self._orphans = Orphans(orphan_seconds)
+        self._numbers = count()
         self._last_sign = 0.0
 
     def run(self, stopping: Callable[[], bool]) -> None:
@@ -59,20 +72,22 @@ class EngineService:
                 case Hello():
                     self._drop(gateway)
                     self._last_sign = 0.0  # it should hear at once who we are and whom we have
-                case Submit(request=request):
-                    self._submit(gateway, request)
+                case Submit():
+                    self._submit(gateway, message)
                 case Abort(id=name):
-                    self._abort(gateway, name)
+                    self._abort(_Client(gateway, name))
 
-    def _submit(self, gateway: bytes, request: Request) -> None:
+    def _submit(self, gateway: bytes, message: Submit) -> None:
+        request, queued = message.request, self._engine.queued_tokens
         if self._adopt(gateway, request):
             return
-        if self._engine.queued_tokens + len(request.prompt) > self._max_queued_tokens:
+        if not message.is_replay and queued + len(request.prompt) > self._max_queued_tokens:
             self._refusals[gateway].append(Refusal(request.id, "the queue is full; try again later", full=True))
             return
+        unique = f"{request.id}.{next(self._numbers)}"
         try:
-            self._engine.add(request)
-            self._owners[request.id] = gateway
+            self._engine.add(replace(request, id=unique))
+            self._clients[unique] = _Client(gateway, request.id)
         except ValueError as error:
             self._refusals[gateway].append(Refusal(request.id, str(error), full=False))
 
@@ -83,37 +98,38 @@ class EngineService:
             return False
         self._mail[gateway].append(Output(request.id, orphan.tokens[len(request.output) :], orphan.finish_reason))
         if not orphan.finish_reason:
-            self._owners[orphan.request.id], self._names[orphan.request.id] = gateway, request.id
+            self._clients[orphan.request.id] = _Client(gateway, request.id)
         return True
 
-    def _abort(self, gateway: bytes, name: str) -> None:
-        for request_id, owner in self._owners.items():
-            if owner == gateway and self._names.get(request_id, request_id) == name:
-                self._release(request_id)
-                self._engine.abort(request_id)
-                return
+    def _abort(self, client: _Client) -> None:
+        for request_id in [request_id for request_id, other in self._clients.items() if other == client]:
+            del self._clients[request_id]
+            self._engine.abort(request_id)
 
     def _sort(self, outputs: list[Output]) -> None:
         """A step's outputs into each gateway's mail."""
         for output in outputs:
-            if owner := self._owners.get(output.id):
-                self._mail[owner].append(replace(output, id=self._names.get(output.id, output.id)))
+            if client := self._clients.get(output.id):
+                self._mail[client.gateway].append(replace(output, id=client.name))
             else:
                 self._orphans.note(output)
             if output.finish_reason:
-                self._release(output.id)
+                self._clients.pop(output.id, None)
 
     def _give(self) -> None:
-        """One message per gateway that has something to hear; now and then one to everyone as a sign of life."""
+        """One message per gateway that has something to hear; now and then one to everyone as a sign of life.
+
+        Those who have been here longest come first, so that a new one hears of all requests whose gateway is found
+        to be gone.
+        """
         everyone: list[bytes] = []
         if monotonic() - self._last_sign >= self._idle_seconds:
             self._last_sign, everyone = monotonic(), self._channel.gateways
             for request in self._orphans.expired():
                 self._engine.abort(request.id)
-        names = self._orphans.names
-        for gateway in {*self._mail, *self._refusals, *everyone}:
+        for gateway in dict.fromkeys([*everyone, *self._mail, *self._refusals]):
             mail, refusals = self._mail.pop(gateway, []), self._refusals.pop(gateway, [])
-            if not self._channel.send(gateway, mail, refusals, self._engine.stats, names):
+            if not self._channel.send(gateway, mail, refusals, self._engine.stats, self._orphans.names):
                 self._orphan(gateway)
 
     def _orphan(self, gateway: bytes) -> None:
@@ -124,17 +140,13 @@ class EngineService:
                 self._orphans.take_in(sequence.request, sequence.output)
             elif sequence:
                 self._engine.abort(request_id)
-            self._release(request_id)
+            del self._clients[request_id]
 
     def _drop(self, gateway: bytes) -> None:
         """A gateway begins anew: what it had asked for before is void."""
         for request_id in self._requests_of(gateway):
-            self._release(request_id)
+            del self._clients[request_id]
             self._engine.abort(request_id)
 
     def _requests_of(self, gateway: bytes) -> list[str]:
-        return [request_id for request_id, owner in self._owners.items() if owner == gateway]
-
-    def _release(self, request_id: str) -> None:
-        self._owners.pop(request_id, None)
-        self._names.pop(request_id, None)
+        return [request_id for request_id, client in self._clients.items() if client.gateway == gateway]

@@ -2,11 +2,11 @@
 
 from typing import Protocol
 
-import psutil
 import torch
 
 from parallel.spec import ModelSpec
-from workers.config import EngineConfig, KvConfig
+from workers.config import MEMORY_FRACTION, EngineConfig, KvConfig
+from workers.memory import available
 
 
 class Model(Protocol):
@@ -30,13 +30,16 @@ class Measurable(Protocol):
 
 
 def kv_size(executor: Measurable, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int = 1) -> int:
-    """Tokens that the cache of this rank is to hold: as configured, or as many as fit. Every rank calls.
+    """Tokens that the cache of this rank is to hold, in whole blocks: as configured, or as many as fit. Every rank
+    calls.
 
     Raises:
         ValueError: not even one sequence of the longest length fits.
     """
     if kv.tokens is not None:
-        return kv.tokens
+        return kv.whole(kv.tokens)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     executor.warm_up(engine.max_step_tokens, engine.max_sequences, kv.block_size)
     return _capacity(executor.model, engine, kv, device, ranks_here)
 
@@ -45,9 +48,9 @@ def _capacity(model: Model, engine: EngineConfig, kv: KvConfig, device: torch.de
     """Tokens that this rank can cache; whole blocks, and no more than its sequences could ever use twice over."""
     spec, size = model.spec, torch.empty((), dtype=model.spec.dtype).element_size()
     per_token = 2 * spec.num_layers * model.num_kv_heads * spec.head_dim * size
-    room = _room(kv.memory_fraction, device, ranks_here)
+    room = _room(kv.memory_fraction or MEMORY_FRACTION, device, ranks_here)
     useful = 2 * engine.max_sequences * (engine.max_model_len or spec.max_position)
-    tokens = min(room // per_token, useful) // kv.block_size * kv.block_size
+    tokens = kv.whole(min(room // per_token, useful + kv.block_size - 1))
     if tokens < (engine.max_model_len or kv.block_size):
         raise ValueError(
             f"only {max(0, tokens)} tokens of KV cache fit ({room / 2**30:.1f} GiB at {per_token} bytes a token), "
@@ -57,9 +60,10 @@ def _capacity(model: Model, engine: EngineConfig, kv: KvConfig, device: torch.de
 
 
 def _room(fraction: float, device: torch.device, ranks_here: int) -> int:
-    """Bytes left for the cache."""
+    """Bytes left for the cache: on CUDA beside what the warm-up needed at its peak, which the allocator gives back."""
     if device.type == "cuda":
+        step = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        return int(total * fraction) - (total - free)
-    return int(psutil.virtual_memory().available * fraction) // ranks_here
+        return int(total * fraction) - (total - free) - step
+    return int(available() * fraction) // ranks_here

@@ -9,13 +9,14 @@ torch.compile, and on the checkpoint's matrices (workers/stacked.py) rather than
 0.19.8 forgets where a partition is padded (stage_1_and_2.py, `get_flat_partition`).
 """
 
+import hashlib
 import logging
 import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,7 @@ from workers.windows import Windows
 
 Log = Callable[[dict[str, Any]], None]
 BUCKET = 5_000_000  # elements reduced at a time
+MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's name for the weights and what was saved beside them
 
 
 class Ranks:
@@ -94,8 +96,11 @@ class Trainer:
     Args:
         model: a whole, initialised fp32 model, alike on all ranks; its parameters are set to require gradients. While
             it trains, its merged matrices are in pieces; `close` puts them together again.
-        stream: the training text, int [tokens].
+        stream: the training text, int [tokens], on the CPU.
         directory: where checkpoints are kept; one found there is continued.
+
+    Raises:
+        ValueError: the checkpoint found there is of other `settings`.
     """
 
     def __init__(self, model: Transformer, stream: Tensor, config: TrainConfig, directory: Path, ranks: Ranks) -> None:
@@ -111,7 +116,14 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = _engine(model, self.optimizer, config, ranks)
         self.step, self.seconds = 0, 0.0
+        self._text = hashlib.sha256(stream.numpy().data).hexdigest()
         self._load()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What this run shares with any checkpoint that it continues; of the text, a hash of its tokens."""
+        model = asdict(self.model.spec) | {"dtype": str(self.model.spec.dtype)}
+        return {"config": asdict(self.config), "ranks": self.ranks.size, "model": model, "text": self._text}
 
     def run(self, log: Log, until: int | None = None) -> Iterator[int]:
         """Train, yielding the number of steps done after each; ends at `until` or the configured number of tokens.
@@ -136,12 +148,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state so that a kill at any moment leaves the old checkpoint or the new one; all ranks call it."""
         tag = f"step{self.step}"
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "config": asdict(self.config),
-            "ranks": self.ranks.size,
-        }
+        state = {"step": self.step, "seconds": self.seconds, **self.settings}
         self.engine.save_checkpoint(str(self.directory), tag=tag, client_state={"training": state}, save_latest=False)
         dist.barrier()
         if self.ranks.rank == 0:
@@ -166,13 +173,14 @@ class Trainer:
         latest = self.directory / "latest"
         if not latest.exists():
             return
-        _, client = self.engine.load_checkpoint(str(self.directory), tag=latest.read_text())
-        state = client["training"]
-        if state["config"] != asdict(self.config) or state["ranks"] != self.ranks.size:
+        tag = latest.read_text()
+        states = torch.load(self.directory / tag / MODEL_STATES, map_location="cpu", mmap=True, weights_only=False)
+        state = states["training"]
+        if others := ", ".join(_differences(state, self.settings)).replace("config.", "train."):
             raise ValueError(
-                f"{self.directory} was written with other settings ({state['ranks']} ranks); remove it or choose "
-                f"another run_dir"
+                f"{self.directory} was written with other settings ({others}); remove it or choose another run_dir"
             )
+        self.engine.load_checkpoint(str(self.directory), tag=tag)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _train_step(self) -> float:
@@ -214,6 +222,16 @@ class Trainer:
             "train/lr_scale": self.config.lr_scale(self.step - 1),
             "train/tokens_per_s": len(losses) * self.config.batch_tokens / seconds,
         }
+
+
+def _differences(found: Mapping[str, Any], mine: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """Names of the settings that differ; those that an older checkpoint does not know of are not compared."""
+    for name in filter(found.__contains__, mine):
+        was, value = found[name], mine[name]
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            yield from _differences(was, value, f"{inside}{name}.")
+        elif was != value:
+            yield inside + name
 
 
 def _optimizer(model: Transformer, config: TrainConfig) -> Optimizer:

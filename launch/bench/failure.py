@@ -13,6 +13,13 @@ class Failure(NamedTuple):
     rank: int
     signal: signal.Signals
 
+    @property
+    def target(self) -> tuple[str, int]:
+        """The group of the rank that is struck, and its place in it; not of a gateway or controller."""
+        if self.kind == "attention":
+            return f"engine-{self.rank}", 0
+        return {"rank": "engine-0", "ffn": "ffn"}[self.kind], self.rank
+
 
 FAILURES = {
     "SIGKILL rank 1": Failure("rank", 1, signal.SIGKILL),
@@ -24,6 +31,7 @@ FAILURES = {
     "SIGKILL controller": Failure("controller", 0, signal.SIGKILL),
     "SIGSTOP controller": Failure("controller", 0, signal.SIGSTOP),
     "SIGKILL F": Failure("ffn", 0, signal.SIGKILL),
+    "SIGKILL F 1": Failure("ffn", 1, signal.SIGKILL),
     "SIGKILL A": Failure("attention", 1, signal.SIGKILL),
 }
 KINDS = {"tp": ("rank", "gateway", "controller"), "afd": ("ffn", "attention", "gateway", "controller")}
@@ -75,7 +83,7 @@ class FailuresBench:
     @property
     def possible(self) -> list[str]:
         """The failures that this kind of layout can suffer."""
-        ranks = {"rank": self.tp, "attention": self.attention}
+        ranks = {"rank": self.tp, "attention": self.attention, "ffn": self.ffn}
         kinds = KINDS[self.kind]
         return [name for name, one in FAILURES.items() if one.kind in kinds and one.rank < ranks.get(one.kind, 1)]
 
@@ -115,7 +123,8 @@ class Occurrence:
         lost: requests that did not end with a whole text, or had to be sent twice though the gateway lived.
         changed: texts that are not the undisturbed one's, beginnings of broken streams included.
         detected: the controller noticed. ready: it said that all was well again.
-        resumed: a client got text again, after a pause that the failure caused.
+        resumed, last_resumed: the first and the last of the streams that the failure made pause got text again; None
+            if none paused longer than undisturbed streams do.
         ended: the last broken stream had ended. again: tokens that the engine, which lived on, generated twice.
         longest_pause: between two chunks of one stream. left: what is there and was not before.
         block: of the model, where the FFN pool that replaced a lost one went on.
@@ -126,6 +135,7 @@ class Occurrence:
     detected: float | None
     ready: float | None
     resumed: float | None
+    last_resumed: float | None
     ended: float | None
     again: int | None
     longest_pause: float

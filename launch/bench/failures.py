@@ -16,6 +16,14 @@ from launch.bench.failure import FAILURES, FailuresBench, Occurrence
 from launch.bench.report import Goal, Report, Row, at_most
 
 ENDS_WITHIN = 1.0  # seconds, of the streams of a gateway that was killed
+TITLES = {
+    "detected": "detection",
+    "ended": "streams end",
+    "resumed": "first text again",
+    "last_resumed": "last stream goes on",
+    "ready": "ready again",
+    "longest_pause": "longest pause",
+}
 
 
 def run(config: FailuresBench) -> Report:
@@ -48,8 +56,7 @@ def _rows(config: FailuresBench, name: str, seen: Sequence[Occurrence]) -> list[
     bounds = {"detected": config.detection_bound(failure)}
     if failure.kind == "gateway":
         bounds["ended"] = ENDS_WITHIN if failure.signal == signal.SIGKILL else config.detection_bound(failure)
-    titles = {"detected": "detection", "ended": "streams end", "resumed": "first text again", "ready": "ready again"}
-    for key, title in {**titles, "longest_pause": "longest pause"}.items():
+    for key, title in TITLES.items():
         times = [time for one in seen if (time := getattr(one, key)) is not None]
         for of, summarise in (("median", median), ("worst", max)):
             if times:

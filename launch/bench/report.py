@@ -63,6 +63,7 @@ class Report:
         emulated: what was not real (link speed, sleeps, virtual ranks); None if everything was.
         details: more results as plain data, each written to a JSON file of its own under its name.
         draw: fills a matplotlib Figure in its own way; None for a panel per metric with a bar per case.
+        contents: of the details, in words.
     """
 
     suite: str
@@ -71,6 +72,7 @@ class Report:
     emulated: str | None = None
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     draw: Callable[[Any], None] | None = None
+    contents: str = "details"
 
     def to_json(self, command: str) -> dict[str, Any]:
         return {
@@ -89,11 +91,14 @@ def publish(report: Report, words: Sequence[str], run_dir: Path) -> None:
     shown = ["api_key=***" if word.startswith("api_key=") else word for word in words]
     command = shlex.join(["python", "-m", "launch.bench", *shown])
     _write(run_dir / f"{report.suite}.json", report.to_json(command))
-    for name, detail in report.details.items():
-        _write(run_dir / f"{report.suite}-{name}.json", detail)
+    details = {f"{report.suite}-{name}.json": detail for name, detail in report.details.items()}
+    for name, detail in details.items():
+        _write(run_dir / name, detail)
     drawn = picture(report, run_dir / f"{report.suite}.png")
     print(_rows_table(report))
-    print(f"\nwritten to {run_dir / report.suite}.json{' and .png' if drawn else '; install matplotlib for a picture'}")
+    more = f"; {report.contents} in {', '.join(details)} beside it" if details else ""
+    hint = " and .png" if drawn else "; install matplotlib for a picture"
+    print(f"\nwritten to {run_dir / report.suite}.json{hint}{more}")
     print(f"\n{_summary_table(report)}")
 
 

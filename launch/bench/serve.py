@@ -78,7 +78,8 @@ def run(config: ServeBench) -> Report:
     with endpoint(config) as url:
         results = asyncio.run(_run_cases(config, url))
     rows = [row for name, figures in results.items() for row in _rows(name, config.cases[name], figures)]
-    return Report("serve", rows, _summary(config, results), details=results)
+    contents = "figures under vLLM's keys"
+    return Report("serve", rows, _summary(config, results), details=results, contents=contents)
 
 
 @contextmanager

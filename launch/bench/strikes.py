@@ -10,6 +10,7 @@ import requests
 
 from launch.bench.failure import FAILURES, Failure, FailuresBench, Occurrence
 from launch.bench.insist import Insisting
+from launch.bench.pauses import resumptions
 from launch.bench.victim import Victim, Watch, deployed, within
 
 __all__ = ["Bench", "deployed"]
@@ -57,7 +58,7 @@ class Bench:
             RuntimeError: it does not become so.
         """
         failure, config, victim = FAILURES[name], self._config, self._victim
-        process, generated = victim.process(failure.kind, failure.rank), victim.engine()["generation_tokens"]
+        process, generated = victim.process(failure), victim.engine()["generation_tokens"]
         struck: list[tuple[float, Watch]] = []
 
         def hit() -> None:
@@ -78,7 +79,7 @@ class Bench:
         if failure.kind not in ("rank", "attention"):
             again = victim.engine()["generation_tokens"] - generated - config.streams * config.tokens
         left = {} if whole else {**_excess(victim.census(), self._census), "requests in the engine": self._busy()}
-        seen = _judge(failure, clients, self._texts, moment, watch, again, left)
+        seen = judge(failure, clients, self._texts, moment, watch, again, left, self.pause)
         if failure.kind == "ffn":
             seen = replace(seen, block=victim.engine()["pool_resumed_block"])
         print(f"{name} {nth + 1}/{config.repeats}: {seen}", flush=True)
@@ -118,7 +119,7 @@ def _begun(client: Insisting, chunks: int) -> bool:
     return len(client.arrivals) >= chunks
 
 
-def _judge(
+def judge(
     failure: Failure,
     clients: Sequence[Insisting],
     texts: Sequence[str],
@@ -126,6 +127,7 @@ def _judge(
     watch: Watch,
     again: int | None,
     left: dict[str, int],
+    usual_pause: float,
 ) -> Occurrence:
     hits_streams = failure.kind == "gateway"
     pairs = list(zip(clients, texts, strict=True))
@@ -135,14 +137,15 @@ def _judge(
         if not client.failure
     )
     breaks = [time - moment for client in clients for time, _ in client.broken]
-    cut = moment + max(breaks) if hits_streams and breaks else (watch.noticed or moment)
-    later = [time - moment for client in clients for time in client.arrivals if time > cut]
+    streams = [client.arrivals for client in clients] if failure.kind != "controller" else []
+    resumed = resumptions(streams, moment, usual_pause)
     return Occurrence(
         lost=sum(bool(client.failure) or bool(client.retries and not hits_streams) for client in clients),
         changed=changed,
         detected=watch.noticed - moment if watch.noticed else None,
         ready=watch.ready - moment if watch.ready else None,
-        resumed=min(later, default=None) if failure.kind != "controller" else None,
+        resumed=min(resumed, default=None),
+        last_resumed=max(resumed, default=None),
         ended=max(breaks, default=None) if hits_streams else None,
         again=again,
         longest_pause=max(client.longest_pause for client in clients),

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group_table
 
 from cluster.names import CONTROLLER, namespace
+from launch.bench.failure import Failure
 from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT, ready
 
@@ -46,15 +47,14 @@ class Victim:
         generations = {name: group["generation"] for name, group in groups.items()}
         return State(report["phase"], all(g["serves"] for g in groups.values()), generations, report["restarts"])
 
-    def process(self, kind: str, rank: int = 0) -> psutil.Process:
-        """The process of a rank of engine-0, of the FFN pool ("ffn"), of the only rank of engine `rank` ("attention"),
-        of the gateway or of the controller."""
-        if kind in ("gateway", "controller"):
-            (process,) = self.cluster.processes(TITLES[kind])
+    def process(self, failure: Failure) -> psutil.Process:
+        """The process that this failure strikes."""
+        if failure.kind in ("gateway", "controller"):
+            (process,) = self.cluster.processes(TITLES[failure.kind])
             return process
-        group = {"rank": "engine-0", "ffn": "ffn", "attention": f"engine-{rank}"}[kind]
+        group, rank = failure.target
         places = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
-        return psutil.Process(next(place.pid for place in places if place.rank == (rank if kind == "rank" else 0)))
+        return psutil.Process(next(place.pid for place in places if place.rank == rank))
 
     def engine(self) -> dict[str, Any]:
         """The engines' counters, now: sums, and of the block at which a step went on the highest."""

@@ -59,6 +59,10 @@ class Job:
         except RayError:
             return "no controller"
 
+    def detail(self) -> str:
+        """What the controller says to a person."""
+        return self.status().detail
+
     def ready(self) -> bool:
         return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
 

@@ -32,6 +32,10 @@ class LocalBackend:
     def ready(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.config.max_model_len
+
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         if not self.ready():
             raise Unavailable("the engine is gone", retry_after=2)

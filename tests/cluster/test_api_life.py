@@ -146,6 +146,8 @@ def test_metrics_and_snapshot(random_model: Path) -> None:
         assert phases["queue"] + phases["prefill"] < found["time_to_first_token_seconds_sum"]
         assert phases["queue"] + phases["inference"] < found["e2e_request_latency_seconds_sum"]
         assert found["request_generation_tokens_sum"] == 20 and found["num_requests_in_flight"] == 0
+        assert (found["request_params_n_count"], found["request_params_n_sum"]) == (2, 2)
+        assert (found["request_params_max_tokens_count"], found["request_params_max_tokens_sum"]) == (2, 20)
         figures = server.service.snapshot()
         assert figures["serve/requests_finished"] == 2 and figures["serve/running"] == 0
         assert 0 < figures["serve/ttft_ms_p50"] <= figures["serve/ttft_ms_p99"]
@@ -153,6 +155,23 @@ def test_metrics_and_snapshot(random_model: Path) -> None:
         assert figures["serve/tokens_per_s"] > 0
         again = server.service.snapshot()
         assert again["serve/requests_finished"] == 0 and "serve/ttft_ms_p50" not in again
+
+
+def test_what_was_asked_for_is_counted_per_prompt(cycle_model: Path) -> None:
+    """As vLLM does: n and the longest sequence once per prompt, max_tokens of every sequence; none that was left."""
+    with serve(cycle_model, {"max_model_len": 8000}) as server:
+        body = {"model": "org/tiny", "prompt": ["a", "aé"], "n": 2, "max_tokens": 9, "temperature": 0}
+        server.post("/v1/completions", body)
+        server.post("/v1/completions", {**body, "prompt": "a", "n": 1, "max_tokens": 3, "stream": True})
+        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}) as left:
+            next_event(left.iter_lines())
+        eventually(lambda: not server.running)
+        found = samples(server)
+        assert [found[f"request_params_n_bucket {bound}"] for bound in ("1.0", "2.0", "+Inf")] == [1, 3, 3]
+        assert found["request_max_num_generation_tokens_sum"] == 9 + 9 + 3
+        assert found["request_params_max_tokens_sum"] == 4 * 9 + 3
+        server.service.metrics.answered(9, [4, 6, 5])
+        assert samples(server)["request_max_num_generation_tokens_sum"] == 9 + 9 + 3 + 6
 
 
 def test_phases_have_vllms_buckets() -> None:
@@ -180,6 +199,24 @@ def test_engine_metrics() -> None:
     assert (value("engine_steps_total", "0"), value("num_preemptions_total", "0")) == (117, 4), "it was restarted"
     metrics.update_engines({"1": stats})
     assert value("num_requests_running", "0") is None and value("engine_steps_total", "0") == 117
+
+
+def test_tokens_per_step() -> None:
+    """A histogram that the engine keeps; with vLLM's name and buckets."""
+    stats, metrics, name = EngineStats(), Metrics("m"), "stepladder:iteration_tokens_total"
+    for tokens in (1, 1, 8, 9, 512, 20000):
+        stats.count_step(tokens)
+    metrics.update_engines({"engine-0": asdict(stats)})
+
+    def value(suffix: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name + suffix, {"model_name": "m", "engine": "engine-0", **labels})
+
+    found = {bound: value("_bucket", le=bound) for bound in ("1.0", "8.0", "16.0", "256.0", "512.0", "16384.0", "+Inf")}
+    assert found == {"1.0": 2, "8.0": 3, "16.0": 4, "256.0": 4, "512.0": 5, "16384.0": 5, "+Inf": 6}
+    assert (value("_count"), value("_sum")) == (6, 20531)
+    assert b"# TYPE stepladder:iteration_tokens_total histogram" in metrics.exposition()
+    metrics.update_engines({})
+    assert value("_count") is None
 
 
 def test_small_packets_are_not_held_back() -> None:

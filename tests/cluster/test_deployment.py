@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 
 import httpx
 import openai
@@ -15,12 +17,15 @@ import psutil
 import pytest
 import ray
 import requests
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import placement
 from launch import ctl
 from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT
 from tests.cluster.collector import collecting
 from tests.cluster.jobs import Job, eventually, submit
+from workers.actors import RankActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -97,6 +102,28 @@ def test_a_killed_rank_costs_time_only(job: Job, undisturbed: list[str], rank: i
     before, place = job.generation, job.rank(rank)
     assert disturbed(job, lambda: os.kill(place.pid, signal.SIGKILL)) == undisturbed
     assert job.generation == before + 1
+    eventually(job.ready)
+
+
+def test_an_engine_that_cannot_come_back_is_tried_until_it_can(
+    job: Job, model: Path, undisturbed: list[str], tmp_path: Path
+) -> None:
+    """Its files were broken under it: the deployment waits for whole ones and says so, in one line."""
+    weights, place = model / "model.safetensors", job.rank(0)
+    whole = weights.read_bytes()
+
+    def put(content: bytes) -> None:
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").replace(weights)  # whoever reads the old file goes on reading it
+
+    def strike() -> None:
+        put(whole[:1000])
+        os.kill(place.pid, signal.SIGKILL)
+        why = rf"0 of 1 engines serve; engine-0: {weights} cannot be read: .*\(on node {place.host}\); trying again"
+        eventually(lambda: re.fullmatch(why, job.detail()), job.detail)
+        put(whole)
+
+    assert disturbed(job, strike) == undisturbed
     eventually(job.ready)
 
 
@@ -190,15 +217,23 @@ def test_nothing_is_left_after_ctl_stop(job: Job) -> None:
 
 
 def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
-    """Traces that had not been sent yet are sent before."""
+    """Traces that had not been sent yet are sent before. What is in flight goes on to its end, though that takes longer
+    than `orphan_seconds` and the engine has to be put back for it."""
     shared = set(os.listdir("/dev/shm"))
     with collecting() as collector:
         options = (f"gateway.otlp_traces_endpoint={collector.url}", "gateway.tokenizer_info=true")
+        options += ("cluster.orphan_seconds=5", "gateway.drain_seconds=60")
         with submit(cluster, "stopped", model, tmp_path, *options) as job:
             assert job.remains()
             assert "chat_template" in requests.get(f"{job.url}/tokenizer_info", timeout=10).json()
-            complete(job, 1, request_id="traced")
-            job.stop()
+            text = complete(job, 1, request_id="traced")
+            place = job.rank(1)
+
+            def strike() -> None:
+                os.kill(place.pid, signal.SIGKILL)
+                job.stop()
+
+            assert complete(job, 1, strike) == text
             eventually(lambda: not job.remains(), job.remains)
     (found,) = collector.of("cmpl-traced")
     assert found.attributes["gen_ai.usage.completion_tokens"] == 250
@@ -214,8 +249,25 @@ def test_a_driver_that_just_dies_takes_the_deployment_along(cluster: PrivateRay,
 
 
 def test_a_model_that_is_not_there_is_one_sentence(cluster: PrivateRay, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"model.path '/nowhere' is not a directory"):
+    with pytest.raises(SystemExit) as failed:
         submit(cluster, "missing", Path("/nowhere"), tmp_path).__enter__()
+    (line,) = [line for line in str(failed.value).splitlines() if line.startswith("stepladder failed: ")]
+    assert re.fullmatch(r"stepladder failed: model.path '/nowhere' is not a directory on .* \(on node [\d.]+\)", line)
+
+
+def test_ranks_without_a_controller_end_themselves(cluster: PrivateRay) -> None:
+    """And their placement group, so that nothing is held for nobody."""
+    name = "alone/1/engine-0"
+    group = placement.place(name, {"CPU": 1.0}, 1, "PACK", 30, lambda: True)
+    options = {"lifetime": "detached", "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
+    rank = RankActor.options(name=f"{name}/0", **options).remote(name, 2.0)  # type: ignore[attr-defined]
+    process = psutil.Process(ray.get(rank.where.remote()).pid)
+    heard_until = monotonic() + 3
+    while monotonic() < heard_until:
+        ray.get(rank.ping.remote())
+    silent = monotonic()
+    eventually(lambda: not process.is_running() and not placement.names("alone/"))
+    assert monotonic() - silent > 1.5
 
 
 def test_ranks_without_room_are_told(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:

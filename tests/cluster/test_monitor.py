@@ -1,6 +1,7 @@
 """Figures reach the file whatever becomes of W&B."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,20 @@ def test_a_directory_that_cannot_be_written_is_survived(tmp_path: Path, caplog: 
     (tmp_path / "file").write_text("")
     WandbMonitor(tmp_path / "file" / "below", "offline", "stepladder", "test", {}).close()
     assert "figures go to metrics.jsonl only" in caplog.text
+
+
+def test_a_full_disk_loses_rows_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A row that fits in half is not there at all, and the file goes on once there is room."""
+    monitor = JsonlMonitor(tmp_path / "metrics.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        for _ in range(5):
+            monitor.log(ROWS[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monitor.log(ROWS[1])
+    monitor.close()
+    rows = read(tmp_path / "metrics.jsonl")
+    assert 1 <= len(rows) <= 2 and rows == [*ROWS[:1] * (len(rows) - 1), ROWS[1]]
+    assert len([line for line in caplog.messages if "metrics.jsonl cannot be written" in line]) == 1

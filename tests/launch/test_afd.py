@@ -80,6 +80,20 @@ def test_ladder_works_on_every_layer_with_both_pools_at_once() -> None:
     assert slow > 6 * 0.06 and fast < 0.75 * slow
 
 
+def test_every_number_of_micro_batches_that_is_asked_for() -> None:
+    options = EmulatedOptions(**{**EMULATED, "times": [[2, 2, 1, 0], [2, 2, 1, 1]]}, micro_batches=[2, 5])  # type: ignore[arg-type]
+    measured = [(case.attention, case.times.reduce > 0, case.lag, case.micro_batches) for case in options.cases]
+    ping_pong = [(1, False, 0, 2), (1, False, 0, 5), (1, False, 1, 1)]
+    assert measured == [*ping_pong, *((2, *rest) for _, *rest in ping_pong), (1, True, 1, 1)]
+
+
+def test_what_is_exposed_is_what_no_rank_computes_in() -> None:
+    """Lag 0 with one micro-batch: both transfers of every layer, and x_0. A ladder: only where the pipeline fills."""
+    times = Times(attention=0.02, ffn=0.02, transfer=0.01)
+    slow, fast = (measure(EmulatedCase(times=times, lag=lag, micro_batches=1), 6, 1) for lag in (0, 1))
+    assert 6 * 0.02 < slow.exposed < slow.steps[0] - 6 * 0.04 and fast.exposed < 0.06
+
+
 def test_a_small_emulated_part(tmp_path: Path) -> None:
     report = run(bench(tmp_path, parts=["emulated"]))
     publish(report, ["suite=afd"], tmp_path)
@@ -227,6 +241,9 @@ def test_a_small_real_run_over_two_hosts(tmp_path: Path) -> None:
         ({"layers": [4, 2]}, "layers is"),
         ({"times": [[0, 1, 1, 1]]}, "times must"),
         ({"ratios": [[0, 1]]}, "ratios must"),
+        ({"micro_batches": []}, "micro_batches is"),
+        ({"micro_batches": [2, 0]}, "micro_batches is"),
+        ({"micro_batches": [2], "times": [[2, 2, 1, 1]]}, "add some"),
     ],
 )
 def test_emulated_options_that_cannot_be(options: dict[str, object], sentence: str) -> None:

@@ -46,7 +46,9 @@ def options(server: Server, run_dir: Path, *words: str) -> ServeBench:
         return suite_of(compose("bench", ["suite=serve", "prompts.output_tokens=8", *given]))[0]
 
 
-def test_a_run_has_vllms_keys_and_they_agree(server: Server, tmp_path: Path) -> None:
+def test_a_run_has_vllms_keys_and_they_agree(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["cases.open.request_rate=40", "cases.open.num_requests=12", "cases.closed.num_requests=9"]
     words += ["cases.closed.max_concurrency=3", "+goodput.ttft=60000", "+goodput.e2el=60000"]
     report = run(options(server, tmp_path, *words))
@@ -63,6 +65,7 @@ def test_a_run_has_vllms_keys_and_they_agree(server: Server, tmp_path: Path) -> 
         assert report.summary[f"{name}: share of good requests"].value == 1.0
     assert report.details["closed"]["max_concurrent_requests"] <= 3
     publish(report, ["suite=serve", "api_key=k"], tmp_path)
+    assert "figures under vLLM's keys in serve-open.json, serve-closed.json beside it" in capsys.readouterr().out
     assert "api_key=***" in json.loads((tmp_path / "serve.json").read_text())["command"]
     written = json.loads((tmp_path / "serve-open.json").read_text())
     assert written == json.loads(json.dumps(report.details["open"]))

@@ -19,6 +19,7 @@ from launch.build import build, plain
 from launch.generate import GenerateConfig
 from launch.serve import deployment_of
 from launch.train import recipe_of
+from parallel.generation import GenerationDefaults
 from workers.params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,12 @@ def test_secrets_come_from_the_environment(name: str) -> None:
     assert deployment.gateway.api_key == "k" and deployment.gateway.host == "127.0.0.1"
 
 
+def test_an_empty_secret_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPLADDER_API_KEY", "")
+    with pytest.raises(ValueError, match=r"gateway\.api_key is empty; give a key"):
+        deployment_of(compose("serve", ["+secrets=env"]))
+
+
 @pytest.mark.parametrize("name", choices("suite"))
 def test_every_suite_builds(name: str) -> None:
     options, _ = suite_of(compose("bench", [f"suite={name}", "run_dir=/r"]))
@@ -84,8 +91,9 @@ def test_generate_takes_every_model_and_every_sampling_parameter(model: str) -> 
     assert config.output == "p.jsonl.out.jsonl"
     known = {f.name for f in fields(SamplingParams)}
     assert set(config.sampling) == known - {"logprobs", "prompt_logprobs"}
-    same = build(SamplingParams, {**config.sampling, "max_tokens": SamplingParams.max_tokens})
-    assert same == SamplingParams()
+    given = {name: value for name, value in config.sampling.items() if value is not None}
+    assert build(SamplingParams, given) == SamplingParams()
+    assert set(config.sampling) - set(given) == {f.name for f in fields(GenerationDefaults)} - {"eos_ids"}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,8 @@ def test_generate_takes_every_model_and_every_sampling_parameter(model: str) -> 
         (["layout=afd", "layout.schedule=ladder", "layout.micro_batches=2"], "layout.schedule=ladder has one"),
         (["layout=afd", "cluster.device=cuda"], "layout=afd runs on cluster.device=cpu only so far"),
         (["layout=afd", "engine.lookahead=1"], "engine.lookahead is 1, but with layout=afd"),
+        (["gateway.api_key=' '"], "gateway.api_key is empty; give a key that clients can send, or null to let"),
+        (["kv.memory_fraction=0.5"], "kv.memory_fraction is 0.5, but kv.tokens is 16384, so that nothing is measured"),
         (["gateway.port=70000"], "gateway.port is 70000; it must be between 0 and 65535"),
         (["gateway.otlp_traces_endpoint=grpc://c:4317"], "gateway.otlp_traces_endpoint is 'grpc://c:4317'; it must be"),
         (["cluster.device=tpu"], "cluster.device is 'tpu'; it must be 'cpu' or 'cuda'"),
@@ -153,4 +163,4 @@ def test_the_manual_lists_every_metric() -> None:
     names = {name.removeprefix("stepladder:") + "_total" * (kind == "counter") for name, kind in families.items()}
     assert set(manual_rows("metric")) == names
     for name, kind in manual_rows("metric").items():
-        assert families["stepladder:" + name.removesuffix("_total")] == kind
+        assert families["stepladder:" + (name.removesuffix("_total") if kind == "counter" else name)] == kind

@@ -74,6 +74,13 @@ def test_a_report_for_a_person() -> None:
     assert lines[-1].split() == ["engine-1", "1", "no", "0", "-", "-", "-", "-"]
 
 
+def test_a_report_shows_the_pool_too() -> None:
+    pool = {"generation": 3, "serves": True, "restarts": 2, "steps": 42, "resumed_steps": 1, "busy_seconds": 1.25}
+    lines = ctl.describe(REPORT | {"pools": {"ffn": pool}}).splitlines()
+    assert lines[-2].split() == ["pool", "generation", "serves", "restarts", "steps", "resumed", "busy", "s"]
+    assert lines[-1].split() == ["ffn", "3", "yes", "2", "42", "1", "1.2"]
+
+
 def test_deployments_are_known_by_their_controllers() -> None:
     actors = [
         {"name": "controller", "namespace": namespace("b")},

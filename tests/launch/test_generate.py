@@ -1,6 +1,7 @@
 """Offline generation: what it writes, and that a kill costs nothing but the time."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,26 @@ def test_every_line_gets_its_own_text(model: Path, tmp_path: Path) -> None:
     assert got[2]["prompt_tokens"] == len(llm.tokenizer.encode(llm.tokenizer.chat(lines[2]["messages"]), False))
 
 
+def test_what_nobody_asks_for_is_as_the_models_makers_recommend(model: Path, tmp_path: Path) -> None:
+    advised = Path(shutil.copytree(model, tmp_path / "model"))
+    (advised / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 9, "max_new_tokens": 30}))
+    lines = [{"prompt": "one"}, {"prompt": "two", "top_k": 3}, {"prompt": "x" * 1010}, {"prompt": "four", "seed": 1}]
+    prompts = write_lines(tmp_path / "p.jsonl", lines)
+    sampling = {"temperature": 0.9, "ignore_eos": True, "top_k": None, "max_tokens": None, "seed": 5}
+    wanted = config(advised, prompts, sampling=sampling)
+    assert generate(wanted) == 0
+    llm, got = LLM(str(advised), device="cpu"), rows(wanted.output)
+    for index, (top_k, seed, tokens) in enumerate([(9, 5, 30), (3, 6, 30), (9, 7, 14), (9, 1, 30)]):
+        params = SamplingParams(temperature=0.9, top_k=top_k, max_tokens=tokens, seed=seed, ignore_eos=True)
+        assert got[index]["text"] == llm.generate([lines[index]["prompt"]], params)[0].text
+        assert got[index]["completion_tokens"] == tokens
+    silent = config(model, prompts, sampling={"ignore_eos": True}, output=str(tmp_path / "silent"))
+    assert generate(silent) == 0
+    assert [row["completion_tokens"] for _, row in sorted(rows(silent.output).items())] == [256, 256, 14, 256]
+    asked = config(model, prompts, sampling={"max_tokens": 256}, output=str(tmp_path / "asked"))
+    assert generate(asked) == 1 and "together they exceed" in rows(asked.output)[2]["error"], "it was meant"
+
+
 def test_plain_text_is_a_prompt_per_line_and_stop_strings_end_it(model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("first\n\nthird\n")
@@ -116,12 +137,16 @@ def test_what_cannot_be_served_is_a_row_that_says_so(model: Path, tmp_path: Path
         ('{"prompt": "\\ud800"}', "line 2: holds half a character"),
     ],
 )
-def test_a_wrong_line_is_one_sentence_and_nothing_is_written(tmp_path: Path, line: str, sentence: str) -> None:
+def test_a_wrong_line_is_one_sentence_and_nothing_is_written(
+    model: Path, tmp_path: Path, line: str, sentence: str
+) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError) as error:
-        generate(config(Path("/nowhere"), prompts))
+        generate(config(model, prompts))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="'/nowhere' is not a directory"):
+        generate(config(Path("/nowhere"), prompts))
     assert list(tmp_path.iterdir()) == [prompts]
 
 

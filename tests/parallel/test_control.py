@@ -36,7 +36,7 @@ def lines(count: int) -> list[tuple[Line, Line]]:
 
 
 def test_steps_are_announced_and_opened_while_others_are_silent() -> None:
-    pairs, events = lines(2), queue.Queue()
+    pairs, events = lines(2), queue.Queue[tuple[int, Announcement | None]]()
     for number, (_, f) in enumerate(pairs):
         f.listen(number, events)
     a, f = pairs[1]
@@ -49,7 +49,7 @@ def test_steps_are_announced_and_opened_while_others_are_silent() -> None:
 
 
 def test_who_leaves_is_gone_and_nobody_else() -> None:
-    pairs, events = lines(2), queue.Queue()
+    pairs, events = lines(2), queue.Queue[tuple[int, Announcement | None]]()
     for number, (_, f) in enumerate(pairs):
         f.listen(number, events)
     pairs[0][0].announce(Announcement(leaves=True))
@@ -70,3 +70,25 @@ def test_a_peer_that_does_not_come_is_not_waited_for() -> None:
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     with pytest.raises(RuntimeError):
         Line(store, "0", 0, "127.0.0.1", timedelta(seconds=0.3))
+
+
+@pytest.mark.parametrize("waits", ["opening", "announce"])
+def test_who_waits_for_a_silent_peer_is_freed_by_hanging_up(waits: str) -> None:
+    """F has never listened: its end is there, and answers nothing."""
+    pairs = lines(1)
+    a, f = pairs.pop()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(a.opening if waits == "opening" else lambda: a.announce(Announcement((3,))))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        a.hang_up()
+        with pytest.raises(EdgeLost, match="control line 0"):
+            waiting.result(timeout=10)
+    with pytest.raises(EdgeLost, match="control line 0"):
+        f.opening()
+
+
+def test_who_leaves_does_not_wait_for_a_silent_peer() -> None:
+    a, _f = lines(1).pop()
+    with pytest.raises(EdgeLost):
+        a.announce(Announcement(leaves=True))

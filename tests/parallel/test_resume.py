@@ -4,10 +4,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.checkpoint import load_weights
@@ -15,7 +17,9 @@ from parallel.context import KVCache, PagedSequences
 from parallel.disaggregate import AttentionSide, FeedForwardSide
 from parallel.edges import Edge, EdgeLost, Header, LoopbackEdge
 from parallel.link import BEGINNING, Layout, Link, Resume
+from parallel.mesh import join
 from parallel.residual import Pending
+from parallel.shards import Shard
 from parallel.spec import ModelSpec
 from tests.llama import write_llama
 
@@ -67,33 +71,48 @@ class Dying:
 
 @dataclass
 class Pools:
-    """FFN pools of one rank, in threads; the n-th dies after `lives[n]` messages, the last does not."""
+    """FFN pools of `size` ranks, in threads; the last rank of the n-th dies after `lives[n]` messages, if it is listed.
+
+    Who dies leaves its group, which breaks the others in their reduce, and the whole pool is gone.
+    """
 
     spec: ModelSpec
     path: Path
     tokens: tuple[int, ...]
     lives: Sequence[int]
     threads: ThreadPoolExecutor
+    size: int = 1
     resumes: list[Resume] = field(default_factory=list)
 
     def open(self, resume: Resume = BEGINNING, lost: EdgeLost | None = None) -> tuple[list[Edge], Layout]:
         life = len(self.resumes)
         self.resumes.append(resume)
         layout = Layout(life + 1, 10 * life, (self.tokens,), resume)
-        a, f = LoopbackEdge.pair(f"life {life}", DEADLINE)
-        end: Edge = Dying(f, self.lives[life]) if life < len(self.lives) else f
-        self.threads.submit(self._serve, end, layout)
-        return [a], layout
+        store, pairs = dist.HashStore(), [LoopbackEdge.pair(f"life {life}, f{f}", DEADLINE) for f in range(self.size)]
+        ends: list[Edge] = [f for _, f in pairs]
+        if life < len(self.lives):
+            ends[-1] = Dying(pairs[-1][1], self.lives[life])
+        for rank, end in enumerate(ends):
+            self.threads.submit(self._serve, Shard(rank, self.size), end, layout, store)
+        return [a for a, _ in pairs], layout
 
     @torch.inference_mode()
-    def _serve(self, edge: Edge, layout: Layout) -> None:
-        side = FeedForwardSide(self.spec)
+    def _serve(self, shard: Shard, edge: Edge, layout: Layout, store: dist.Store) -> None:
+        mesh = join(store, shard, timeout=timedelta(seconds=DEADLINE), ordered=True)
+        side = FeedForwardSide(self.spec, shard, mesh.all_reduce)
         load_weights(side, self.path)
-        side([edge], layout)
+        try:
+            side([edge], layout)
+        except (Killed, RuntimeError):
+            edge.abort()
+        finally:
+            mesh.close()
 
 
 @torch.inference_mode()
-def step(spec: ModelSpec, path: Path, micro: int, lives: Sequence[int]) -> tuple[list[Tensor], list[Resume]]:
+def step(
+    spec: ModelSpec, path: Path, micro: int, lives: Sequence[int], size: int = 1
+) -> tuple[list[Tensor], list[Resume]]:
     side = AttentionSide(spec)
     load_weights(side, path)
     draw, cache = torch.Generator().manual_seed(2), KVCache(spec, spec.num_kv_heads, 4 * len(LENGTHS), 4)
@@ -106,8 +125,8 @@ def step(spec: ModelSpec, path: Path, micro: int, lives: Sequence[int]) -> tuple
         tables = [list(range(4 * i, 4 * i + 4)) for i in mine]
         contexts.append(PagedSequences(cache, [3] * len(lengths), lengths, tables))
         tokens.append(torch.randint(0, spec.vocab_size, (sum(lengths),), generator=draw))
-    with ThreadPoolExecutor(len(lives) + 1) as threads:
-        pools = Pools(spec, path, tuple(map(len, tokens)), lives, threads)
+    with ThreadPoolExecutor(size * (len(lives) + 1)) as threads:
+        pools = Pools(spec, path, tuple(map(len, tokens)), lives, threads, size)
         hidden = side(tokens, contexts, Link(*pools.open(), spec, pools.open))
     return hidden, pools.resumes[1:]
 
@@ -126,6 +145,18 @@ def test_killed_at_every_message(wiring: tuple[str, tuple[int, ...] | None], mic
         assert len(resumes) == 1
         begun.add(resumes[0].first)
     assert len(begun) == spec.num_layers, "each layer's FFN was the first of some new pool"
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("residual", ["standard", "ladder", "ladder-parallel"])
+def test_a_follower_is_killed_at_every_message(residual: str, micro: int, checkpoint: Path) -> None:
+    """One edge is lost first, the other when the first F rank's reduce breaks; both are made anew."""
+    spec = replace(ModelSpec.load(checkpoint), residual=residual)
+    wanted, _ = step(spec, checkpoint, micro, [], size=2)
+    for messages in range(spec.num_layers * micro):
+        got, resumes = step(spec, checkpoint, micro, [messages], size=2)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), f"died after {messages} messages"
+        assert len(resumes) == 1
 
 
 @pytest.mark.parametrize("residual", ["standard", "ladder", "ladder-parallel"])

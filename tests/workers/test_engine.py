@@ -118,6 +118,8 @@ def test_stats_count_what_happened(untied: Path) -> None:
     engine.heartbeat()
     stats = engine.stats
     assert (stats.prompt_tokens, stats.generation_tokens, stats.running, stats.kv_usage) == (9, 12, 0, 0.0)
+    assert (stats.max_model_len, stats.step_tokens, sum(stats.step_sizes)) == (64, 3 * (3 + 3), stats.steps)
+    assert stats.step_sizes[:2] == [3, 5], "the third one decodes alone"
 
 
 def test_abort_frees_everything(untied: Path) -> None:

@@ -425,7 +425,7 @@ def test_a_token_that_was_being_drawn_outlives_a_preemption() -> None:
         ({"block_size": -1}, "engine.block_size is -1"),
         ({"max_step_tokens": 3}, r"max_step_tokens \(3\) must be at least engine.max_sequences"),
         ({"lookahead": 2}, "engine.lookahead is 2; it must be 0 or 1"),
-        ({"num_blocks": 3}, "the KV cache holds 12 tokens, fewer than one sequence"),
+        ({"num_blocks": 3}, r"the KV cache holds 12 tokens in blocks of 4, fewer than engine.max_model_len \(16\)"),
     ],
 )
 def test_impossible_limits_are_refused(fields: dict[str, int], sentence: str) -> None:

@@ -19,7 +19,7 @@ from parallel.modules import init_weights
 from parallel.spec import ModelSpec
 from workers.sliced_loss import LOSS_ROWS, sliced_cross_entropy
 from workers.train_config import TrainConfig
-from workers.trainer import Ranks, Trainer, training_ranks
+from workers.trainer import MODEL_STATES, Ranks, Trainer, training_ranks
 from workers.training_context import TiledSequences
 from workers.windows import Windows
 
@@ -68,11 +68,13 @@ def ranks() -> Iterator[None]:
         ALONE.clear()
 
 
-def new_trainer(directory: Path, config: TrainConfig = CONFIG, spec: ModelSpec = SPEC) -> Trainer:
+def new_trainer(
+    directory: Path, config: TrainConfig = CONFIG, spec: ModelSpec = SPEC, stream: torch.Tensor = STREAM
+) -> Trainer:
     model = Transformer(spec)
     init_weights(model, spec, config.seed)
     directory.mkdir(exist_ok=True)
-    return Trainer(model, STREAM, config, directory, ALONE[0])
+    return Trainer(model, stream, config, directory, ALONE[0])
 
 
 def finish(trainer: Trainer, until: int | None = None) -> list[dict[str, Any]]:
@@ -165,9 +167,30 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """By name, and before the weights are loaded, which would not fit some of these."""
     new_trainer(tmp_path).save()
-    with pytest.raises(ValueError, match=r"written with other settings .*; remove it or choose another run_dir"):
-        new_trainer(tmp_path, replace(CONFIG, adam_lr=0.1))
+    others: dict[str, dict[str, Any]] = {
+        "train.adam_lr": {"config": replace(CONFIG, adam_lr=0.1)},
+        "model.residual": {"spec": replace(SPEC, residual="standard")},
+        "model.intermediate_size, model.num_layers": {"spec": replace(SPEC, num_layers=3, intermediate_size=64)},
+        "text": {"stream": STREAM.flip(0)},
+    }
+    for names, other in others.items():
+        with pytest.raises(ValueError) as error:
+            new_trainer(tmp_path, **other)
+        assert str(error.value).endswith(
+            f"checkpoint was written with other settings ({names}); remove it or choose another run_dir"
+        )
+
+
+def test_a_checkpoint_that_does_not_know_its_model_is_continued(tmp_path: Path) -> None:
+    """As they were written before that was compared."""
+    finish(new_trainer(tmp_path), until=5)
+    path = tmp_path / "checkpoint" / "step5" / MODEL_STATES
+    states = torch.load(path, weights_only=False)
+    del states["training"]["model"], states["training"]["text"]
+    torch.save(states, path)
+    assert new_trainer(tmp_path).step == 5
 
 
 @OPTIMIZERS

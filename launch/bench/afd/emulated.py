@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.bench.afd.formula import Times
+from launch.bench.afd.real_spans import Window, busy, exposed
+from launch.bench.afd.real_task import MODULE
+from launch.bench.overlap.task import Span
 from parallel.context import WholeSequences
 from parallel.disaggregate import AttentionSide, FeedForwardSide
 from parallel.edges import GlooEdge, Header
@@ -49,23 +53,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step, by step; attention_busy, ffn_busy: of these, in which the first rank of the pool computed."""
+    """Seconds of a step, by step; attention_busy, ffn_busy: the share in which the first rank of the pool computed;
+    exposed: seconds of a step in which no rank did."""
 
     steps: list[float]
     attention_busy: float
     ffn_busy: float
+    exposed: float
 
 
 class Sleeping:
-    """A module that takes a time and adds nothing."""
+    """A module that takes a time and adds nothing. `spans`: when it did."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.total = seconds, 0.0
+        self.seconds, self.spans = seconds, list[Span]()
 
     def __call__(self, x: Tensor, context: Any) -> Tensor:
         began = time.perf_counter()
         time.sleep(self.seconds)
-        self.total += time.perf_counter() - began
+        self.spans.append(Span(MODULE, "", began, time.perf_counter()))
         return torch.zeros_like(x)
 
 
@@ -123,36 +129,40 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
             made.append(LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=timedelta(seconds=60)))
         return made
 
-    def attention(rank: int) -> tuple[list[float], float]:
+    def attention(rank: int) -> tuple[list[Window], list[Span]]:
         side, module = AttentionSide(spec), Sleeping(case.times.attention)
-        side.blocks, mine, seconds = _sleeping(side.blocks, module), edges(0, rank, case.ffn), []
+        side.blocks, mine, windows = _sleeping(side.blocks, module), edges(0, rank, case.ffn), list[Window]()
         for layout in layouts:
             inputs = [torch.zeros(ROWS, dtype=torch.int64)] * case.micro_batches
             began = time.perf_counter()
             link = Link(mine, replace(layout, tokens=layout.tokens[rank : rank + 1]), spec)
             side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, link)
-            seconds.append(time.perf_counter() - began)
+            windows.append((began, time.perf_counter()))
         _close(mine)
-        return seconds[1:], module.total / sum(seconds)
+        return windows[1:], module.spans
 
-    def ffn(rank: int) -> float:
+    def ffn(rank: int) -> list[Span]:
         module = Sleeping(case.times.ffn)
         side = FeedForwardSide(spec, reduce=lambda partial: LateReduce(partial, case.times.reduce))
-        side.blocks, mine, began = _sleeping(side.blocks, module), edges(1, rank, case.attention), time.perf_counter()
+        side.blocks, mine = _sleeping(side.blocks, module), edges(1, rank, case.attention)
         for layout in layouts:
             lost = side(mine, layout)
             assert not lost, "an A rank is a thread of this process"
-        busy = module.total / (time.perf_counter() - began)
         _close(mine)
-        return busy
+        return module.spans
 
     with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
         ffns = [pool.submit(ffn, rank) for rank in range(case.ffn)]
         attentions = [pool.submit(attention, rank) for rank in range(case.attention)]
-        seconds, busy = attentions[0].result()
-        for future in attentions[1:]:
-            future.result()
-        return Measured(seconds, busy, next(f.result() for f in ffns))
+        windows, here = zip(*(future.result() for future in attentions), strict=True)
+        there = [future.result() for future in ffns]
+    return _measured(windows[0], here, there)
+
+
+def _measured(steps: Sequence[Window], here: Sequence[list[Span]], there: Sequence[list[Span]]) -> Measured:
+    """Of the steps of the first A rank and the modules of every A and every F rank."""
+    seconds = [end - begin for begin, end in steps]
+    return Measured(seconds, busy(here[0], steps), busy(there[0], steps), exposed([*chain(*here, *there)], steps))
 
 
 def _close(edges: Sequence[LateEdge]) -> None:

@@ -16,12 +16,14 @@ class EmulatedOptions:
     """times: [attention, ffn, transfer, reduce] in ms of each case. ratios: [A ranks, F ranks] of each case.
 
     layers: two depths; a layer's time is the difference between them, what is left is filling and draining.
+    micro_batches: of the ping-pong, each in turn; None for 1 and as many as keep the busier pool at work.
     """
 
     times: list[list[float]]
     ratios: list[list[int]]
     layers: list[int]
     steps: int
+    micro_batches: list[int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.layers) != 2 or not 0 < self.layers[0] < self.layers[1]:
@@ -32,6 +34,10 @@ class EmulatedOptions:
             raise ValueError("ratios must be pairs of at least one A rank and one F rank")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if self.micro_batches is not None and (not self.micro_batches or min(self.micro_batches) < 1):
+            raise ValueError(f"micro_batches is {self.micro_batches}; it must name numbers of at least 1, or be null")
+        if self.micro_batches and all(t[3] for t in self.times):
+            raise ValueError("micro_batches is of the ping-pong, which is measured at times without a reduce; add some")
 
     @property
     def cases(self) -> list[Case]:
@@ -40,7 +46,8 @@ class EmulatedOptions:
         for index, ms in enumerate(self.times):
             times = Times(**dict(zip(("attention", "ffn", "transfer", "reduce"), (t / 1e3 for t in ms), strict=True)))
             for a, f in [(1, 1), *([(a, f) for a, f in self.ratios if (a, f) != (1, 1)] if index == 0 else [])]:
-                schedules = [(0, 1), (0, micro_batches(times))] if not times.reduce else []
+                numbers = self.micro_batches or [1, micro_batches(times)]
+                schedules = [(0, m) for m in numbers] if not times.reduce else []
                 cases += [
                     Case(times=times, lag=lag, micro_batches=m, attention=a, ffn=f)
                     for lag, m in dict.fromkeys([*schedules, (1, 1)])
@@ -84,6 +91,7 @@ def rows(layers: Sequence[Layer]) -> list[Row]:
             Row(name, "fill and drain", layer.ends * 1e3, "ms"),
             Row(name, "TPOT", step * 1e3, "ms"),
             Row(name, "throughput", tokens / step, "tokens/s"),
+            Row(name, "exposed communication", layer.deep.exposed * 1e3, "ms/step"),
             Row(name, "A busy", layer.deep.attention_busy * 100, "%"),
             Row(name, "F busy", layer.deep.ffn_busy * 100, "%"),
         ]

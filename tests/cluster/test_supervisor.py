@@ -1,0 +1,248 @@
+"""What the controller decides when starts fail, without processes; test_deployment.py has the real ones."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from cluster.attempts import MAX_PAUSE, Attempts
+from cluster.config import ClusterConfig, Deployment, LayoutConfig, ModelConfig, MonitorConfig
+from cluster.gang import Gang
+from cluster.keeper import Keeper
+from cluster.monitor import JsonlMonitor
+from cluster.supervisor import Supervisor, figures
+from tests.cluster.serving import eventually
+from tests.cluster.test_sentence import remote
+
+ROOM = TimeoutError("the cluster had no room for 1 x {'CPU': 1.0} within 1 s")
+TAKEN = "gateway.host 127.0.0.1 port 8000: Address already in use"
+
+
+class ScriptedGang(Gang):
+    """No processes: starts fail as told, then succeed."""
+
+    failures: ClassVar[dict[str, list[Exception]]] = {}
+
+    def start(self, go: Callable[[], bool]) -> None:
+        if failures := self.failures.get(self.name):
+            raise failures.pop(0)
+        self.ranks, self.address = [object()], "tcp://nowhere"  # type: ignore[list-item]
+
+    def alive(self) -> bool:
+        return bool(self.address)
+
+    def stop(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.ranks, self.address = [], None
+
+
+class ScriptedFront:
+    """No process: starts fail as told, then succeed."""
+
+    failures: ClassVar[list[Exception]] = []
+
+    def __init__(self, deployment: Deployment, name: str, life: int, port: int) -> None:
+        self.life, self.port, self.actor = life, port, None
+        self.stats: dict[str, Any] = {}
+        self.url = "http://nowhere"
+
+    def start(self, go: Callable[[], bool]) -> None:
+        self.life, self.actor = self.life + 1, object()  # type: ignore[assignment]
+        if self.failures:
+            raise self.failures.pop(0)
+        self.port, self.stats = self.port or 8000, {"ready": True}
+
+    def alive(self) -> bool:
+        return self.actor is not None
+
+    def kill(self) -> None:
+        self.actor, self.stats = None, {}
+
+    def show(self, table: object, admit: bool) -> None:
+        pass
+
+    def take_figures(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("cluster.keeper.Gang", ScriptedGang)
+    monkeypatch.setattr("cluster.supervisor.Front", ScriptedFront)
+    monkeypatch.setattr("cluster.attempts.MAX_PAUSE", 0.01)
+    yield
+    ScriptedGang.failures.clear()
+    ScriptedFront.failures.clear()
+
+
+def deployment(run_dir: Path, secret: str = "a") -> Deployment:
+    return Deployment(
+        name="t",
+        run_dir=str(run_dir),
+        secret=secret,
+        model=ModelConfig(path="/nowhere", name="m"),
+        layout=LayoutConfig(replicas=2),
+        cluster=ClusterConfig(ping_seconds=0.01),
+        monitor=MonitorConfig(every_seconds=0.0),
+        detach=True,
+    )
+
+
+class Turns:
+    """A supervisor whose turns a test takes itself."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self.supervisor = supervisor
+        for keeper in supervisor._keepers:
+            keeper.start()
+
+    def until(self, phase: str, words: str = "") -> None:
+        """Turn after turn."""
+
+        def reached() -> bool:
+            self.supervisor._turn()
+            return self.supervisor.status().phase == phase and words in self.supervisor.status().detail
+
+        eventually(reached)
+
+    def lose(self, engine: int) -> None:
+        self.keeper(engine).gang.address = None
+
+    def keeper(self, engine: int) -> Keeper:
+        return self.supervisor._keepers[engine]
+
+
+@pytest.fixture
+def turns(tmp_path: Path) -> Iterator[Turns]:
+    turns = Turns(Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl")))
+    yield turns
+    for keeper in turns.supervisor._keepers:
+        keeper.end()
+
+
+RETRIED = [ROOM, remote(ValueError("/m has no tensor x")), GetTimeoutError("late"), RayActorError(error_msg="it died")]
+
+
+@pytest.mark.parametrize("error", RETRIED, ids=["room", "checkpoint", "silence", "death"])
+def test_an_engine_that_has_worked_is_tried_again_while_the_other_serves(turns: Turns, error: Exception) -> None:
+    turns.until("ready")
+    ScriptedGang.failures["engine-1"] = [error] * 1500
+    turns.lose(1)
+    said = str(error) if "\n" not in str(error) else "/m has no tensor x (on node 10.0.0.7)"
+    turns.until("mending", f"1 of 2 engines serve; engine-1: {said}; trying again")
+    eventually(lambda: len(ScriptedGang.failures["engine-1"]) < 1490)
+    assert turns.keeper(0).endpoint and turns.supervisor.status().restarts == 1
+    ScriptedGang.failures.clear()
+    turns.until("ready")
+    assert turns.keeper(1).starts.trouble is None and turns.supervisor.status().restarts == 1
+
+
+@pytest.mark.parametrize(("errors", "why"), [
+    ([ROOM], str(ROOM)),
+    ([ValueError("layout.tp is 3")], "layout.tp is 3"),
+    ([RayError("gone")] * 3, "3 starts of engine-1 failed, the last one with: gone"),
+    ([GetTimeoutError("late")] * 3, "3 starts of engine-1 failed, the last one with: late"),
+    ([TimeoutError(errno.ETIMEDOUT, "of a socket")] * 3, "3 starts of engine-1 failed, the last one with: [Errno"),
+])  # fmt: skip
+def test_an_engine_that_has_never_worked_fails_the_deployment(turns: Turns, errors: list[Exception], why: str) -> None:
+    ScriptedGang.failures["engine-1"] = [*errors, *[RayError("once more")] * 9]
+    turns.until("failed", why)
+    assert len(ScriptedGang.failures["engine-1"]) == 9
+
+
+def test_an_engine_that_died_with_the_controller_has_worked(tmp_path: Path, turns: Turns) -> None:
+    turns.until("ready")
+    after = Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl"))
+    assert after.status().phase == "mending" and all(keeper.starts.worked for keeper in after._keepers)
+    assert after._front_starts.worked
+
+
+def test_a_gateway_whose_port_is_taken_for_a_moment_comes_back(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns.until("ready")
+    monkeypatch.setattr("cluster.attempts.MAX_PAUSE", 60.0)
+    ScriptedFront.failures.append(remote(ValueError(TAKEN)))
+    turns.supervisor._front.kill()
+    turns.until("mending", f"2 of 2 engines serve; the gateway: {TAKEN} (on node 10.0.0.7); trying again")
+    life = turns.supervisor._front.life
+    turns.supervisor._turn()
+    assert turns.supervisor._front.life == life, "it is not due yet"
+    turns.supervisor._front_starts._due = 0.0
+    turns.until("ready")
+    assert turns.supervisor._front.port == 8000
+
+
+@pytest.mark.parametrize(("errors", "why"), [
+    ([remote(ValueError(TAKEN))], f"{TAKEN} (on node 10.0.0.7)"),
+    ([RayActorError(error_msg="it died")] * 3, "3 starts of the gateway failed, the last one with: it died"),
+])  # fmt: skip
+def test_a_gateway_that_has_never_worked_fails_the_deployment(turns: Turns, errors: list[Exception], why: str) -> None:
+    ScriptedFront.failures.extend(errors)
+    turns.until("failed", why)
+
+
+def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.attempts.MAX_PAUSE", MAX_PAUSE)
+    starts, pauses = Attempts("engine-0", worked=True), []
+    for _ in range(2000):
+        starts.failed(ROOM)
+        pauses.append(starts.pause)
+    assert [round(pause) for pause in (*pauses[:5], pauses[-1])] == [2, 4, 8, 16, 30, 30]
+    starts.succeeded()
+    starts.failed(ROOM)
+    assert round(starts.pause) == 2
+
+
+def test_a_second_deployment_of_a_folder_has_its_own_port(tmp_path: Path, turns: Turns) -> None:
+    turns.until("ready")
+    turns.supervisor.drain(True)
+    same = Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl"))
+    assert (same._front.port, same.report()["draining"]) == (8000, True)
+    other = Supervisor(deployment(tmp_path, "b"), JsonlMonitor(tmp_path / "metrics.jsonl"))
+    assert (other._front.port, other.report()["draining"], other.status().phase) == (0, False, "starting")
+    assert other._front.life == same._front.life > 0, "names of processes are not used twice"
+
+
+def test_a_controller_that_is_lost_while_it_ends_goes_on_with_it(tmp_path: Path, turns: Turns) -> None:
+    turns.supervisor.shut_down()
+    assert not Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl"))._go()
+
+
+def test_serving_goes_on_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    supervisor = Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl"))
+    (tmp_path / "journal.new").symlink_to("/dev/full")
+    turns = Turns(supervisor)
+    with caplog.at_level(logging.ERROR):
+        turns.until("ready")
+        turns.lose(1)
+        eventually(lambda: supervisor.status().generations["engine-1"] == 2)
+        turns.until("ready")
+    for keeper in supervisor._keepers:
+        keeper.end()
+    assert sum("metrics.jsonl cannot be written" in line for line in caplog.messages) == 1
+    assert sum("journal.json cannot be written" in line for line in caplog.messages) == 1
+
+
+def test_figures_of_the_pool_and_of_each_attention_rank() -> None:
+    engine = {"loop_runs": True, "steps": 3, "kv_usage": 0.5, "pool_wait_seconds": 1.5, "micro_batches": 2}
+    engines = {"engine-0": engine, "engine-1": engine | {"pool_wait_seconds": 0.5}}
+    pool = {"loop_runs": True, "steps": 7, "resumed_steps": 1, "busy_seconds": 0.25}
+    assert figures(engines, {"ffn": pool}, {"serve/tokens_per_s": 9, "serve/ttft_ms_p50": None}) == {
+        "engine/steps": 6.0,
+        "engine/kv_usage": 0.5,
+        "engine/pool_wait_seconds": 2.0,
+        "afd/engine-0/pool_wait_seconds": 1.5,
+        "afd/engine-0/micro_batches": 2.0,
+        "afd/engine-1/pool_wait_seconds": 0.5,
+        "afd/engine-1/micro_batches": 2.0,
+        "afd/ffn/steps": 7.0,
+        "afd/ffn/resumed_steps": 1.0,
+        "afd/ffn/busy_seconds": 0.25,
+        "serve/tokens_per_s": 9.0,
+    }

@@ -1,0 +1,37 @@
+"""The figures that `make demo` shows are of the streams it shows them for."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from launch.quickstart import Run, Timing, figures_after
+
+
+def row(tokens: int, waited: float) -> str:
+    return json.dumps({"engine/generation_tokens": tokens, "engine/pool_wait_seconds": waited}) + "\n"
+
+
+def test_the_wait_for_ffns_is_of_all_the_time_that_it_is_divided_by(tmp_path: Path) -> None:
+    """After two streams of a second each the newest whole row is from the middle; the last one is being written."""
+    path, last = tmp_path / "metrics.jsonl", row(192, 1.5)
+    path.write_text('{"serve/seconds": 0.0}\n' + row(96, 0.75) + last[:10])
+    timings = [Timing(sent, [sent + 0.1, sent + 1.0], 96) for sent in (0.0, 1.0)]
+
+    def write_the_rest() -> None:
+        with path.open("a") as file:
+            file.write(last[10:])
+
+    writer = threading.Timer(0.1, write_the_rest)
+    writer.start()
+    run = Run(timings, figures_after(192, path))
+    writer.join()
+    assert run.waited == pytest.approx(0.75)
+
+
+def test_without_figures_of_all_streams_nothing_is_claimed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(row(96, 0.75))
+    assert figures_after(192, path, seconds=0.1) == {}
+    assert Run([Timing(0.0, [1.0], 96)], {}).waited is None
