@@ -1,6 +1,7 @@
 """A client that asks again under the id of a request whose gateway was lost, over real ZeroMQ."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,8 @@ def test_a_retry_that_finds_its_request_queued_is_measured_once(random_model: Pa
     """The first thing that its new gateway hears is that there is nothing yet."""
 
     async def scene(engine: Served) -> None:
-        first, go = await routed(engine, gateway="first"), engine.hold()
-        lost = asyncio.create_task(collect(first))
-        await waiting(engine, 1)
-        await lose(first, lost)
-        second = await routed(engine, gateway="second")
+        second, go = await lost_in_the_queue(engine)
         (link,) = second._links.values()
-        while not link.orphans:
-            await asyncio.sleep(0.01)
         service = service_of(second, random_model)
         body = {"model": "m", "prompt": list(PROMPT), "max_tokens": LENGTH, "temperature": 0.8, "ignore_eos": True}
         generation = await service.completion(CompletionRequest(**body), InFlightRequest("request"))
@@ -107,17 +102,23 @@ async def lose(gateway: Router, answer: asyncio.Task[Any]) -> None:
     await kill(gateway)
 
 
+async def lost_in_the_queue(engine: Served) -> tuple[Router, threading.Event]:
+    """A second gateway that has heard of a request whose gateway was lost before it began, and what lets it begin."""
+    first, go = await routed(engine, gateway="first"), engine.hold()
+    lost = asyncio.create_task(collect(first))
+    await waiting(engine, 1)
+    await lose(first, lost)
+    second = await routed(engine, gateway="second")
+    while not any(link.orphans for link in second._links.values()):
+        await asyncio.sleep(0.01)
+    return second, go
+
+
 def test_a_retry_that_asks_otherwise_starts_again(random_model: Path, expected: list[int]) -> None:
     """The first attempt lives on under the same id, and has no log-probabilities to give."""
 
     async def scene(engine: Served) -> None:
-        first, go = await routed(engine, gateway="first"), engine.hold()
-        lost = asyncio.create_task(collect(first))
-        await waiting(engine, 1)
-        await lose(first, lost)
-        second = await routed(engine, gateway="second")
-        while not any(link.orphans for link in second._links.values()):
-            await asyncio.sleep(0.01)
+        second, go = await lost_in_the_queue(engine)
         answer = asyncio.create_task(collect(second, prompt_logprobs=1))
         await waiting(engine, 2)
         go.set()
