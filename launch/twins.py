@@ -24,7 +24,7 @@ from parallel.model import Transformer
 from parallel.modules import init_weights
 from parallel.spec import CHOICES, ModelSpec
 from workers.train_config import TrainConfig
-from workers.trainer import Ranks, Trainer, training_ranks
+from workers.trainer import Ranks, Trainer, text_hash, training_ranks
 
 BUNDLED = Path(__file__).with_name("demo_model")
 
@@ -102,7 +102,8 @@ def _twin(recipe: TwinsRecipe, text: Text, wiring: str, seed: int, ranks: Ranks)
     directory = Path(recipe.run_dir) / f"{wiring}-{seed}"
     spec = replace(recipe.model, residual=wiring, eos_ids=(text.words.end,))
     config = replace(recipe.train, seed=seed)
-    settings = json.loads(json.dumps({"model": spec.to_config(), "train": asdict(config)}))
+    read = {"corpus": text.corpus.sha256, "tokens": text_hash(text.stream)}
+    settings = json.loads(json.dumps({"model": spec.to_config(), "train": asdict(config), "text": read}))
     result = ranks.share(_finished(directory / "result.json", settings) if ranks.rank == 0 else None)
     if result is None:
         result = _train(recipe, text, spec, config, directory, ranks) | {"settings": settings}

@@ -45,14 +45,16 @@ class _Watched:
         self.work, self._meter, self._pending, self._late = work, meter, pending, late
         self._issued = self._landed = perf_counter()
         self._stamped = work.get_future().then(self._stamp)
+        self._metered = perf_counter()  # `then` takes 0.05 ms, in which nothing was computed
 
     def wait(self) -> Tensor:
         asked = perf_counter()
         tensor = self._pending.wait()
         self._stamped.wait()  # the callback may still be running when the reduce itself is over
         returned = perf_counter()
-        done = min(max(self._landed, self._issued) + self._late, returned)
-        self._meter.count(self._issued, done, (asked, returned))
+        issued = self._metered if self._landed > self._metered else self._issued
+        done = min(max(self._landed, issued) + self._late, returned)
+        self._meter.count(issued, done, (asked, returned))
         return tensor
 
     def _stamp(self, future: Any) -> None:

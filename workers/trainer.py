@@ -90,6 +90,11 @@ def training_ranks() -> Iterator[Ranks]:
 RANK_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 
+def text_hash(stream: Tensor) -> str:
+    """Of a text's tokens: it changes with the text and with the tokenizer. stream: int [tokens], on the CPU."""
+    return hashlib.sha256(stream.numpy().data).hexdigest()
+
+
 class Trainer:
     """One model, its optimiser and how far it has come, on one of the ranks that train it.
 
@@ -116,7 +121,7 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = _engine(model, self.optimizer, config, ranks)
         self.step, self.seconds = 0, 0.0
-        self._text = hashlib.sha256(stream.numpy().data).hexdigest()
+        self._text = text_hash(stream)
         self._load()
 
     @property

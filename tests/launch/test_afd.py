@@ -121,8 +121,9 @@ def test_a_turn_is_as_long_as_its_slower_rank() -> None:
 
 
 def point(
-    module: float = 2.0, half: float = 1.8, transfer: float = 1.0, wire: Wire | None = None, **steps: float
-) -> Point:
+    module: float = 2.0, half: float = 1.8, transfer: float = 1.0, wire: Wire | None = None, spacing: float = 0.0,
+    **steps: float,
+) -> Point:  # fmt: skip
     """4 layers, batch 4; every module with all rows takes `module`, with fewer `half`; the rest of a step nothing."""
     load = Load(batch=4, context=8, steps=1, late=0.0)
     turns = {case: [Turn(10.0, 1.0, (0.5, 0.5), [[1, 2, 3, 4]])] * 3 for case in cases(4)}
@@ -132,7 +133,7 @@ def point(
         turns[case] = [Turn(step, 1.0, (0.5, 0.5), [[1, 2, 3, 4]])] * 3
     tasks = {modules_task(case, load): module if case.micro_batches == 1 else half for case in turns}
     modules = {task: Modules(seconds, seconds, 0.0) for task, seconds in tasks.items()}
-    transfers = {transfer_task(case, load): Transfer(transfer, 0.0) for case in turns if case.kind != REPLICAS}
+    transfers = {transfer_task(case, load): Transfer(transfer, spacing) for case in turns if case.kind != REPLICAS}
     return Point("m", 4, wire or Wire(rate=100), load, turns, modules, transfers)
 
 
@@ -160,7 +161,8 @@ def test_regimes(values: dict[str, float], regime: str) -> None:
 
 def test_goals_are_of_the_point_where_a_transfer_is_half_a_module() -> None:
     points = [
-        point(wire=Wire(rate=100), ladder=10.0, lag0=25.0, m2=14.0),
+        point(wire=Wire(rate=60), spacing=1.2, ladder=10.0, lag0=11.0),  # a part of each message passes in a burst
+        point(wire=Wire(rate=100), spacing=1.05, ladder=10.0, lag0=25.0, m2=14.0),
         point(wire=Wire(rate=50), transfer=1.9, ladder=10.0, lag0=11.0),
         point(wire=Wire(rate=70), half=1.0, ladder=10.0, lag0=11.0),  # compute-bound
         point(wire=Wire(late_ms=0.1), transfer=0.2, ladder=10.0, lag0=11.0),  # nothing to hide

@@ -73,6 +73,10 @@ def test_four_wirings_two_seeds_from_configuration_to_report(
     run(twins)  # finds everything finished
     with pytest.raises(ValueError, match=r"result\.json was made with other settings"):
         run(recipe(f"run_dir={tmp_path}", "seeds=[0,1]", *SMALL, "train.adam_lr=0.001"))
+    shorter = Corpus(small_text.train[:-1], small_text.held_out)
+    monkeypatch.setattr("launch.twins.standard_library", lambda: shorter)
+    with pytest.raises(ValueError, match=r"result\.json was made with other settings"):
+        run(twins)
 
 
 def test_a_killed_run_continues_and_the_model_can_be_served(

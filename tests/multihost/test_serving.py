@@ -76,11 +76,12 @@ class Deployment:
 
 
 @contextmanager
-def deployed(count: int, run_dir: Path, layout: str = "layout.tp=2") -> Iterator[Deployment]:
-    """Serving on so many hosts; in the end nothing may be left of the deployment, of Ray, and of the hosts."""
+def deployed(count: int, run_dir: Path, layout: str = "layout.tp=2", head_cpus: int = 1) -> Iterator[Deployment]:
+    """Serving on so many hosts, each with room for one rank, the head's with room for `head_cpus`; in the end nothing
+    may be left of the deployment, of Ray, and of the hosts."""
     with Hosts(count) as hosts:
         with ExitStack() as stack:
-            ray = stack.enter_context(PrivateRay(1, address=hosts[0].address, prefix=hosts[0].prefix))
+            ray = stack.enter_context(PrivateRay(head_cpus, address=hosts[0].address, prefix=hosts[0].prefix))
             deployment = Deployment(hosts, ray, [ray], stack)
             for index in range(1, count):
                 deployment.start_node(index)
@@ -97,10 +98,10 @@ def deployment(possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield deployment
 
 
-def alone(prompts: list[str]) -> list[str]:
+def alone(prompts: list[str], max_tokens: int = MAX_TOKENS) -> list[str]:
     """What the same model answers in one process."""
     llm = LLM(str(MODEL), device="cpu", dtype="float32", batch_invariant=True)
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return [llm.generate([prompt], params)[0].text for prompt in prompts]
 
 

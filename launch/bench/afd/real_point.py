@@ -153,6 +153,13 @@ class Point:
         return max(self.weight, 1 / self.weight)
 
     @property
+    def in_a_burst(self) -> bool:
+        """Whether a tenth of a lone message or more passes a shaped link's token bucket at once: then lag 0, whose
+        messages come after silences, is not slowed by the link, and only ladder is."""
+        sent = self.parts(LADDER)[1]
+        return self.wire.rate is not None and sent.spacing > 1.1 * sent.one
+
+    @property
     def regime(self) -> str:
         """What a step is made of: latency, if a message is longer under way than a module takes; else reading weights,
         if half of the rows take most of the time that all of them do; else arithmetic."""

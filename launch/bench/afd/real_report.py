@@ -40,7 +40,7 @@ def summary(points: Sequence[Point]) -> dict[str, Goal]:
         return lines
     for model in dict.fromkeys(point.model for point in points):
         mine = [p for p in points if p.model == model and p.regime != "compute-bound" and p.weight >= NOTICED]
-        lines |= _goals("shaped link", [p for p in mine if p.wire.rate])
+        lines |= _goals("shaped link", [p for p in mine if p.wire.rate and not p.in_a_burst])
         lines |= _goals("emulated latency", [p for p in mine if p.wire.late_ms])
     lines |= _against("best ping-pong", {point.name: (point, point.best_ping_pong) for point in points})
     for rival in COLOCATED:

@@ -17,7 +17,7 @@ from parallel.mesh import Group, Mesh
 from parallel.model import Transformer
 from parallel.shards import Shard
 
-LOOKS = 4  # steps of each wiring with counters on and a trace
+LOOKS = 4  # steps of each wiring with counters on and a trace; more where a case has many rounds, as short steps do
 TIMEOUT = timedelta(seconds=120)
 
 
@@ -58,7 +58,7 @@ def measure(model: Transformer, mesh: Group, task: Task) -> Answer:
     answer.blocks.update({name: sorted(look[name] for look in looks)[LOOKS // 2] for name in looks[0]})
     if mesh.device.type == "cpu":
         for wiring in WIRINGS:
-            _look(answer, wiring, steps, mesh, task.late)
+            _look(answer, wiring, steps, mesh, task)
     return answer
 
 
@@ -74,12 +74,12 @@ def _reduces(mesh: Mesh, size: tuple[int, int], dtype: torch.dtype, count: int) 
     return perf_counter() - began, process_time() - busy
 
 
-def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, late: float) -> None:
+def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, task: Task) -> None:
     """Some steps with the group's counters on and a trace, both of the same reduces."""
     mesh.meter.total = mesh.meter.exposed = 0.0
     answer.spans[wiring] = []
-    for _ in range(LOOKS):
-        recorder = Recorder(late)
+    for _ in range(max(LOOKS, task.rounds // 3)):
+        recorder = Recorder(task.late)
         blocks = [recorder.block(block, f"block {k}") for k, block in enumerate(steps.blocks[wiring])]
         meet(mesh)
         mesh.meter.on = True

@@ -7,6 +7,7 @@ of network namespaces, with gloo over a shaped link; with two GPUs two processes
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import log
 from pathlib import Path
 from statistics import median
@@ -123,7 +124,7 @@ class Point:
         """(by the ranks' counters, by their traces), means of the ranks; None on CUDA."""
         if not self.answers[0].hidden:
             return None
-        traced = [hidden_share(spans) for answer in self.answers for spans in answer.spans[wiring]]
+        traced = [hidden_share(chain.from_iterable(answer.spans[wiring])) for answer in self.answers]
         return sum(a.hidden[wiring] for a in self.answers) / len(self.answers), sum(traced) / len(traced)
 
 
