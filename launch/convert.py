@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from launch.convert_report import publish
+from launch.convert_report import BEFORE, WRITTEN, publish
 from launch.corpus import Corpus, Document, standard_library
 from launch.documents import given_text
 from launch.training import TrainMonitor, Words, run_with_progress, write_json
@@ -89,12 +89,15 @@ def run(recipe: ConvertRecipe) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with training_ranks() as ranks:
         costs = Costs(directory / "measured.json", _settings(recipe, corpus, measured), words, measured, context, ranks)
-        if "before" not in costs.known:
-            costs.measure("before", _load(source, before))
+        if BEFORE not in costs.known:
+            costs.measure(BEFORE, _load(source, before))
         model = _load(source, after)
         _train(recipe, model, words, corpus, costs, ranks)
+        if ranks.rank == 0:
+            write_model(model, after, source, directory / "model")
+            load_weights(model, directory / "model")  # rounded to the checkpoint's dtype: what others will load
+        costs.measure(WRITTEN, model)
     if ranks.rank == 0:
-        write_model(model, after, source, directory / "model")
         publish(costs.known, recipe.train.batch_tokens, recipe.tolerance, directory)
 
 
@@ -129,7 +132,7 @@ def some(documents: Sequence[Document], size: int | None) -> tuple[Document, ...
 
 
 class Costs:
-    """Bits per byte at "before" and after so many steps, kept in a file so that a resumed run has them all."""
+    """Bits per byte at BEFORE, after so many steps and of what was WRITTEN, kept in a file for a resumed run."""
 
     def __init__(
         self, path: Path, settings: dict[str, Any], words: Words, text: Sequence[Document], context: int, ranks: Ranks

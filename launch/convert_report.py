@@ -10,16 +10,17 @@ from launch.table import table
 from launch.training import write_json
 
 UNIT = "bits per byte"
+BEFORE, WRITTEN = "before", "written"  # the source, and the model in run_dir; besides these, costs are by step
 
 
 def publish(costs: Mapping[str, float], batch_tokens: int, tolerance: float, run_dir: Path) -> None:
     """Write convert.json and (with matplotlib) convert.png below `run_dir`, and print the summary."""
     curve = curve_of(costs, batch_tokens)
-    report = report_of(costs["before"], curve, tolerance)
+    report = report_of(costs[BEFORE], curve, costs[WRITTEN], tolerance)
     command = shlex.join(["python", "-m", "launch.train", *sys.argv[1:]])
     write_json(run_dir / "convert.json", report.to_json(command))
-    drawn = picture(costs["before"], curve, tolerance, run_dir / "convert.png")
-    rows = [[row.case, f"{row.value:.4f}", f"{row.value / costs['before']:.3f}"] for row in report.rows if row.value]
+    drawn = picture(costs[BEFORE], curve, tolerance, run_dir / "convert.png")
+    rows = [[row.case, f"{row.value:.4f}", f"{row.value / costs[BEFORE]:.3f}"] for row in report.rows if row.value]
     print(table([["held-out text", UNIT, "of before"], *rows]))
     goals = [
         [name, "-" if goal.value is None else f"{goal.value:.6g}", goal.goal, "yes" if goal.holds else "NO"]
@@ -31,20 +32,25 @@ def publish(costs: Mapping[str, float], batch_tokens: int, tolerance: float, run
 
 def curve_of(costs: Mapping[str, float], batch_tokens: int) -> dict[int, float]:
     """Cost by tokens spent."""
-    return {step * batch_tokens: costs[str(step)] for step in sorted(int(key) for key in costs if key != "before")}
+    return {step * batch_tokens: costs[str(step)] for step in sorted(map(int, costs.keys() - {BEFORE, WRITTEN}))}
 
 
-def report_of(before: float, curve: Mapping[int, float], tolerance: float) -> Report:
-    """Rows: before, converted but untrained, along the way. The rival of each is the cost before."""
+def report_of(before: float, curve: Mapping[int, float], written: float, tolerance: float) -> Report:
+    """Rows: before, converted but untrained, along the way, as written. The rival of each is the cost before.
+
+    Args:
+        written: of the model in run_dir, which has the dtype of the source; training is in fp32.
+    """
     rows = [Row("before", "held-out cost", before, UNIT)]
     for tokens, cost in curve.items():
         case = f"converted, after {tokens} tokens" if tokens else "converted, untrained"
         rows.append(Row(case, "held-out cost", cost, UNIT, rival=before))
+    rows.append(Row("converted, as written", "held-out cost", written, UNIT, rival=before))
     last = max(curve)
     back = next((tokens for tokens, cost in curve.items() if cost <= before * (1 + tolerance)), None)
     goal = f"<= {last} tokens to within {tolerance:.0%}"
     summary = {
-        "cost after training, of before": at_most(curve[last] / before, 1 + tolerance),
+        "cost of the written model, of before": at_most(written / before, 1 + tolerance),
         "tokens until first recovered": Goal(back, goal, back is not None),
     }
     return Report("convert", rows, summary)

@@ -121,6 +121,7 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = _engine(model, self.optimizer, config, ranks)
         self.step, self.seconds = 0, 0.0
+        self._saved: int | None = None
         self._text = text_hash(stream)
         self._load()
 
@@ -137,21 +138,26 @@ class Trainer:
             RuntimeError: the loss is no longer a number.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
-        losses, since = [], time.monotonic()
+        losses, seconds = [], 0.0  # of steps alone: not of checkpoints, nor of what the caller does between two steps
         while self.step < last:
+            began = time.monotonic()
             losses.append(self._train_step())
+            spent = time.monotonic() - began
+            seconds, self.seconds = seconds + spent, self.seconds + spent
             if self.step % self.config.log_every == 0 or self.step == last:
-                seconds, since = time.monotonic() - since, time.monotonic()
-                self.seconds += seconds
                 log(self._metrics(losses, seconds))
-                losses = []
+                losses, seconds = [], 0.0
             if self.step % self.config.checkpoint_every == 0:
                 self.save()
-                since = time.monotonic()
             yield self.step
 
     def save(self) -> None:
-        """Write the state so that a kill at any moment leaves the old checkpoint or the new one; all ranks call it."""
+        """Write the state so that a kill at any moment leaves the old checkpoint or the new one; all ranks call it.
+
+        Nothing is written if this step's is there: its files would be overwritten in place.
+        """
+        if self._saved == self.step:
+            return
         tag = f"step{self.step}"
         state = {"step": self.step, "seconds": self.seconds, **self.settings}
         self.engine.save_checkpoint(str(self.directory), tag=tag, client_state={"training": state}, save_latest=False)
@@ -164,6 +170,7 @@ class Trainer:
                 if old.name != tag:
                     shutil.rmtree(old)
         dist.barrier()
+        self._saved = self.step
 
     def close(self) -> None:
         """Let go of the engine and leave `model` as it came, with its present weights, on every rank."""
@@ -187,6 +194,7 @@ class Trainer:
             )
         self.engine.load_checkpoint(str(self.directory), tag=tag)
         self.step, self.seconds = state["step"], state["seconds"]
+        self._saved = self.step
 
     def _train_step(self) -> float:
         """One optimiser step: mean loss in nats per token."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,15 +90,37 @@ def test_from_configuration_to_a_model_that_can_be_served(
     assert (spec.residual, spec.ladder_layers, spec.dtype) == ("ladder", (1, 2), torch.float32)
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (standard / "tokenizer.json").read_bytes()
     report = json.loads((tmp_path / "convert.json").read_text())
-    cases = ["before", "converted, untrained", *(f"converted, after {n} tokens" for n in (128, 256, 384, 512))]
+    cases = [
+        "before",
+        "converted, untrained",
+        *(f"converted, after {n} tokens" for n in (128, 256, 384, 512)),
+        "converted, as written",
+    ]
     assert [row["case"] for row in report["rows"]] == cases
     costs = [row["value"] for row in report["rows"]]
     assert costs[1] != costs[0] and costs[-1] < costs[1]  # another wiring costs, training helps
-    assert report["summary"]["cost after training, of before"]["value"] == pytest.approx(costs[-1] / costs[0])
+    assert costs[-1] == costs[-2]  # in fp32
+    assert report["summary"]["cost of the written model, of before"]["value"] == pytest.approx(costs[-1] / costs[0])
     assert (tmp_path / "convert.png").stat().st_size > 5_000
     assert "converted, untrained" in capsys.readouterr().out
     (done,) = LLM(str(tmp_path / "model")).generate(["def "], SamplingParams(max_tokens=4, temperature=0.0))
     assert done.text
+
+
+def test_the_cost_is_that_of_the_model_which_others_load(tmp_path: Path, standard: Path, text: Path) -> None:
+    """A bf16 checkpoint trains in fp32 and is rounded in the end."""
+    source = tmp_path / "source"
+    shutil.copytree(standard, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    options = [f"run_dir={tmp_path}", f"model.path={source}", "ladder_layers=2", f"data=[{text}]"]
+    run(recipe(*options, *FEW_STEPS))
+    trained, written = [row["value"] for row in json.loads((tmp_path / "convert.json").read_text())["rows"]][-2:]
+    costs = json.loads((tmp_path / "measured.json").read_text())["bits_per_byte"]
+    assert trained != written == costs["written"]
+    assert ModelSpec.load(tmp_path / "model").dtype == torch.bfloat16
+    run(recipe(*options, *FEW_STEPS))  # from its checkpoint: nothing to train, the same model
+    assert json.loads((tmp_path / "measured.json").read_text())["bits_per_byte"] == costs
 
 
 def test_a_killed_conversion_continues_to_the_same_model(
@@ -125,7 +148,7 @@ def test_a_killed_conversion_continues_to_the_same_model(
     monkeypatch.setattr("launch.convert.run_with_progress", whole)
     monkeypatch.setattr("launch.convert.Costs.measure", measure_anew := MeasureOnce(launch.convert.Costs.measure))
     run(recipe(f"run_dir={tmp_path / 'killed'}", *options))
-    assert measure_anew.keys == ["6", "8"]
+    assert measure_anew.keys == ["6", "8", "written"]
     for name in ("model/model.safetensors", "model/config.json", "measured.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     with pytest.raises(ValueError, match=r"measured\.json was written with other settings"):
@@ -328,12 +351,12 @@ def test_some_text_is_the_same_text_every_time() -> None:
 
 
 def test_the_report_says_when_the_model_was_back() -> None:
-    costs = {"before": 1.0, "0": 3.0, "4": 1.03, "8": 1.015, "12": 1.01}
+    costs = {"before": 1.0, "0": 3.0, "4": 1.03, "8": 1.015, "12": 1.01, "written": 1.012}
     curve = curve_of(costs, 100)
     assert curve == {0: 3.0, 400: 1.03, 800: 1.015, 1200: 1.01}
-    summary = report_of(1.0, curve, 0.02).summary
+    summary = report_of(1.0, curve, 1.012, 0.02).summary
     assert summary["tokens until first recovered"].value == 800
-    assert summary["cost after training, of before"].holds
-    never = report_of(1.0, {0: 3.0, 400: 1.03}, 0.02).summary
+    assert summary["cost of the written model, of before"].holds
+    never = report_of(1.0, {0: 3.0, 400: 1.03}, 1.03, 0.02).summary
     assert never["tokens until first recovered"].value is None
     assert not any(goal.holds for goal in never.values())

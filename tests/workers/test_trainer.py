@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -164,6 +166,27 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     finish(resumed, until=10)
     assert new_trainer(tmp_path).step == 10
     assert [path.name for path in (tmp_path / "checkpoint").glob("step*")] == ["step10"]
+
+
+def test_the_newest_checkpoint_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are the only ones there are; a kill while they are overwritten would leave none."""
+    trainer = new_trainer(tmp_path)
+    finish(trainer, until=5)
+    for again in (trainer, new_trainer(tmp_path)):
+        monkeypatch.setattr(again.engine, "save_checkpoint", lambda *_, **__: pytest.fail("written again"))
+        again.save()
+
+
+def test_only_steps_count_as_training_time(tmp_path: Path) -> None:
+    """Not what the caller does between them, such as measuring."""
+    trainer, rows, began, outside = new_trainer(tmp_path), list[dict[str, float]](), monotonic(), 0.0
+    for _ in trainer.run(rows.append, until=8):
+        outside -= monotonic()
+        Event().wait(0.05)
+        outside += monotonic()
+    assert 0 < trainer.seconds <= monotonic() - began - outside
+    logged = sum(4 * trainer.config.batch_tokens / row["train/tokens_per_s"] for row in rows)
+    assert logged == pytest.approx(trainer.seconds)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
