@@ -51,6 +51,25 @@ def test_what_a_reduce_takes_of_the_core_does_not_hide() -> None:
     assert shortest_step(parts, "standard") == 1 + 3 + (2 + 3) + (5 + 3), "nothing is beside a reduce"
 
 
+def test_a_token_bucket_does_not_raise_the_bound() -> None:
+    """Two reduces at once take more than twice as long as one that finds the bucket full; in between it fills up."""
+    times = [per_module("ladder", reduce=6.0, spacing=spacing) for spacing in (6.0, 7.8)]
+    assert times[0] == times[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rate": -4.0}, "rate of a link is -4"),
+        ({"late_ms": -5.0}, "late_ms of a wire is -5"),
+        ({"rate": 140.0, "late_ms": 5.0}, "make it two wires"),
+    ],
+)
+def test_a_wire_is_shaped_or_late(values: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Wire(**values)
+
+
 def test_a_paired_ratio_ignores_what_both_sides_share() -> None:
     noise = [1.0, 5.0, 2.0, 9.0, 1.5, 3.0, 7.0]
     ratio = paired_ratio([1.6 * n for n in noise], noise)
@@ -104,6 +123,8 @@ def test_a_small_run_over_two_hosts(tmp_path: Path) -> None:
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"device": "cuda"}, "takes 2"),
         ({"batches": []}, "must not be empty"),
+        ({"prefill": 1}, "prefill is 1, which is a decode step"),
+        ({"trace": "/"}, "trace is /, a directory; name a file"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], sentence: str, tmp_path: Path) -> None:

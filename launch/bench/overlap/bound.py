@@ -42,8 +42,9 @@ def shortest_step(parts: Parts, wiring: str) -> float:
 
 def _last_reduce(blocks: Sequence[float], lag: int, parts: Parts) -> float:
     computed, done = 0.0, [float("-inf")] * (lag + 1)
+    spacing = min(parts.spacing, parts.reduce)  # a token bucket that the first of two has emptied fills up in between
     for number, seconds in enumerate(blocks):
         beside = parts.cpu if lag and number else 0.0
         computed = max(computed, done[-1 - lag]) + seconds + beside
-        done.append(max(computed + parts.reduce, done[-1] + parts.spacing))
+        done.append(max(computed + parts.reduce, done[-1] + spacing))
     return done[-1]

@@ -35,10 +35,19 @@ LONG = 1e-3  # seconds of a reduce that is not mostly the taking of time stamps
 @dataclass(frozen=True)
 class Wire:
     """rate: Mbit/s of each host's link, None for as fast as the machine goes. late_ms: added to every reduce,
-    emulated."""
+    emulated. One of the two at most, so that a case is either measured or emulated."""
 
     rate: float | None = None
     late_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        Link(rate=self.rate)
+        if self.late_ms < 0:
+            raise ValueError(f"late_ms of a wire is {self.late_ms}; it must not be negative")
+        if self.rate is not None and self.late_ms:
+            raise ValueError(
+                f"a wire has a rate ({self.rate:g} Mbit/s) and late_ms ({self.late_ms:g}); make it two wires"
+            )
 
     @property
     def name(self) -> str:
@@ -69,12 +78,16 @@ class OverlapBench:
         for name in ("context", "prefill", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.prefill == 1:
+            raise ValueError("prefill is 1, which is a decode step; it must be at least 2")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or null")
         if self.device == "cuda" and torch.cuda.device_count() < RANKS:
             raise ValueError(f"device is cuda, but this machine has {torch.cuda.device_count()} GPUs; it takes {RANKS}")
         if self.cuda and self.trace:
             raise ValueError("trace is for CPU ranks; on CUDA use torch.profiler or Nsight Systems")
+        if self.trace and Path(self.trace).is_dir():
+            raise ValueError(f"trace is {self.trace}, a directory; name a file")
         if not self.batches or not self.wires or min(self.batches) < 1:
             raise ValueError("batches and wires must not be empty, and every batch at least 1")
 
@@ -224,9 +237,13 @@ def _write_trace(points: list[Point], path: Path) -> None:
     chosen = [p for p in points if p.answers[0].spans and p.case.length == 1]
     point = min(chosen, key=lambda p: abs(log(p.weight)))
     steps = {wiring: [answer.spans[wiring][0] for answer in point.answers] for wiring in WIRINGS}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(perfetto(steps) | {"otherData": {"case": point.name}}))
-    print(f"trace of {point.name} written to {path}; open it in https://ui.perfetto.dev")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(perfetto(steps) | {"otherData": {"case": point.name}}))
+    except OSError as error:  # what was measured is worth more than its trace
+        print(f"the trace is not written: {error}")
+    else:
+        print(f"trace of {point.name} written to {path}; open it in https://ui.perfetto.dev")
 
 
 def _plain(point: Point) -> dict[str, Any]:
