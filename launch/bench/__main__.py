@@ -1,10 +1,11 @@
 """Run one suite: `python -m launch.bench suite=serve [key=value]`. Its options are in launch/conf/suite/.
 
 The result goes to run_dir as JSON and, where matplotlib is installed, as a picture; the summary is printed last. The
-exit code is 0 whether the goals hold or not.
+exit code is 0 whether the goals hold or not, and 143 after SIGTERM.
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,15 +29,27 @@ SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
     "serve": (serve.ServeBench, serve.run),
 }
 
+TERMINATED = 128 + signal.SIGTERM
+
 
 @hydra.main(version_base=None, config_path="../conf", config_name="bench")
 def main(config: DictConfig) -> None:
     logging.getLogger().setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _end)
     try:
         options, run = suite_of(config)
         publish(run(options), sys.argv[1:], Path(options.run_dir))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"stepladder: {error}")
+
+
+def _end(*_: object) -> None:
+    """End as after an error, so that folders, namespaces and private Rays go too; by default SIGTERM ends at once.
+
+    `timeout` sends it twice, to the process and to its group; the second must not break off that teardown.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    sys.exit(TERMINATED)
 
 
 def suite_of(config: DictConfig) -> tuple[Any, Callable[[Any], Report]]:

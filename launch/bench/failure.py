@@ -2,7 +2,7 @@
 
 import shlex
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 
@@ -35,6 +35,7 @@ FAILURES = {
     "SIGKILL A": Failure("attention", 1, signal.SIGKILL),
 }
 KINDS = {"tp": ("rank", "gateway", "controller"), "afd": ("ffn", "attention", "gateway", "controller")}
+RANKS = {"tp": ("tp",), "afd": ("attention", "ffn")}  # the options that say how many ranks a kind has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,25 @@ class FailuresBench:
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         if unknown := set(self.failures or ()) - set(self.possible):
             raise ValueError(f"failures holds {unknown.pop()!r}; it may hold {', '.join(self.possible)}")
+        if self.failures == []:
+            raise ValueError("failures is empty, so nothing would be struck; name some, or give null for all")
         for name in ("tp", "attention", "ffn", "repeats", "streams", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes:g}; it must be more than 0, or nothing would be struck")
+        self._refuse_ranks_of_another_kind()
+
+    def _refuse_ranks_of_another_kind(self) -> None:
+        """They would be ignored, and the result taken for that of a layout that was not run."""
+        defaults = {one.name: one.default for one in fields(self)}
+        for kind, names in RANKS.items():
+            for name in names:
+                value = getattr(self, name)
+                if kind != self.kind and value != defaults[name]:
+                    raise ValueError(
+                        f"{name} is {value}, but kind={self.kind} has no such ranks; omit it or use kind={kind}"
+                    )
 
     @property
     def possible(self) -> list[str]:
@@ -125,9 +142,12 @@ class Occurrence:
         detected: the controller noticed. ready: it said that all was well again.
         resumed, last_resumed: the first and the last of the streams that the failure made pause got text again; None
             if none paused longer than undisturbed streams do.
-        ended: the last broken stream had ended. again: tokens that the engine, which lived on, generated twice.
-        longest_pause: between two chunks of one stream. left: what is there and was not before.
-        block: of the model, where the FFN pool that replaced a lost one went on.
+        ended: the last broken stream had ended. longest_pause: between two chunks of one stream.
+        again: tokens that the engine, which lived on, generated twice.
+        left: what is there and was not before.
+        blocks: of the model, where the FFN pool that replaced a lost one went on, of each engine that was in a step.
+
+    again, left and blocks are only looked for once the deployment is ready again.
     """
 
     lost: int
@@ -137,7 +157,7 @@ class Occurrence:
     resumed: float | None
     last_resumed: float | None
     ended: float | None
-    again: int | None
     longest_pause: float
-    left: dict[str, int]
-    block: int | None = None
+    again: int | None = None
+    left: dict[str, int] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)

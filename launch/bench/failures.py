@@ -8,7 +8,7 @@ that was lost: then its stream ends, and a retry under the same X-Request-Id con
 import os
 import secrets
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
 
@@ -27,7 +27,7 @@ TITLES = {
 
 
 def run(config: FailuresBench) -> Report:
-    """Raises RuntimeError if the deployment does not come up, or does not come back."""
+    """Raises RuntimeError if the deployment does not come up; that it does not come back is a result."""
     # Ray reads these once, when it is imported; they must be the private Ray's
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
     from launch.bench.strikes import Bench, deployed
@@ -35,19 +35,39 @@ def run(config: FailuresBench) -> Report:
     with deployed("failures", f"{config.run_dir}/serve", config.ray_cpus, config.options) as victim:
         bench = Bench(config, victim)
         bench.prepare()
-        occurrences = bench.rounds()
+        occurrences, ended = bench.rounds()
         remains = bench.stop()
-    rows = [Row("undisturbed", "longest pause", bench.pause, "s")]
+    return report(config, bench.pause, occurrences, ended, remains)
+
+
+def report(
+    config: FailuresBench,
+    pause: float,
+    occurrences: Mapping[str, Sequence[Occurrence]],
+    ended: str | None,
+    remains: Sequence[str],
+) -> Report:
+    """What it all comes to.
+
+    Args:
+        pause: the longest of undisturbed streams, in seconds.
+        ended: where and why the rounds ended before their time, None if they did not.
+        remains: what `ray job stop` left.
+    """
+    rows = [Row("undisturbed", "longest pause", pause, "s")]
     rows += [row for name, seen in occurrences.items() for row in _rows(config, name, seen)]
     rows.append(Row("ray job stop", "left over", len(remains), "things", 0))
     details = {name: {str(nth): asdict(one) for nth, one in enumerate(seen)} for name, seen in occurrences.items()}
-    summary = {line: goal for name, seen in occurrences.items() for line, goal in _summary(name, seen).items()}
+    summary = {"came back every time": _came_back(occurrences, ended)}
+    summary |= {line: goal for name, seen in occurrences.items() for line, goal in _summary(name, seen).items()}
     summary["ray job stop: left over"] = at_most(len(remains), 0)
     return Report("failures", rows, summary, details={"occurrences": details | {"ray job stop": {"left": remains}}})
 
 
 def _rows(config: FailuresBench, name: str, seen: Sequence[Occurrence]) -> list[Row]:
     failure = FAILURES[name]
+    if not seen:
+        return [Row(name, "times struck", 0, "times")]
     rows = [
         Row(name, "lost requests", sum(one.lost for one in seen), "requests", 0),
         Row(name, "changed texts", sum(one.changed for one in seen), "requests", 0),
@@ -61,11 +81,17 @@ def _rows(config: FailuresBench, name: str, seen: Sequence[Occurrence]) -> list[
         for of, summarise in (("median", median), ("worst", max)):
             if times:
                 rows.append(Row(name, f"{title}, {of}", summarise(times), "s", bounds.get(key)))
-    if blocks := {one.block for one in seen if one.block is not None}:
+    if blocks := {block for one in seen for block in one.blocks}:
         rows.append(Row(name, "different blocks at which a step went on", len(blocks), "blocks"))
     if failure.kind in ("gateway", "controller", "ffn"):
         rows.append(Row(name, "tokens generated again", sum(one.again or 0 for one in seen), "tokens", 0))
     return rows
+
+
+def _came_back(occurrences: Mapping[str, Sequence[Occurrence]], ended: str | None) -> Goal:
+    times = [one.ready is not None for seen in occurrences.values() for one in seen]
+    goal = f"all of {len(times)}"
+    return Goal(sum(times), f"{goal}; {ended}" if ended else goal, ended is None and bool(times) and all(times))
 
 
 def _summary(name: str, seen: Sequence[Occurrence]) -> dict[str, Goal]:

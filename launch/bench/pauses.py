@@ -8,7 +8,8 @@ def resumptions(streams: Iterable[Sequence[float]], moment: float, usual: float)
     """Seconds from the failure at `moment` to the text that ended its pause, of every stream that paused, in order.
 
     A stream paused if it got no text for longer than `usual` from about the failure on: what was under way then may
-    still come, up to `usual` later. Streams of an engine that lives on, which go on as ever, are not among them.
+    still come, up to `usual` later. Streams of an engine that lives on, which go on as ever, are not among them; but
+    one that happens to be a little slower than any was undisturbed is.
 
     Args:
         streams: when text came (`monotonic`), of each.

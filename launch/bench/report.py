@@ -1,6 +1,6 @@
 """What every suite returns, and the one shape in which it is written and printed."""
 
-import json
+import os
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from launch.table import table
+from launch.training import write_json
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ def publish(report: Report, words: Sequence[str], run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     shown = ["api_key=***" if word.startswith("api_key=") else word for word in words]
     command = shlex.join(["python", "-m", "launch.bench", *shown])
-    _write(run_dir / f"{report.suite}.json", report.to_json(command))
+    write_json(run_dir / f"{report.suite}.json", report.to_json(command))
     details = {f"{report.suite}-{name}.json": detail for name, detail in report.details.items()}
     for name, detail in details.items():
-        _write(run_dir / name, detail)
+        write_json(run_dir / name, detail)
     drawn = picture(report, run_dir / f"{report.suite}.png")
     print(_rows_table(report))
     more = f"; {report.contents} in {', '.join(details)} beside it" if details else ""
@@ -117,7 +118,7 @@ def machine() -> dict[str, Any]:
 
 
 def picture(report: Report, path: Path) -> bool:
-    """The report as a PNG; False without matplotlib."""
+    """The report as a PNG, whole or not at all; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -125,7 +126,9 @@ def picture(report: Report, path: Path) -> bool:
     figure = Figure(layout="constrained")
     (report.draw or partial(_bars, report))(figure)
     figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
-    figure.savefig(path, dpi=120)
+    partial_path = path.with_suffix(".partial")
+    figure.savefig(partial_path, dpi=120, format="png")
+    os.replace(partial_path, path)
     return True
 
 
@@ -173,10 +176,6 @@ def _with_interval(row: Row) -> str | None:
 def _summary_table(report: Report) -> str:
     rows = [[name, _short(g.value), g.goal, "yes" if g.holds else "NO"] for name, g in report.summary.items()]
     return table([["summary", "value", "goal", "holds"], *rows])
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _ratio(value: float | None, other: float | None) -> float | None:

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from itertools import product
 from time import monotonic
 from typing import Any
 
+import psutil
 import requests
+from ray.exceptions import RayError
 
+from cluster.sentence import sentence
 from launch.bench.failure import FAILURES, Failure, FailuresBench, Occurrence
 from launch.bench.insist import Insisting
 from launch.bench.pauses import resumptions
-from launch.bench.victim import Victim, Watch, deployed, within
+from launch.bench.victim import Engines, Victim, Watch, deployed, within
 
 __all__ = ["Bench", "deployed"]
+
+# how asking a deployment that did not come back can end
+GONE = (TimeoutError, RuntimeError, ValueError, RayError, psutil.Error)
 
 
 class Bench:
@@ -41,24 +47,35 @@ class Bench:
         self._texts, self._census = first, self._victim.census()
         self.pause = max(client.longest_pause for client in runs[1])
 
-    def rounds(self) -> dict[str, list[Occurrence]]:
-        """Every failure in turn, again and again; by failure, what happened."""
-        seen: dict[str, list[Occurrence]] = {name: [] for name in self._config.chosen}
-        deadline = monotonic() + 60 * self._config.minutes
-        for nth in range(self._config.repeats):
-            for name in self._config.chosen:
-                if monotonic() < deadline:
-                    seen[name].append(self.strike(name, nth))
-        return seen
+    def rounds(self) -> tuple[dict[str, list[Occurrence]], str | None]:
+        """Every failure in turn, again and again, until the deployment does not come back from one.
 
-    def strike(self, name: str, nth: int) -> Occurrence:
+        Returns: by failure, what happened; and where and why the rounds ended before their time, None if they did not.
+        """
+        config = self._config
+        seen: dict[str, list[Occurrence]] = {name: [] for name in config.chosen}
+        deadline = monotonic() + 60 * config.minutes
+        for nth, name in product(range(config.repeats), config.chosen):
+            if monotonic() >= deadline:
+                break
+            try:
+                self.strike(name, nth, seen[name])
+            except GONE as error:
+                reason = f"{name}, time {nth + 1}: {sentence(error)}"
+                print(reason, flush=True)
+                return seen, reason
+        return seen, None
+
+    def strike(self, name: str, nth: int, seen: list[Occurrence]) -> None:
         """One occurrence of a failure; returns when the deployment is whole again.
 
+        What the clients saw is in `seen` even if the deployment does not come back.
+
         Raises:
-            RuntimeError: it does not become so.
+            TimeoutError, RuntimeError, ValueError, RayError, psutil.Error: it does not, or does not answer.
         """
         failure, config, victim = FAILURES[name], self._config, self._victim
-        process, generated = victim.process(failure), victim.engine()["generation_tokens"]
+        process, before = victim.process(failure), victim.engines()
         struck: list[tuple[float, Watch]] = []
 
         def hit() -> None:
@@ -69,31 +86,38 @@ class Bench:
 
         clients = self._under_way(name, nth, hit)
         if not struck:
-            raise RuntimeError(f"{name}: the requests before it did not begin ({clients[0].failure or 'too slow'})")
+            raise TimeoutError(f"the requests before it did not begin ({clients[0].failure or 'too slow'})")
         ((moment, watch),) = struck
         watch.join()
+        one = judge(failure, clients, self._texts, moment, watch, self.pause)
+        seen.append(one)
         if watch.ready is None:
-            raise RuntimeError(f"{name}: not ready again after {config.recover_seconds:.0f} s ({victim.state()})")
+            what = "not noticed" if watch.noticed is None else "not ready again"
+            state = watch.last or "the controller does not answer"
+            raise TimeoutError(f"{what} after {config.recover_seconds:.0f} s ({state})")
         whole = within(10.0, lambda: victim.census() == self._census and not self._busy())
-        again = None
+        after = victim.engines()
         if failure.kind not in ("rank", "attention"):
-            again = victim.engine()["generation_tokens"] - generated - config.streams * config.tokens
-        left = {} if whole else {**_excess(victim.census(), self._census), "requests in the engine": self._busy()}
-        seen = judge(failure, clients, self._texts, moment, watch, again, left, self.pause)
+            one.again = _sum(after, "generation_tokens") - _sum(before, "generation_tokens")
+            one.again -= config.streams * config.tokens
+        if not whole:
+            one.left = {**_excess(victim.census(), self._census), "requests in the engine": self._busy()}
         if failure.kind == "ffn":
-            seen = replace(seen, block=victim.engine()["pool_resumed_block"])
-        print(f"{name} {nth + 1}/{config.repeats}: {seen}", flush=True)
-        return seen
+            one.blocks = resumed_blocks(before, after)
+        print(f"{name} {nth + 1}/{config.repeats}: {one}", flush=True)
 
     def stop(self) -> list[str]:
-        """`ray job stop`; what is left a while after it."""
-        self._victim.cluster.job("stop", self._victim.name)
-        within(60.0, lambda: not self._victim.remains())
-        return self._victim.remains()
+        """`ray job stop`; what is left a while after it, or why that cannot be told."""
+        try:
+            self._victim.cluster.job("stop", self._victim.name)
+            within(60.0, lambda: not self._victim.remains())
+            return self._victim.remains()
+        except GONE as error:
+            return [f"unknown: {sentence(error)}"]
 
     def _busy(self) -> int:
-        counters = self._victim.engine()
-        return counters["running"] + counters["waiting"]
+        engines = self._victim.engines()
+        return _sum(engines, "running") + _sum(engines, "waiting")
 
     def _under_way(self, name: str, nth: int, hit: Callable[[], None]) -> list[Insisting]:
         """All clients to their end; `hit` when every one has got text, and the first of them as much as is this
@@ -125,10 +149,9 @@ def judge(
     texts: Sequence[str],
     moment: float,
     watch: Watch,
-    again: int | None,
-    left: dict[str, int],
     usual_pause: float,
 ) -> Occurrence:
+    """What the clients and the controller saw of a strike at `moment`; `texts` are those of the undisturbed run."""
     hits_streams = failure.kind == "gateway"
     pairs = list(zip(clients, texts, strict=True))
     changed = sum(
@@ -138,19 +161,32 @@ def judge(
     )
     breaks = [time - moment for client in clients for time, _ in client.broken]
     streams = [client.arrivals for client in clients] if failure.kind != "controller" else []
-    resumed = resumptions(streams, moment, usual_pause)
+    detected = watch.noticed - moment if watch.noticed is not None else None
+    # a lost stream goes on only once the controller has noticed; one that was merely slow just then, before that
+    resumed = [end for end in resumptions(streams, moment, usual_pause) if detected is None or end > detected]
     return Occurrence(
         lost=sum(bool(client.failure) or bool(client.retries and not hits_streams) for client in clients),
         changed=changed,
-        detected=watch.noticed - moment if watch.noticed else None,
-        ready=watch.ready - moment if watch.ready else None,
+        detected=detected,
+        ready=watch.ready - moment if watch.ready is not None else None,
         resumed=min(resumed, default=None),
         last_resumed=max(resumed, default=None),
         ended=max(breaks, default=None) if hits_streams else None,
-        again=again,
         longest_pause=max(client.longest_pause for client in clients),
-        left=left,
     )
+
+
+def resumed_blocks(before: Engines, after: Engines) -> list[int]:
+    """Where a step went on with another FFN pool between the two, of every engine in which one did.
+
+    An engine that was between steps still tells the block of an earlier time.
+    """
+    both = [(before[name], after[name]) for name in before.keys() & after.keys()]
+    return sorted(now["pool_resumed_block"] for then, now in both if now["pool_resumes"] > then["pool_resumes"])
+
+
+def _sum(engines: Engines, counter: str) -> int:
+    return sum(counters[counter] for counters in engines.values())
 
 
 def _excess(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A deployment that is to be hurt: its processes, its state as the controller tells it, and whatever is left of it."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from launch.private_ray import PrivateRay
 from launch.quickstart import ROOT, ready
 
 POLL_SECONDS = 0.02
+Engines = dict[str, dict[str, Any]]  # by engine, its counters
 TITLES = {"rank": "ray::RankActor", "gateway": "ray::GatewayActor", "controller": "ray::ControllerActor"}
 
 
@@ -48,21 +50,28 @@ class Victim:
         return State(report["phase"], all(g["serves"] for g in groups.values()), generations, report["restarts"])
 
     def process(self, failure: Failure) -> psutil.Process:
-        """The process that this failure strikes."""
-        if failure.kind in ("gateway", "controller"):
-            (process,) = self.cluster.processes(TITLES[failure.kind])
-            return process
-        group, rank = failure.target
-        places = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
-        return psutil.Process(next(place.pid for place in places if place.rank == rank))
+        """The process that this failure strikes.
 
-    def engine(self) -> dict[str, Any]:
-        """The engines' counters, now: sums, and of the block at which a step went on the highest."""
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        if failure.kind in ("gateway", "controller"):
+            found = self.cluster.processes(TITLES[failure.kind])
+        else:
+            group, rank = failure.target
+            places = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
+            found = [psutil.Process(place.pid) for place in places if place.rank == rank]
+        if len(found) != 1:
+            raise ValueError(f"there are {len(found)} processes to strike where there should be one")
+        return found[0]
+
+    def engines(self) -> Engines:
+        """The counters of every engine, now; those of its rank 0, which has the engine."""
         groups = [group for group in self.state().generations if group.startswith("engine-")]
-        answers = ray.get([actor.ping.remote() for group in groups for actor in self._ranks(group)], timeout=10)
-        counters = [answer for answer in answers if "generation_tokens" in answer]
-        total = {key: sum(one[key] for one in counters) for key in ("generation_tokens", "running", "waiting")}
-        return total | {"pool_resumed_block": max(one.get("pool_resumed_block", -1) for one in counters)}
+        ranks = [(group, actor) for group in groups for actor in self._ranks(group)]
+        answers = ray.get([actor.ping.remote() for _, actor in ranks], timeout=10)
+        told = zip(ranks, answers, strict=True)
+        return {group: answer for (group, _), answer in told if "generation_tokens" in answer}
 
     def census(self) -> dict[str, int]:
         """How many there are of everything that a failure could leave behind."""
@@ -97,7 +106,9 @@ def deployed(name: str, run_dir: str, ray_cpus: int, options: list[str]) -> Iter
     command = ["python", "-m", "launch.serve", f"name={name}", f"run_dir={run_dir}", *options]
     with PrivateRay(num_cpus=ray_cpus) as cluster:
         os.environ.update({key: value for key, value in cluster.env.items() if key.startswith("RAY_")})
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(address=cluster.address, namespace="bench", log_to_driver=False)
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there: a second signal breaks off the teardown
         try:
             cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
             yield Victim(cluster, name, ready(cluster, name))
@@ -115,6 +126,7 @@ class Watch:
     Attributes:
         noticed: when the controller first said that something was amiss, or did not answer (`monotonic`).
         ready: when it first said after that that all was well.
+        last: what it last said; None if it did not answer.
     """
 
     victim: Victim
@@ -123,6 +135,7 @@ class Watch:
     hung: psutil.Process | None = None
     noticed: float | None = None
     ready: float | None = None
+    last: State | None = None
     _thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,6 +154,7 @@ class Watch:
                 state: State | None = self.victim.state()
             except (RayError, GetTimeoutError, ValueError):
                 state = None
+            self.last = state
             if self.noticed is None and state != self.before:
                 self.noticed = monotonic()
             if self.noticed is not None and state is not None and state.phase == "ready" and state.serves:

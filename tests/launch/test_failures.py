@@ -23,7 +23,7 @@ def occurrence(name: str, streams: list[list[float]]) -> Any:
     """Of a failure that was noticed after 0.3 s."""
     clients = [Insisting("", str(n), {}, 0.0, arrivals=times, text="a") for n, times in enumerate(streams)]
     watch: Any = SimpleNamespace(noticed=NOTICED, ready=READY)
-    return judge(FAILURES[name], clients, ["a"] * len(clients), STRUCK, watch, None, {}, USUAL)
+    return judge(FAILURES[name], clients, ["a"] * len(clients), STRUCK, watch, USUAL)
 
 
 def test_streams_of_a_lost_engine_are_told_from_those_that_go_on() -> None:
@@ -44,6 +44,13 @@ def test_a_stream_that_never_goes_on_is_not_a_recovery() -> None:
 def test_where_nobody_pauses_nobody_resumes(name: str) -> None:
     seen = occurrence(name, [arrivals((-1, 2)), arrivals((-1, 0.02), (0.08, 2))])
     assert seen.resumed is None and seen.last_resumed is None
+
+
+def test_a_healthy_stream_that_was_slow_before_the_failure_was_noticed_did_not_resume() -> None:
+    """A lost one can go on only after that; the slow one's pause is a hair above the usual."""
+    slow = arrivals((-1, 0.02), (0.15, 2))
+    assert occurrence("SIGKILL A", [slow]).resumed is None
+    assert occurrence("SIGKILL A", [slow, arrivals((-1, 0), (0.45, 2))]).resumed == pytest.approx(0.45)
 
 
 def possible(tmp_path: Path, **options: Any) -> list[str]:
