@@ -71,14 +71,15 @@ def _summary(
 
 def picture(results: Sequence[Result], report: Report, path: Path) -> bool:
     """Training loss against tokens, by how much it exceeds standard's, and the held-out cost of every run; False
-    without matplotlib."""
+    without matplotlib. A run whose metrics.jsonl is gone has no curve."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(14.5, 4.4), layout="constrained")
     curves, gaps, costs = figure.subplots(1, 3)
-    runs = {(r["wiring"], r["seed"]): losses(Path(r["directory"])) for r in results}
+    logged = [r for r in results if (Path(r["directory"]) / "metrics.jsonl").exists()]
+    runs = {(r["wiring"], r["seed"]): losses(Path(r["directory"])) for r in logged}
     for wiring in dict.fromkeys(wiring for wiring, _ in runs):
         mine = {seed: run for (other, seed), run in runs.items() if other == wiring}
         _curve(curves, wiring, list(mine.values()))

@@ -70,7 +70,8 @@ def test_four_wirings_two_seeds_from_configuration_to_report(
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr("launch.twins._train", train_again)
-    run(twins)  # finds everything finished
+    (tmp_path / "ladder-1" / "metrics.jsonl").unlink()
+    run(twins)  # finds everything finished, and draws what there is
     with pytest.raises(ValueError, match=r"result\.json was made with other settings"):
         run(recipe(f"run_dir={tmp_path}", "seeds=[0,1]", *SMALL, "train.adam_lr=0.001"))
     shorter = Corpus(small_text.train[:-1], small_text.held_out)
