@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from launch.bench import netns
+from launch.bench.afd import emulated_report, real
 from launch.bench.afd.emulated import Case as EmulatedCase
-from launch.bench.afd.emulated import measure
-from launch.bench.afd.emulated_report import EmulatedOptions
+from launch.bench.afd.emulated import Measured, measure
+from launch.bench.afd.emulated_report import EmulatedOptions, Layer
 from launch.bench.afd.formula import Times, micro_batches, per_layer, pipeline
 from launch.bench.afd.real import RealOptions
 from launch.bench.afd.real_model import Model, Shapes, Wire
-from launch.bench.afd.real_point import Point, Turn, cases, modules_task, transfer_task
+from launch.bench.afd.real_point import Point, Turn, cases, modules_task, regime, tokens_task, transfer_task
 from launch.bench.afd.real_report import rows, summary
 from launch.bench.afd.real_spans import busy, covered, exposed
 from launch.bench.afd.real_task import (
@@ -48,10 +49,10 @@ def test_the_formula_by_hand() -> None:
     assert per_layer(Times(attention=10, ffn=10, transfer=5, reduce=4), 1, 1) == 14
 
 
-@pytest.mark.parametrize(("transfer", "needed"), [(0, 2), (1, 3), (5, 3), (6, 4), (10, 4)])
-def test_micro_batches_of_a_busy_ping_pong(transfer: float, needed: int) -> None:
+@pytest.mark.parametrize(("module", "transfer", "needed"), [(9, 0, 2), (9, 1, 3), (12, 6, 3), (7, 3.5, 3), (9, 5, 4)])
+def test_micro_batches_of_a_busy_ping_pong(module: float, transfer: float, needed: int) -> None:
     """m >= 2 (1 + tC / tF): three where a transfer takes at most half of a module (MegaScale-Infer, eq. 3)."""
-    assert micro_batches(Times(attention=10, ffn=10, transfer=transfer)) == needed
+    assert micro_batches(Times(attention=module / 1e3, ffn=module / 1e3, transfer=transfer / 1e3)) == needed
 
 
 @pytest.mark.parametrize("schedule", [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1)], ids=str)
@@ -78,6 +79,13 @@ def test_ladder_works_on_every_layer_with_both_pools_at_once() -> None:
     times = Times(attention=0.02, ffn=0.02, transfer=0.01)
     slow, fast = (min(measure(EmulatedCase(times=times, lag=lag, micro_batches=1), 6, 2).steps) for lag in (0, 1))
     assert slow > 6 * 0.06 and fast < 0.75 * slow
+
+
+@pytest.mark.parametrize(("of_formula", "holds"), [([0.95, 1.09], True), ([0.8, 1.19], False), ([1.0, 1.11], False)])
+def test_a_layer_is_near_its_formula_on_both_sides(of_formula: list[float], holds: bool) -> None:
+    case = EmulatedCase(times=Times(attention=1, ffn=2, transfer=0), lag=1, micro_batches=1)
+    (goal,) = emulated_report.summary([Layer(case, 2 * r, 0, Measured([1.0], 0, 0, 0)) for r in of_formula]).values()
+    assert goal == (max(of_formula, key=lambda r: abs(r - 1)), "0.9 to 1.1", holds)
 
 
 def test_every_number_of_micro_batches_that_is_asked_for() -> None:
@@ -116,16 +124,18 @@ def test_a_turn_is_as_long_as_its_slower_rank() -> None:
     b = Decoded([(0.0, 5.0)], [Span(MODULE, "b", 1, 3)], [[3]])
     assert Turn.of(Case(TP, 0), [a, b]) == Turn(5.0, 1.0, (0.5, 0.4), [[1, 2]])
     assert Turn.of(Case(REPLICAS, 0), [a, b]).tokens == [[1, 2, 3]]
+    uneven = [Decoded([(0.0, end) for end in steps], [], [[1]]) for steps in ((4.0, 9.0, 4.0), (4.0, 4.0, 9.0))]
+    assert [Turn.of(Case(kind, 0), uneven).step for kind in (TP, REPLICAS)] == [9.0, 4.0]  # replicas never wait
     f = Decoded([], b.compute, [])
     assert Turn.of(LADDER, [a, f]) == Turn(4.0, 1.0, (0.5, 0.5), [[1, 2]])
 
 
 def point(
     module: float = 2.0, half: float = 1.8, transfer: float = 1.0, wire: Wire | None = None, spacing: float = 0.0,
-    **steps: float,
+    batch: int = 4, **steps: float,
 ) -> Point:  # fmt: skip
-    """4 layers, batch 4; every module with all rows takes `module`, with fewer `half`; the rest of a step nothing."""
-    load = Load(batch=4, context=8, steps=1, late=0.0)
+    """4 layers; a module takes `module` with all rows, `half` with fewer; the tokens' reduce a tenth of `transfer`."""
+    load = Load(batch=batch, context=8, steps=1, late=0.0)
     turns = {case: [Turn(10.0, 1.0, (0.5, 0.5), [[1, 2, 3, 4]])] * 3 for case in cases(4)}
     named = {case.name: case for case in turns}
     for name, step in steps.items():
@@ -134,29 +144,30 @@ def point(
     tasks = {modules_task(case, load): module if case.micro_batches == 1 else half for case in turns}
     modules = {task: Modules(seconds, seconds, 0.0) for task, seconds in tasks.items()}
     transfers = {transfer_task(case, load): Transfer(transfer, spacing) for case in turns if case.kind != REPLICAS}
+    transfers[tokens_task(load)] = Transfer(transfer / 10, 0.0)
     return Point("m", 4, wire or Wire(rate=100), load, turns, modules, transfers)
 
 
 def test_bounds_of_a_point() -> None:
     """Modules of 2, transfers of 1: a layer takes 6 at lag 0 and 2 in a ladder, whose pipeline fills for 1.
 
-    TP: the embedding's reduce, the tokens' reduce, and the published 3 a module, or 2 and the last reduce.
+    TP: the embedding's reduce, the tokens' of 0.1, and the published 3 a module, or 2 and the last reduce.
     """
     found = point()
     assert found.bound(LAG0).step == 4 * 6 and found.bound(LAG0).layer == 6
     assert found.bound(LADDER) == (pipeline(Times(attention=2, ffn=2, transfer=1), 1, 1, 4), 2)
-    assert found.bound(Case(TP, 0)).step == 1 + 8 * 3 + 1
-    assert found.bound(Case(TP, 1)).step == 1 + 8 * 2 + 1 + 1
+    assert found.bound(Case(TP, 0)).step == 1 + 8 * 3 + 0.1
+    assert found.bound(Case(TP, 1)).step == 1 + 8 * 2 + 1 + 0.1
     assert found.bound(Case(REPLICAS, 0)).step == 8 * 2
     assert found.weight == found.far == 1
+    burst, queue = point(spacing=3.0), point(spacing=1.0)  # a message after a silence is never later than a lone one
+    assert burst.in_a_burst and [burst.bound(case) for case in cases(4)] == [queue.bound(case) for case in cases(4)]
 
 
-@pytest.mark.parametrize(
-    ("values", "regime"),
-    [({}, "memory-bound"), ({"half": 1.2}, "compute-bound"), ({"transfer": 3.0, "half": 1.0}, "latency-bound")],
-)
-def test_regimes(values: dict[str, float], regime: str) -> None:
-    assert point(**values).regime == regime
+def test_regimes() -> None:
+    """Noise around the threshold does not make two of links; a message longer than a module is its own point's."""
+    points = [point(half=half) for half in (1.38, 1.5, 1.42)] + [point(half=1.5, transfer=3), point(half=1.0, batch=8)]
+    assert [regime(each, points) for each in points] == [*["memory-bound"] * 3, "latency-bound", "compute-bound"]
 
 
 def test_goals_are_of_the_point_where_a_transfer_is_half_a_module() -> None:
@@ -164,14 +175,17 @@ def test_goals_are_of_the_point_where_a_transfer_is_half_a_module() -> None:
         point(wire=Wire(rate=60), spacing=1.2, ladder=10.0, lag0=11.0),  # a part of each message passes in a burst
         point(wire=Wire(rate=100), spacing=1.05, ladder=10.0, lag0=25.0, m2=14.0),
         point(wire=Wire(rate=50), transfer=1.9, ladder=10.0, lag0=11.0),
-        point(wire=Wire(rate=70), half=1.0, ladder=10.0, lag0=11.0),  # compute-bound
+        point(wire=Wire(rate=70), half=1.0, batch=8, ladder=10.0, lag0=11.0),  # compute-bound
         point(wire=Wire(late_ms=0.1), transfer=0.2, ladder=10.0, lag0=11.0),  # nothing to hide
     ]
     lines = summary(points)
     (lag0,) = [goal for name, goal in lines.items() if name.startswith("shaped link: TPOT of lag 0")]
     (best,) = [goal for name, goal in lines.items() if name.startswith("shaped link: TPOT of best ping-pong, m = 3")]
     assert lag0 == (2.5, ">= 1.8", True) and best == (1.0, ">= 1.3", False)
-    assert not any(name.startswith("emulated latency") for name in lines)
+    without = {name: goal for name, goal in lines.items() if name.startswith("emulated latency")}
+    assert list(without.values()) == [(None, ">= 1.8", False), (None, ">= 1.3", False)]
+    assert all(name.endswith("m: no point of 1 was eligible") for name in without)
+    assert not any(name.startswith("emulated latency") for name in summary(points[:-1]))  # not measured at all
     assert {row.unit for row in rows(points)} == {"ms", "tokens/s", "%", "ms/step"}
     (alike,) = [goal for name, goal in lines.items() if "continue alike" in name]
     assert alike.value == 100
@@ -209,9 +223,9 @@ def test_a_trace_has_a_lane_for_each_side_and_direction() -> None:
 
 def bench(tmp_path: Path, **options: object) -> AfdBench:
     model = Model(name="tiny", shapes=TINY, batches=[5], wires=[Wire(), Wire(late_ms=5)])
-    real = RealOptions(models=[model], context=20, steps=2, rounds=2)
+    asked = RealOptions(models=[model], context=20, steps=2, rounds=2)
     values = {"name": "afd", "run_dir": str(tmp_path), "parts": ["real"], "emulated": EmulatedOptions(**EMULATED)}  # type: ignore[arg-type]
-    return AfdBench(**{**values, "real": real, **options})  # type: ignore[arg-type]
+    return AfdBench(**{**values, "real": asked, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.timeout(180)
@@ -263,6 +277,16 @@ def test_real_options_that_cannot_be(options: dict[str, object], sentence: str) 
         RealOptions(**{"models": [model], "context": 8, "steps": 1, "rounds": 1, **options})  # type: ignore[arg-type]
 
 
+def test_a_last_model_that_cannot_be_is_refused_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(netns, "unavailable", lambda: None)
+    monkeypatch.setattr(real, "Hosts", lambda _: pytest.fail("hosts were built"))
+    first = Model(name="tiny", shapes=TINY, batches=[4], wires=[Wire()])
+    for path, sentence in (("nowhere", "not a directory"), ("launch/demo_model", "model last takes")):
+        models = [first, Model(name="last", path=path, batches=[4], wires=[Wire()])]
+        with pytest.raises(ValueError, match=sentence):
+            real.measure(RealOptions(models=models, context=60_000, steps=1, rounds=1), tmp_path / "j", trace=False)
+
+
 def test_options_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="parts is"):
         bench(tmp_path, parts=["unreal"])
@@ -270,5 +294,6 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
         bench(tmp_path, parts=["emulated"], trace="t.json")
     with pytest.raises(ValueError, match="either a path or shapes"):
         Model(name="m", batches=[4], wires=[Wire()])
-    with pytest.raises(ValueError, match="one of them"):
-        Wire(rate=5, late_ms=5)
+    for sentence, rate, late_ms in (("one of them", 5, 5), ("rate of a link is -5", -5, 0)):
+        with pytest.raises(ValueError, match=sentence):
+            Wire(rate=rate, late_ms=late_ms)

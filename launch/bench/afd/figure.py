@@ -5,7 +5,7 @@ from typing import Any
 
 from launch.bench.afd.emulated import Case as EmulatedCase
 from launch.bench.afd.emulated_report import Layer
-from launch.bench.afd.real_point import Point, cases
+from launch.bench.afd.real_point import Point, cases, regime
 from launch.bench.afd.real_task import LADDER
 
 COLOURS = ("#eecc66", "#ee99aa", "#ee6677", "#aa3377", "#66ccee", "#4477aa", "#228833")
@@ -26,7 +26,7 @@ def draw(figure: Any, layers: Sequence[Layer], points: Sequence[Point]) -> None:
         _layers(figure.add_subplot(grid[0, :]), layers)
     for number, (title, mine) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[above + number // COLUMNS, number % COLUMNS])
-        _panel(axes, ", ".join(title), mine)
+        _panel(axes, ", ".join(title), mine, [regime(point, points) for point in mine])
         if number % COLUMNS == 0:
             axes.set_ylabel("TPOT / TPOT of ladder AFD")
         if number == 0:
@@ -50,7 +50,7 @@ def _label(case: EmulatedCase) -> str:
     return f"{case.attention}A{case.ffn}F\n{'ladder' if case.lag else f'm = {case.micro_batches}'}\n{ms}"
 
 
-def _panel(axes: Any, title: str, points: Sequence[Point]) -> None:
+def _panel(axes: Any, title: str, points: Sequence[Point], regimes: Sequence[str]) -> None:
     shown = [case for case in cases(max(point.load.batch for point in points)) if case != LADDER]
     for place, case in enumerate(shown):
         mine = [(group, point) for group, point in enumerate(points) if case in point.turns]
@@ -63,6 +63,7 @@ def _panel(axes: Any, title: str, points: Sequence[Point]) -> None:
         axes.scatter(x, bounds, marker="_", s=90, color=COLOUR[case])
     axes.scatter([], [], marker="_", s=90, color="black", label="formula")
     axes.axhline(1.0, color="black", lw=0.6)
-    axes.set_xticks(range(len(points)), [f"batch {p.load.batch}\n{p.regime}" for p in points], fontsize="x-small")
+    labels = [f"batch {p.load.batch}\n{each}" for p, each in zip(points, regimes, strict=True)]
+    axes.set_xticks(range(len(points)), labels, fontsize="x-small")
     axes.set_title(title, fontsize="medium")
     axes.grid(axis="y", alpha=0.3)

@@ -1,6 +1,7 @@
 """Time per layer of the two schedules in the steady state, and of a whole pipeline with its filling and draining."""
 
 from dataclasses import dataclass
+from math import ceil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,9 @@ def pipeline(times: Times, lag: int, micro_batches: int, layers: int) -> float:
 
 
 def micro_batches(times: Times) -> int:
-    """The fewest that keep the busier pool of a ping-pong busy: m >= 2 (1 + tC / max(tA, tF))."""
-    busier = max(times.attention, times.ffn)
-    return max(1, -int(-2 * (busier + times.transfer) // busier))
+    """Enough to keep the busier pool of a ping-pong busy: m >= 2 (1 + tC / max(tA, tF)), MegaScale-Infer's rule.
+
+    The fewest only where tA = tF; a pool that is faster leaves time, and (tA + tF + 2 tC) / max(tA, tF) would do.
+    """
+    needed = 2 * (1 + times.transfer / max(times.attention, times.ffn))
+    return ceil(round(needed, 9))  # a whole number may have come out a little above itself

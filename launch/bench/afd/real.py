@@ -6,6 +6,7 @@ to four micro-batches of the same batch; tensor parallelism over the same link; 
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,12 +14,11 @@ from tqdm import tqdm
 
 from launch.bench import netns
 from launch.bench.afd.real_measure import Measuring
-from launch.bench.afd.real_model import Model, check_context
+from launch.bench.afd.real_model import Model, Wire, check_context
 from launch.bench.afd.real_pair import Pair, cores
 from launch.bench.afd.real_point import Point
 from launch.bench.afd.real_task import LADDER, LAG0, Decoded, Load
 from launch.bench.hosts import Hosts, Link
-from parallel.spec import ModelSpec
 
 PAIRS = ("launch.bench.afd.real_apart", "launch.bench.afd.real_colocated")
 
@@ -40,6 +40,21 @@ class RealOptions:
         if not self.models:
             raise ValueError("real.models is empty; name at least one, or leave `real` out of parts")
 
+    def load(self, batch: int, wire: Wire) -> Load:
+        return Load(batch, self.context, self.steps, wire.late_ms / 1e3)
+
+    def check_models(self) -> None:
+        """All of them before the first is measured, which takes long; not in `__post_init__`, since checkpoints need
+        not be there for the emulated part.
+
+        Raises:
+            ValueError: a model is not there, or takes fewer positions.
+        """
+        for model in self.models:
+            spec = model.spec
+            for batch, wire in product(model.batches, model.wires):
+                check_context(spec, self.load(batch, wire), model.name)
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -53,10 +68,11 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
     """All points and, if asked for, a trace of each. journal: where every round is written to at once.
 
     Raises:
-        ValueError: there are no network namespaces to be had here, or no two cores.
+        ValueError: there are no network namespaces to be had here, or no two cores; or `options.check_models` does.
     """
     if why := netns.unavailable():
         raise ValueError(f"suite=afd needs network namespaces for real models, or parts=[emulated]; {why}")
+    options.check_models()
     cores()
     journal.parent.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
@@ -66,16 +82,14 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
         for model in options.models:
             with ExitStack() as stack:
                 path = model.directory(Path(stack.enter_context(TemporaryDirectory())))
-                spec = ModelSpec.load(path)
                 apart, colocated = (stack.enter_context(Pair(m, path, hosts)) for m in PAIRS)
-                measuring = Measuring(model.name, spec.num_layers, apart, colocated, options.rounds, journal)
+                measuring = Measuring(model.name, model.spec.num_layers, apart, colocated, options.rounds, journal)
                 for wire in model.wires:
                     for host in hosts:
                         host.shape(Link(rate=wire.rate))
                     for batch in model.batches:
                         bar.set_postfix_str(f"{model.name}, {wire.name}, batch {batch}")
-                        load = Load(batch, options.context, options.steps, wire.late_ms / 1e3)
-                        check_context(spec, load, model.name)
+                        load = options.load(batch, wire)
                         points.append(measuring.point(wire, load))
                         if trace:
                             turns = {case.name: measuring.traced(case, load) for case in (LADDER, LAG0)}

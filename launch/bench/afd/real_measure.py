@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from launch.bench.afd.real_model import Wire
 from launch.bench.afd.real_pair import Pair
-from launch.bench.afd.real_point import Point, Turn, cases, modules_task, transfer_task
+from launch.bench.afd.real_point import Point, Turn, cases, modules_task, tokens_task, transfer_task
 from launch.bench.afd.real_task import AFD, REPLICAS, Case, Decoded, Load, Modules, Task, Transfer
 
 K = TypeVar("K")
@@ -34,8 +34,8 @@ class Measuring:
         every = cases(load.batch)
         turns: dict[Case, list[Turn]] = {case: [] for case in every}
         modules: dict[Task, list[Modules]] = {modules_task(case, load): [] for case in every}
-        sending = [case for case in every if case.kind != REPLICAS]
-        transfers: dict[Task, list[Transfer]] = {transfer_task(case, load): [] for case in sending}
+        sending = [transfer_task(case, load) for case in every if case.kind != REPLICAS]
+        transfers: dict[Task, list[Transfer]] = {task: [] for task in (*sending, tokens_task(load))}
         for number in range(self._rounds + 1):
             turned = {case: self._turn(case, load) for case in self._draw.sample(every, len(every))}
             alone = {task: self._alone(task) for task in modules}

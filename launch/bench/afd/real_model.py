@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.bench.afd.real_task import Load
+from launch.bench.hosts import Link
 from parallel.checkpoint import save_weights
 from parallel.model import Transformer
 from parallel.modules import init_weights
@@ -45,6 +46,7 @@ class Wire:
             raise ValueError(f"a wire has rate {self.rate:g} and late_ms {self.late_ms:g}; it can have one of them")
         if self.late_ms < 0:
             raise ValueError(f"late_ms of a wire is {self.late_ms:g}; it must be at least 0")
+        Link(rate=self.rate)  # refuses a rate that no link can have, before anything is measured
 
     @property
     def name(self) -> str:
@@ -69,12 +71,19 @@ class Model:
         if not self.batches or not self.wires or min(self.batches) < 2:
             raise ValueError(f"model {self.name} needs batches of at least 2, and wires")
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Raises ValueError where there is no such checkpoint."""
+        if self.path is not None:
+            return ModelSpec.load(resolve(self.path))
+        assert self.shapes
+        return self.shapes.spec
+
     def directory(self, folder: Path) -> Path:
         """The checkpoint; random weights are written to `folder`."""
         if self.path is not None:
             return Path(resolve(self.path))
-        assert self.shapes
-        spec = self.shapes.spec
+        spec = self.spec
         model = Transformer(spec)
         init_weights(model, spec, seed=0)
         save_weights(model, folder, spec.dtype)

@@ -14,6 +14,7 @@ from launch.bench.afd.real_task import (
     LADDER,
     LAG0,
     REPLICAS,
+    TP,
     Case,
     Decoded,
     Load,
@@ -46,15 +47,18 @@ class Turn:
 
     @classmethod
     def of(cls, case: Case, answers: Sequence[Decoded]) -> "Turn":
-        """Both ranks' answers as one turn: a step of AFD is as long as A's, another as long as the slower rank's."""
+        """Both ranks' answers as one turn: a step of AFD is as long as A's, one of TP as long as the slower rank's.
+        Replicas never wait for each other: they take as long as the typical step of the slower one."""
         a, b = answers
         windows = [a.steps, a.steps if case.kind == AFD else b.steps]
-        steps = [max(end - begin for begin, end in both) for both in zip(*windows, strict=True)]
+        steps = [[end - begin for begin, end in window] for window in windows]
+        step = median(max(both) for both in zip(*steps, strict=True))
         tokens = a.tokens
         if case.kind == REPLICAS:
+            step = max(median(each) for each in steps)
             tokens = [mine + others for mine, others in zip(a.tokens, b.tokens, strict=True)]
         shares = (busy(a.compute, windows[0]), busy(b.compute, windows[1]))
-        return cls(median(steps), exposed([*a.compute, *b.compute], windows[0]), shares, tokens)
+        return cls(step, exposed([*a.compute, *b.compute], windows[0]), shares, tokens)
 
 
 class Bound(NamedTuple):
@@ -73,6 +77,11 @@ def modules_task(case: Case, load: Load) -> Task:
 def transfer_task(case: Case, load: Load) -> Task:
     """One of its messages, or reduces, alone."""
     return Task("transfer", load, Case(case.kind, 0), micro_sizes(load.batch, case.micro_batches)[0])
+
+
+def tokens_task(load: Load) -> Task:
+    """A reduce of one row alone: as small, where a link is concerned, as that in which TP ranks agree on tokens."""
+    return Task("transfer", load, Case(TP, 0), 1)
 
 
 @dataclass(frozen=True)
@@ -114,15 +123,18 @@ class Point:
         return self.modules[modules_task(case, self.load)], sent
 
     def times(self, case: Case) -> Times:
+        """Where a part of a message passes a token bucket at once, a second one is later than a lone one takes, but not
+        after a silence, and lag 0 has those: the lone one's time is true of all, if low."""
         modules, sent = self.parts(case)
-        return Times(attention=modules.attention, ffn=modules.ffn, transfer=sent.one, spacing=sent.spacing)
+        spacing = min(sent.spacing, sent.one)
+        return Times(attention=modules.attention, ffn=modules.ffn, transfer=sent.one, spacing=spacing)
 
     def rest(self, case: Case) -> float:
         """Seconds of a step that are neither block nor communication."""
         return case.micro_batches * self.parts(case)[0].rest
 
     def bound(self, case: Case) -> Bound:
-        """AFD: launch/bench/afd/formula.py. TP: launch/bench/overlap/bound.py and one more reduce, for the tokens."""
+        """AFD: launch/bench/afd/formula.py. TP: launch/bench/overlap/bound.py and one small reduce, for the tokens."""
         modules, sent = self.parts(case)
         if case.kind == AFD:
             times, m = self.times(case), case.micro_batches
@@ -130,7 +142,8 @@ class Point:
         if case.kind == REPLICAS:
             return Bound(self.layers * (modules.attention + modules.ffn) + modules.rest, None)
         parts = Parts(modules.attention, modules.ffn, sent.one, sent.spacing, modules.rest, self.layers)
-        return Bound(shortest_step(parts, "ladder" if case.lag else "standard") + sent.one, None)
+        tokens = self.transfers[tokens_task(self.load)].one
+        return Bound(shortest_step(parts, "ladder" if case.lag else "standard") + tokens, None)
 
     def layer(self, case: Case) -> float:
         """Measured seconds of a layer of AFD, a share of filling and draining included."""
@@ -160,14 +173,10 @@ class Point:
         return self.wire.rate is not None and sent.spacing > 1.1 * sent.one
 
     @property
-    def regime(self) -> str:
-        """What a step is made of: latency, if a message is longer under way than a module takes; else reading weights,
-        if half of the rows take most of the time that all of them do; else arithmetic."""
-        if self.weight > 2:
-            return "latency-bound"
+    def of_half(self) -> float:
+        """The share of a module's time with all rows that it takes with half of them: 1 where all it does is read."""
         whole, half = (self.modules[modules_task(Case(AFD, lag, m), self.load)] for lag, m in ((1, 1), (0, 2)))
-        share = (half.attention + half.ffn) / (whole.attention + whole.ffn)
-        return "memory-bound" if share >= ONCE_PER_MICRO_BATCH else "compute-bound"
+        return (half.attention + half.ffn) / (whole.attention + whole.ffn)
 
     @property
     def alike(self) -> float:
@@ -178,3 +187,15 @@ class Point:
             sequences = [list(zip(*each, strict=True)) for each in tokens]
             same += [len(set(each)) == 1 for each in zip(*sequences, strict=True)]
         return sum(same) / len(same)
+
+
+def regime(point: Point, points: Sequence[Point]) -> str:
+    """What a step is made of: latency, if a message is longer under way than a module takes; else reading weights, if
+    half of the rows take most of the time that all of them do; else arithmetic.
+
+    Modules know nothing of the link, so one model's and batch's `points` have one answer between the latter two.
+    """
+    if point.weight > 2:
+        return "latency-bound"
+    alike = [p.of_half for p in points if (p.model, p.load.batch) == (point.model, point.load.batch)]
+    return "memory-bound" if median(alike) >= ONCE_PER_MICRO_BATCH else "compute-bound"

@@ -53,7 +53,7 @@ def run(config: AfdBench) -> Report:
             _write_trace(traces, Path(config.trace).absolute())
     rows = [*emulated_report.rows(layers), *real_report.rows(points)]
     lines = emulated_report.summary(layers) | real_report.summary(points)
-    details = {"points": {"points": [real_report.plain(point) for point in points]}} if points else {}
+    details = {"points": {"points": [real_report.plain(point, points) for point in points]}} if points else {}
     emulated = "; ".join(WHAT_IS_EMULATED[part] for part in dict.fromkeys(config.parts))
     return Report("afd", rows, lines, emulated, details, lambda figure: draw(figure, layers, points))
 
