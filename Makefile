@@ -18,7 +18,7 @@ test-all: lint
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m tests.typed
 
 .venv/demo.stamp: .venv/python.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .

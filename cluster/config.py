@@ -1,12 +1,12 @@
 """A deployment as frozen dataclasses. Hydra builds them once, in launch/; nothing below reads anything else."""
 
 from dataclasses import dataclass, field, fields
+from urllib.parse import urlsplit
 
-from cluster.tracing import check_endpoint
-from parallel.control import MAX_MICRO_BATCHES
-from parallel.wire import WIRES
-from workers.config import EngineConfig, KvConfig
-from workers.micro_batches import SCHEDULES
+from stepladder.parallel.afd.control import MAX_MICRO_BATCHES
+from stepladder.parallel.afd.wire import WIRES
+from stepladder.workers.afd.micro_batches import SCHEDULES
+from stepladder.workers.config import EngineConfig, KvConfig
 
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -191,3 +191,32 @@ class Deployment:
             )
         if self.layout.kind == "afd" and self.engine.lookahead:
             raise ValueError("engine.lookahead is 1, but with layout=afd steps are not queued ahead; set it to null")
+
+
+def check_endpoint(url: str) -> str:
+    """The full URL that spans are posted to: a collector's, to which /v1/traces is added if it has no path.
+
+    Raises:
+        ValueError: it is no URL of HTTP, or the packages are not installed.
+    """
+    option = "gateway.otlp_traces_endpoint"
+    if not _is_http(url):
+        raise ValueError(f"{option} is {url!r}; it must be a URL of OTLP over HTTP, such as http://collector:4318")
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"{option} needs packages that are not installed here; run pip install opentelemetry-sdk "
+            f"opentelemetry-exporter-otlp-proto-http on every node, or set it to null"
+        ) from None
+    parts = urlsplit(url)
+    return url if parts.path.strip("/") else parts._replace(path="/v1/traces").geturl()
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an address or a port that cannot be
+        return False

@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.config import Deployment
-from cluster.monitor import Monitor, open_monitor
-from cluster.names import CONTROLLER, namespace
-from cluster.supervisor import Status, Supervisor
-from workers.actors import configure_logging
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.monitor import Monitor, open_monitor
+from stepladder.cluster.names import CONTROLLER, namespace
+from stepladder.cluster.supervisor import Status, Supervisor
+from stepladder.workers.actors import configure_logging
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,13 @@ HEAD = "node:__internal_head__"  # a resource that Ray gives the head node, and 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
 class ControllerActor:
-    """The actor around a `Supervisor`. When the deployment has ended it removes itself."""
+    """The actor around a `Supervisor`, told which program its gateways are. When the deployment has ended it removes
+    itself."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, gateway: type) -> None:
         configure_logging()
         self._me: ActorHandle = ray.get_runtime_context().current_actor
-        self._supervisor = Supervisor(deployment, _monitor(deployment))
+        self._supervisor = Supervisor(deployment, _monitor(deployment), gateway)
         threading.Thread(target=self._run, daemon=True, name="supervisor").start()
 
     def heartbeat(self) -> Status:
@@ -69,10 +70,13 @@ def _monitor(deployment: Deployment) -> Monitor:
     return open_monitor(folder, wanted.wandb, wanted.project, folder.name, shown)
 
 
-def start_controller(deployment: Deployment) -> ActorHandle:
+def start_controller(deployment: Deployment, gateway: type) -> ActorHandle:
     """Start the deployment's controller, on the head node: without it there is no Ray, and the driver is there too.
 
     On another node the controller could be lost alone, and Ray takes a minute to notice that.
+
+    Args:
+        gateway: the class of the gateway's actor.
 
     Raises:
         ValueError: a deployment of this name is running.
@@ -83,7 +87,7 @@ def start_controller(deployment: Deployment) -> ActorHandle:
     except ValueError:
         return ControllerActor.options(  # type: ignore[attr-defined]
             name=CONTROLLER, namespace=space, lifetime="detached", resources={HEAD: 0.001}
-        ).remote(deployment)
+        ).remote(deployment, gateway)
     raise ValueError(
         f"a deployment named {deployment.name!r} already runs in this Ray cluster; stop it or choose another `name`"
     )

@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, ClassVar
 
-import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import placement
-from cluster.config import Deployment
-from cluster.copies import Copies
-from cluster.sentence import sentence
-from cluster.waiting import wait_for
-from cluster.wire import Endpoint
-from parallel.shards import Shard
-from workers.actors import Place, RankActor
-from workers.config import AfdConfig
-from workers.membership import PoolAddress
-from workers.rank import ATTENTION, FFN, WHOLE, RankConfig
+from stepladder.cluster import placement
+from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.endpoint import Endpoint
+from stepladder.cluster.error_text import error_text
+from stepladder.cluster.processes import kill_process
+from stepladder.cluster.ray_wait import wait_for
+from stepladder.parallel.shards import Shard
+from stepladder.workers.actors import Place, RankActor
+from stepladder.workers.afd.membership import PoolAddress
+from stepladder.workers.config import AfdConfig
+from stepladder.workers.rank import ATTENTION, FFN, WHOLE, RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Gang:
 
     Attributes:
         name: the engine's or the pool's; generation: which life of it this is.
-        copies: of the model, as the nodes of this deployment have them.
+        agreement: of the model, as the nodes of this deployment have them.
         ranks: rank actors, rank 0 first. places: where each of them runs.
         asked: when (monotonic seconds) it asked the cluster for room that it has not got yet.
         address: where rank 0 takes requests, or where attention ranks join the pool.
@@ -43,7 +43,7 @@ class Gang:
     deployment: Deployment
     name: str
     generation: int
-    copies: Copies
+    agreement: CheckpointAgreement
     ranks: list[ActorHandle] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     address: str | None = None
@@ -137,7 +137,7 @@ class Gang:
             log.error("%s: a rank has not answered for %.0f s", self.group, self.deployment.cluster.hang_seconds)
             return False
         except RayError as error:
-            log.error("%s: a rank died: %s", self.group, sentence(error))
+            log.error("%s: a rank died: %s", self.group, error_text(error))
             return False
         self.stats = answers[0]
         return all(answer["loop_runs"] for answer in answers)
@@ -163,7 +163,7 @@ class Gang:
         one_per_node = {place.host: actor for place, actor in zip(self.places, self.ranks, strict=True)}
         found = wait_for([actor.fingerprints.remote(path) for actor in one_per_node.values()], seconds, go)
         for host, files in zip(one_per_node, found, strict=True):
-            self.copies.compare(host, files)
+            self.agreement.compare(host, files)
 
     def _actor(self, group: Any, index: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
@@ -214,18 +214,3 @@ def _pinging(actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], 
         return go()
 
     return asked
-
-
-def kill_process(place: Place) -> ray.ObjectRef:
-    """SIGKILL, from a task on the process's own node, without waiting for it; the result is there when it has ended."""
-    here = NodeAffinitySchedulingStrategy(place.node, soft=False)
-    return _kill.options(scheduling_strategy=here).remote(place.pid, place.born)
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _kill(pid: int, born: float) -> None:
-    with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-        process = psutil.Process(pid)
-        if process.create_time() == born:
-            process.kill()
-            process.wait(timeout=5)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from ray.exceptions import RayActorError, RayError
 
-from cluster.attempts import Attempts
-from cluster.config import Deployment
-from cluster.copies import Copies
-from cluster.gang import Gang
-from cluster.journal import Journal
-from cluster.waiting import Cancelled
-from cluster.wire import Endpoint
-from workers.membership import PoolAddress
+from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.endpoint import Endpoint
+from stepladder.cluster.gang import Gang
+from stepladder.cluster.journal import Journal
+from stepladder.cluster.ray_wait import Cancelled
+from stepladder.cluster.start_retry import StartRetry
+from stepladder.workers.afd.membership import PoolAddress
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Keeper:
 
     Args:
         name: the engine's; its generation lies in the journal under this name.
-        copies: what the nodes have of the model; all keepers share it.
+        agreement: what the nodes have of the model; all keepers share it.
         changed: called whenever `endpoint` or `starts` has changed.
 
     Attributes:
@@ -33,12 +33,17 @@ class Keeper:
     """
 
     def __init__(
-        self, deployment: Deployment, name: str, journal: Journal, copies: Copies, changed: Callable[[], None]
+        self,
+        deployment: Deployment,
+        name: str,
+        journal: Journal,
+        agreement: CheckpointAgreement,
+        changed: Callable[[], None],
     ) -> None:
         self._deployment, self.name, self._journal, self._changed = deployment, name, journal, changed
-        self.gang = Gang(deployment, name, journal.get(f"generation of {name}", 0), copies)
+        self.gang = Gang(deployment, name, journal.get(f"generation of {name}", 0), agreement)
         self.endpoint: Endpoint | None = None
-        self.starts = Attempts(name, worked=journal.get("served", False))
+        self.starts = StartRetry(name, worked=journal.get("served", False))
         self.restarts = 0
         self._met: tuple[int, PoolAddress | None] | None = None
         self._meeting = threading.Lock()
@@ -110,7 +115,7 @@ class Keeper:
         """A new generation."""
         generation = self.gang.generation + 1
         self._journal.set(**{f"generation of {self.name}": generation})
-        self.gang = Gang(self._deployment, self.name, generation, self.gang.copies)
+        self.gang = Gang(self._deployment, self.name, generation, self.gang.agreement)
         self.gang.start(lambda: not self._ending.is_set())
         if not self.gang.alive():
             raise RayActorError(error_msg=f"{self.gang.group} died as soon as it had started; see its log")

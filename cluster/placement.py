@@ -5,7 +5,7 @@ from collections.abc import Callable
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from cluster.waiting import wait_for
+from stepladder.cluster.ray_wait import wait_for
 
 
 def place(

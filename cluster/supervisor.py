@@ -11,16 +11,16 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from cluster import placement
-from cluster.attempts import Attempts
-from cluster.config import Deployment
-from cluster.copies import Copies
-from cluster.front import Front
-from cluster.journal import Journal
-from cluster.keeper import Keeper
-from cluster.monitor import Monitor
-from cluster.waiting import Cancelled
-from workers.rank import FFN
+from stepladder.cluster import placement
+from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.gateway_handle import GatewayHandle
+from stepladder.cluster.journal import Journal
+from stepladder.cluster.keeper import Keeper
+from stepladder.cluster.monitor import Monitor
+from stepladder.cluster.ray_wait import Cancelled
+from stepladder.cluster.start_retry import StartRetry
+from stepladder.workers.rank import FFN
 
 log = logging.getLogger(__name__)
 
@@ -51,23 +51,27 @@ class Status:
 class Supervisor:
     """One thread (`run`) looks after gateway, figures and driver; a keeper per engine looks after that engine.
 
+    Args:
+        gateway: the class of the gateway's actor.
+
     Raises:
         ValueError: `run_dir` cannot be written.
     """
 
-    def __init__(self, deployment: Deployment, monitor: Monitor) -> None:
+    def __init__(self, deployment: Deployment, monitor: Monitor, gateway: type | None = None) -> None:
         self.deployment, self._monitor = deployment, monitor
         identity = blake2b(deployment.secret.encode(), digest_size=8).hexdigest()
-        copies = Copies(deployment.model.path)
+        agreement = CheckpointAgreement(deployment.model.path)
         self._journal = journal = Journal(Path(deployment.run_dir) / "journal.json", identity)
         self._ending, self._wake = threading.Event(), threading.Event()
         self._driver_heard = self._logged = monotonic()
         names = [f"engine-{index}" for index in range(deployment.layout.engines)]
         pools = [FFN] if deployment.layout.kind == "afd" else []
-        self._keepers = [Keeper(deployment, name, journal, copies, self._changed) for name in [*names, *pools]]
+        self._keepers = [Keeper(deployment, name, journal, agreement, self._changed) for name in [*names, *pools]]
         self._engines, self._pools = self._keepers[: len(names)], self._keepers[len(names) :]
-        self._front = Front(deployment, "gateway-0", journal.get("gateway_life", 0), journal.get("port", 0))
-        self._front_starts, self._front_restarts = Attempts("the gateway", worked=journal.get("served", False)), 0
+        self._gateway = GatewayHandle(deployment, "gateway-0", journal.get("gateway_life", 0), journal.get("port", 0))
+        self._gateway.program = gateway
+        self._gateway_starts, self._gateway_restarts = StartRetry("the gateway", worked=journal.get("served", False)), 0
         self._phase, self._detail = "starting", STARTING
         if journal.get("served"):
             self._phase, self._detail = "mending", "the controller was lost; looking for what lives"
@@ -76,9 +80,9 @@ class Supervisor:
         self._figures: dict[str, float] = {}
 
     def status(self) -> Status:
-        url = self._front.url if self._front.port else None
+        url = self._gateway.url if self._gateway.port else None
         generations = {keeper.name: keeper.gang.generation for keeper in self._keepers}
-        restarts = self._front_restarts + sum(keeper.restarts for keeper in self._keepers)
+        restarts = self._gateway_restarts + sum(keeper.restarts for keeper in self._keepers)
         return Status(self._phase, self._detail, url, generations, restarts)
 
     def report(self) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class Supervisor:
             }
             for keepers in (self._engines, self._pools)
         )
-        in_flight = self._front.stats.get("in_flight", 0)
+        in_flight = self._gateway.stats.get("in_flight", 0)
         more = {"in_flight": in_flight, "draining": self._draining, "engines": engines, "figures": self._figures}
         more |= {"pools": pools} if pools else {}
         return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
@@ -144,8 +148,8 @@ class Supervisor:
             raise broke
         admit = not self._draining
         self._tell(admit)
-        if not self._front.alive():
-            self._restart_front()
+        if not self._gateway.alive():
+            self._restart_gateway()
             self._tell(admit)
         self._judge(admit)
         self._log()
@@ -153,7 +157,7 @@ class Supervisor:
     def _tell(self, admit: bool) -> None:
         """Attention ranks hear of the pool, and the gateway of the engines, if that has changed."""
         self._introduce()
-        self._front.show([endpoint for keeper in self._engines if (endpoint := keeper.endpoint)], admit)
+        self._gateway.show([endpoint for keeper in self._engines if (endpoint := keeper.endpoint)], admit)
 
     def _judge(self, admit: bool) -> None:
         """How the deployment is; one of which a part that has never worked cannot be started has failed."""
@@ -162,8 +166,8 @@ class Supervisor:
             self._fail(over)
         elif not admit:
             self._set("draining", "by order, no new requests are admitted (`launch.ctl resume` undoes it)")
-        elif serving == len(self._keepers) and self._front.stats.get("ready"):
-            self._set("ready", f"serving {self.deployment.model.name} at {self._front.url}")
+        elif serving == len(self._keepers) and self._gateway.stats.get("ready"):
+            self._set("ready", f"serving {self.deployment.model.name} at {self._gateway.url}")
             if not self._journal.get("served"):
                 self._journal.set(served=True)
         elif self._phase == "starting":
@@ -174,8 +178,8 @@ class Supervisor:
             self._set("mending", "; ".join([f"{serving} of {len(self._keepers)} {parts} serve", *rest]) + self._full())
 
     @property
-    def _starts(self) -> list[Attempts]:
-        return [*(keeper.starts for keeper in self._keepers), self._front_starts]
+    def _starts(self) -> list[StartRetry]:
+        return [*(keeper.starts for keeper in self._keepers), self._gateway_starts]
 
     def _troubles(self) -> list[str]:
         """Why something does not serve, if its last start has failed."""
@@ -198,35 +202,35 @@ class Supervisor:
             for keeper in self._engines:
                 keeper.meet(pool.pool)
 
-    def _restart_front(self) -> None:
+    def _restart_gateway(self) -> None:
         """If it is due. One that cannot start, since its port is taken for instance, is not left running."""
-        if self._front.actor is not None:
-            self._front_restarts += 1
+        if self._gateway.actor is not None:
+            self._gateway_restarts += 1
             if self._phase != "starting":
                 self._set("mending", "the gateway was lost; starting it again")
-            self._front.kill()
-        if self._front_starts.pause:
+            self._gateway.kill()
+        if self._gateway_starts.pause:
             return
-        self._journal.set(gateway_life=self._front.life + 1)
+        self._journal.set(gateway_life=self._gateway.life + 1)
         try:
-            self._front.start(self._go)
+            self._gateway.start(self._go)
         except Cancelled:
-            self._front.kill()
+            self._gateway.kill()
         except (ValueError, TimeoutError, RayError) as error:
-            self._front_starts.failed(error)
-            self._front.kill()
+            self._gateway_starts.failed(error)
+            self._gateway.kill()
         else:
-            self._front_starts.succeeded()
-            self._journal.set(port=self._front.port)
+            self._gateway_starts.succeeded()
+            self._journal.set(port=self._gateway.port)
 
     def _adopt(self) -> None:
         """After a restart of the controller: keep what is whole and ours, remove what is not."""
         for keeper in self._keepers:
             keeper.adopt()
-        if self._front.life and self._front.adopt() and self._journal.resumed and self._front.port:
-            self._front_starts.succeeded()
+        if self._gateway.life and self._gateway.adopt() and self._journal.resumed and self._gateway.port:
+            self._gateway_starts.succeeded()
         else:
-            self._front.kill()
+            self._gateway.kill()
         whole = {keeper.gang.group for keeper in self._keepers if keeper.endpoint}
         for name in placement.names(f"{self.deployment.name}/"):
             if name not in whole:
@@ -237,7 +241,7 @@ class Supervisor:
         self._set("failed", why)
         for keeper in self._keepers:
             keeper.end()
-        self._front.kill()
+        self._gateway.kill()
 
     def _go(self) -> bool:
         """Whether to carry on: nobody has asked to end, and the driver (if it must be there) is."""
@@ -249,7 +253,7 @@ class Supervisor:
     def _finish(self) -> None:
         """Keepers go on until nothing is in flight: who waits for an answer needs an engine."""
         self._set("draining", "finishing what is in flight")
-        self._front.drain(self.deployment.gateway.drain_seconds, self._while_draining)
+        self._gateway.drain(self.deployment.gateway.drain_seconds, self._while_draining)
         for keeper in self._keepers:
             keeper.end()
         for name in placement.names(f"{self.deployment.name}/"):
@@ -273,7 +277,7 @@ class Supervisor:
         self._journal.retry()
         clock = round(time() - self._journal.get("began"), 1)  # goes on over a restart of the controller
         engines, pools = ({k.name: k.gang.stats for k in keepers} for keepers in (self._engines, self._pools))
-        numbers = figures(engines, pools, self._front.take_figures())
+        numbers = figures(engines, pools, self._gateway.take_figures())
         self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers}
         self._monitor.log(self._figures)
 

@@ -22,10 +22,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from cluster.names import CONTROLLER, deployments, namespace
-from launch.build import build
-from launch.logs import LogOptions, logs
-from launch.table import table
+from stepladder.cluster.names import CONTROLLER, deployments, namespace
+from stepladder.launch.build import build
+from stepladder.launch.logs import LogOptions, logs
+from stepladder.launch.table import table
 
 OK, ABSENT, USAGE, NOT_READY, LATE = 0, 1, 2, 3, 4
 KNOCK_SECONDS = 5.0
@@ -58,8 +58,8 @@ class WaitOptions:
     seconds: float = 600.0
 
 
-def main(words: Sequence[str]) -> int:
-    """Run one command and return the exit code."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command, by default the command line's, and return the exit code."""
     usage = "; ".join(f"{c}: {', '.join(f.name + '=' for f in fields(kind))}" for c, (kind, _) in COMMANDS.items())
     parser = argparse.ArgumentParser("python -m launch.ctl", description=__doc__, epilog=f"options of {usage}")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -264,4 +264,4 @@ def pairs(words: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -20,15 +20,16 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cluster.config import ModelConfig
-from launch.build import build, plain
-from launch.prompts import Line, Options, OutputFile, read_lines
-from parallel.generation import GenerationDefaults
 from stepladder import LLM
-from workers.config import EngineConfig, KvConfig
-from workers.core import Output, Request
-from workers.rank import resolve
-from workers.text import TextStream
+from stepladder.cluster.config import ModelConfig
+from stepladder.launch.build import build, plain
+from stepladder.launch.prompts import Line, Options, OutputFile, read_lines
+from stepladder.launch.where import CONF
+from stepladder.parallel.generation_defaults import GenerationDefaults
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.core import Output, Request
+from stepladder.workers.rank import resolve
+from stepladder.workers.text.stream import TextStream
 
 TERMINATED = 128 + signal.SIGTERM
 DEFAULTS = {"max_tokens": 256}  # where they are not those of SamplingParams
@@ -55,7 +56,7 @@ class GenerateConfig:
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or null")
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="generate")
+@hydra.main(version_base=None, config_path=CONF, config_name="generate")
 def main(config: DictConfig) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     stop = threading.Event()

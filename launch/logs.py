@@ -12,7 +12,7 @@ from ray.util.state import get_log, list_actors
 from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
-from cluster.names import CONTROLLER, namespace
+from stepladder.cluster.names import CONTROLLER, namespace
 
 FILES = ("out", "err")  # `print` and what is logged
 LOOK_SECONDS = 2.0

@@ -19,6 +19,8 @@ from typing import Self
 
 import psutil
 
+from stepladder.launch.where import JOB_FOLDER
+
 
 class RayNode:
     """`ray start --block` in a process group of its own, as a context manager.
@@ -164,6 +166,10 @@ class PrivateRay(RayNode):
         if done.returncode:
             raise RuntimeError(f"ray job {' '.join(words)} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return done.stdout
+
+    def submit(self, job: str, *command: str) -> None:
+        """Run `command` as a job of this name, from this checkout if there is one; does not wait for it."""
+        self.job("submit", "--no-wait", "--submission-id", job, *JOB_FOLDER, "--", *command)
 
     def _up(self, log: str) -> bool:
         cluster = re.search(r"ray start --address='([^']+)'", log)

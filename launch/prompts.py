@@ -9,8 +9,8 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Self
 
-from launch.build import build
-from workers.core import SamplingParams
+from stepladder.launch.build import build
+from stepladder.workers.core import SamplingParams
 
 _OWN = ("prompt", "messages", "id")
 _NOT_WRITTEN = ("logprobs", "prompt_logprobs")

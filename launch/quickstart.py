@@ -18,9 +18,9 @@ from typing import Any
 
 import requests
 
-from launch.private_ray import PrivateRay
+from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.where import JOB_FOLDER
 
-ROOT = Path(__file__).parent.parent
 TOKENS = 96
 FIGURES_SECONDS = 15.0  # within which the figures of the last stream are in metrics.jsonl
 LAYOUTS = {"tp": ["layout.tp=2"], "afd": ["layout=afd", "layout.attention=1", "layout.ffn=1"]}
@@ -85,11 +85,11 @@ def main() -> None:
 @contextmanager
 def submitted(ray: PrivateRay, name: str, options: list[str], run_dir: Path) -> Iterator[str]:
     """The demo deployment as a Ray job; yields its URL once it is ready, stops the job in the end."""
-    command = ["python", "-m", "launch.serve", "model=demo", "cluster=local", *options, f"run_dir={run_dir}"]
+    command = ["python", "-m", "stepladder.launch.serve", "model=demo", "cluster=local", *options, f"run_dir={run_dir}"]
     command += ["monitor.every_seconds=1.0"]
-    say("ray job submit --working-dir . -- " + " ".join(command))
+    say(" ".join(["ray job submit", *JOB_FOLDER, "--", *command]))
     job = f"stepladder-demo-{name}"
-    ray.job("submit", "--no-wait", "--submission-id", job, "--working-dir", str(ROOT), "--", *command)
+    ray.submit(job, *command)
     try:
         yield ready(ray, job)
     finally:

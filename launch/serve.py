@@ -18,18 +18,20 @@ from omegaconf import DictConfig
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
-from cluster.config import Deployment
-from cluster.controller import start_controller
-from cluster.names import namespace
-from cluster.sentence import sentence
-from cluster.supervisor import Status
-from launch.build import build, plain
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.controller import start_controller
+from stepladder.cluster.error_text import error_text
+from stepladder.cluster.gateway.actor import GatewayActor
+from stepladder.cluster.names import namespace
+from stepladder.cluster.supervisor import Status
+from stepladder.launch.build import build, plain
+from stepladder.launch.where import CONF
 
 HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="serve")
+@hydra.main(version_base=None, config_path=CONF, config_name="serve")
 def main(config: DictConfig) -> None:
     try:
         deployment = deployment_of(config)
@@ -59,7 +61,7 @@ def serve(deployment: Deployment) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which installs handlers of its own
         signal.signal(number, lambda *_: stop.set())
-    controller = start_controller(deployment)
+    controller = start_controller(deployment, GatewayActor)
     print(f"figures and journal in {deployment.run_dir}", flush=True)
     return _watch(controller, deployment, stop)
 
@@ -81,7 +83,7 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
         except RayActorError as error:
             if told or seen:  # somebody has ended it
                 return 0
-            print(f"stepladder failed: {sentence(error)}", flush=True)
+            print(f"stepladder failed: {error_text(error)}", flush=True)
             return 1
         if status != seen:
             _tell(status, seen)

@@ -9,8 +9,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from launch import convert, demo, twins
-from launch.build import build, plain
+from stepladder.launch.build import build, plain
+from stepladder.launch.recipes import convert, twins
+from stepladder.launch.recipes import demo_model as demo
+from stepladder.launch.where import CONF
 
 RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (demo.DemoRecipe, demo.run),
@@ -19,7 +21,7 @@ RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="train")
+@hydra.main(version_base=None, config_path=CONF, config_name="train")
 def main(config: DictConfig) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     try:

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from parallel.model import Transformer
-from parallel.shards import Piece, Sharded
-from parallel.spec import ModelSpec
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.shards import Piece, Sharded
+from stepladder.parallel.spec import ModelSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 UNUSED = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints carry it along

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kernels.attention import Group, causal_attention, paged_attention, visible
-from kernels.transfer import upload
-from parallel.spec import ModelSpec
+from stepladder.kernels.attention import Group, causal_attention, paged_attention, visible
+from stepladder.kernels.transfer import upload
+from stepladder.parallel.spec import ModelSpec
 
 
 class Context(Protocol):

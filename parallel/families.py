@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kernels.rope import RopeScaling
+from stepladder.kernels.rope import RopeScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.meter import ReduceMeter
-from parallel.residual import Done, Pending
-from parallel.shards import Shard
+from stepladder.parallel.meter import ReduceMeter
+from stepladder.parallel.residual import Done, Pending
+from stepladder.parallel.shards import Shard
 
 RUN_LOOPS = 2  # threads of a gloo group that run collectives: two reduces are in flight at most
 

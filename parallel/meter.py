@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from parallel.residual import Pending
+from stepladder.parallel.residual import Pending
 
 
 @dataclass

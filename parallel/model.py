@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.rope import rope_frequencies, rope_table
-from parallel.context import Context
-from parallel.modules import Attention, FeedForward, Norm, VocabParallel
-from parallel.residual import Block, Done, Reduce, ResidualStream, run_blocks, together
-from parallel.shards import Shard, whole
-from parallel.spec import ModelSpec
-from parallel.wiring import wiring
+from stepladder.kernels.rope import rope_frequencies, rope_table
+from stepladder.parallel.context import Context
+from stepladder.parallel.modules import Attention, FeedForward, Norm, VocabParallel
+from stepladder.parallel.residual import Block, Done, Reduce, ResidualStream, run_blocks, together
+from stepladder.parallel.shards import Shard, whole
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.wiring import wiring
 
 MODULES = {"attention": Attention, "ffn": FeedForward}
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import linear
-from kernels.norm import layer_norm, rms_norm
-from kernels.rope import rotate
-from parallel.context import Context
-from parallel.shards import Piece, Shard, Sharded, columns, rows, whole
-from parallel.spec import ModelSpec
+from stepladder.kernels.linear import linear
+from stepladder.kernels.norm import layer_norm, rms_norm
+from stepladder.kernels.rope import rotate
+from stepladder.parallel.context import Context
+from stepladder.parallel.shards import Piece, Shard, Sharded, columns, rows, whole
+from stepladder.parallel.spec import ModelSpec
 
 NORMS = {"rms": rms_norm, "layer": layer_norm}
 

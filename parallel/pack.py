@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from kernels.linear import can_pack, invariant_linear, pack
-from parallel.modules import Attention, FeedForward, VocabParallel
+from stepladder.kernels.linear import can_pack, invariant_linear, pack
+from stepladder.parallel.modules import Attention, FeedForward, VocabParallel
 
 MATRICES = ("qkv", "out", "gate_up", "down")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kernels.rope import RopeScaling
-from parallel.families import DTYPES, fields_of
-from parallel.generation import GenerationDefaults
+from stepladder.kernels.rope import RopeScaling
+from stepladder.parallel.families import DTYPES, fields_of
+from stepladder.parallel.generation_defaults import GenerationDefaults
 
 CHOICES = {
     "residual": ("standard", "ladder", "parallel", "ladder-parallel"),

@@ -9,7 +9,7 @@ hybrid            `ladder_layers` of a ladder wiring have lag 1, the other layer
 
 from typing import NamedTuple
 
-from parallel.spec import ModelSpec
+from stepladder.parallel.spec import ModelSpec
 
 
 class BlockPlan(NamedTuple):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from parallel.mesh import Mesh
-from parallel.spec import ModelSpec
-from workers.core import Request, SamplingParams, StepPlan
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.graphs import Capture
-from workers.scheduler import SchedulerConfig
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Request, SamplingParams, StepPlan
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.graphs import Capture
+from stepladder.workers.scheduler import SchedulerConfig
 
 BLOCKS, SIZE, VOCAB = 60, 4, 101
 WIRINGS = ("standard", "ladder", "parallel", "ladder-parallel")

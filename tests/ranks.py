@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, join
-from parallel.shards import Shard
+from stepladder.parallel.mesh import Mesh, join
+from stepladder.parallel.shards import Shard
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.transfer import upload
+from stepladder.kernels.transfer import upload
 
 
 class Recording(TorchDispatchMode):

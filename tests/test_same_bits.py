@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import WholeSequences
-from parallel.mesh import Mesh, SingleRank
-from parallel.model import Transformer
-from parallel.pack import pack_weights
-from parallel.spec import ModelSpec
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Request, SamplingParams
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.text.stream import Tokenizer
 from tests.ranks import run_ranks
 from tests.workers.test_afd import engine as attention_engine
 from tests.workers.test_afd import membership, pool_of
-from workers.core import Request, SamplingParams
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.limits import SchedulerConfig
-from workers.text import Tokenizer
 
 MODEL = Path(__file__).parent.parent / "launch" / "demo_model"
 WRITTEN = Path(__file__).with_name("same_bits.json")

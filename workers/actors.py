@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import psutil
 import ray
 
-from parallel.checkpoint import fingerprints
-from workers.membership import PoolAddress
-from workers.rank import Rank, RankConfig, resolve
-from workers.roles import AttentionRank, rank_of
+from stepladder.parallel.checkpoint import fingerprints
+from stepladder.workers.afd.membership import PoolAddress
+from stepladder.workers.rank import Rank, RankConfig, resolve
+from stepladder.workers.roles import AttentionRank, rank_of
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 
-from workers.core import Sequence
+from stepladder.workers.core import Sequence
 
 
 class BlockManager:

@@ -6,7 +6,7 @@ How tokens are drawn from the rows' logits concerns rank 0 alone and stays there
 
 from itertools import accumulate, pairwise
 
-from workers.core import StepPlan
+from stepladder.workers.core import StepPlan
 
 _HEADER = 4
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from parallel.spec import DTYPES, ModelSpec
-from workers.limits import SchedulerConfig
+from stepladder.parallel.spec import DTYPES, ModelSpec
+from stepladder.workers.limits import SchedulerConfig
 
 MEMORY_FRACTION = 0.9
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Literal, NamedTuple
 
-from workers.params import SamplingParams, check
+from stepladder.workers.params import SamplingParams, check
 
 __all__ = [
     "FinishReason",

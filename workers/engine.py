@@ -5,8 +5,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from workers.core import Output, Request, Sequence, StepPlan, StepResult
-from workers.scheduler import Scheduler, SchedulerConfig
+from stepladder.workers.core import Output, Request, Sequence, StepPlan, StepResult
+from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's buckets
 

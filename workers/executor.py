@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from kernels.transfer import upload
-from parallel.checkpoint import load_weights
-from parallel.context import KVCache, PagedSequences
-from parallel.mesh import Mesh
-from parallel.model import Transformer
-from parallel.pack import pack_weights
-from parallel.spec import ModelSpec
-from workers.codec import decode, encode
-from workers.core import Sample, SamplingParams, StepPlan
-from workers.graphs import Capture, DecodeGraphs
-from workers.sampler import Drawn, draw
+from stepladder.kernels.transfer import upload
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.codec import decode, encode
+from stepladder.workers.core import Sample, SamplingParams, StepPlan
+from stepladder.workers.graphs import Capture, DecodeGraphs
+from stepladder.workers.sampler import Drawn, draw
 
 # the sampler copies the logits for each of these
 _ALL_COPIES = SamplingParams(min_p=0.01, top_k=50, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=1)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.transfer import upload
-from parallel.context import DecodeSequences, KVCache
-from parallel.model import Transformer
-from workers.core import StepPlan
+from stepladder.kernels.transfer import upload
+from stepladder.parallel.context import DecodeSequences, KVCache
+from stepladder.parallel.model import Transformer
+from stepladder.workers.core import StepPlan
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Replay]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from workers.core import Request, SamplingParams
+from stepladder.workers.core import Request, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)

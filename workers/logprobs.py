@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.core import TokenLogprob
+from stepladder.workers.core import TokenLogprob
 
 _SLICE = 256  # rows at a time: a [rows, vocab] copy in fp32 of a whole prefill chunk could be gigabytes
 

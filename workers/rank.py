@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, join
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
-from workers.channel import Channel
-from workers.config import AfdConfig, EngineConfig, KvConfig
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.graphs import CudaCapture
-from workers.service import EngineService
-from workers.sizing import kv_size
+from stepladder.parallel.mesh import Mesh, join
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.graphs import CudaCapture
+from stepladder.workers.server.channel import Channel
+from stepladder.workers.server.engine_server import EngineServer
+from stepladder.workers.sizing import kv_size
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -114,7 +114,7 @@ class Rank:
         if self._engine is None or self._channel is None:
             self._executor.follow()
             return
-        self._serve(EngineService(self._engine, self._channel, self.config.engine.max_queued_tokens))
+        self._serve(EngineServer(self._engine, self._channel, self.config.engine.max_queued_tokens))
         self._executor.stop()
         self._channel.close()
 
@@ -147,7 +147,7 @@ class Rank:
         capture = CudaCapture(device) if engine.graphs_on(device) else None
         return Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant, capture=capture)
 
-    def _serve(self, service: EngineService) -> None:
+    def _serve(self, service: EngineServer) -> None:
         service.run(lambda: self._stopping)
 
     def _take_device(self) -> None:

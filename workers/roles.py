@@ -5,17 +5,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.checkpoint import load_weights
-from parallel.disaggregate import FeedForwardSide
-from parallel.pack import pack_weights
-from parallel.spec import ModelSpec
-from parallel.wire import wire_to_ffn
-from workers.attention import AttentionExecutor
-from workers.membership import Membership, PoolAddress
-from workers.micro_batches import fixed_number
-from workers.pool import FeedForwardPool
-from workers.rank import ATTENTION, FFN, Rank, RankConfig, resolve
-from workers.service import EngineService
+from stepladder.parallel.afd.sides import FeedForwardSide
+from stepladder.parallel.afd.wire import wire_to_ffn
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.afd.membership import Membership, PoolAddress
+from stepladder.workers.afd.micro_batches import fixed_number
+from stepladder.workers.afd.pool import FeedForwardPool
+from stepladder.workers.afd.pool_forward import AttentionExecutor
+from stepladder.workers.rank import ATTENTION, FFN, Rank, RankConfig, resolve
+from stepladder.workers.server.engine_server import EngineServer
 
 UNBOUNDED = 1 << 40  # tokens of KV cache that an FFN rank has room for: it needs none
 
@@ -47,7 +47,7 @@ class AttentionRank(Rank):
         limit = config.engine.max_sequences
         return AttentionExecutor(self._spec, path, member, number, limit, config.engine.batch_invariant)
 
-    def _serve(self, service: EngineService) -> None:
+    def _serve(self, service: EngineServer) -> None:
         self._executor.member.sign = service.sign
         super()._serve(service)
 

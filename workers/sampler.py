@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.noise import gumbel
-from kernels.transfer import Download, upload
-from workers.core import Sample, StepPlan, StepResult
-from workers.logprobs import Judged, judge, tell
+from stepladder.kernels.noise import gumbel
+from stepladder.kernels.transfer import Download, upload
+from stepladder.workers.core import Sample, StepPlan, StepResult
+from stepladder.workers.logprobs import Judged, judge, tell
 
 _TINY = torch.finfo(torch.float32).tiny
 

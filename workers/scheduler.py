@@ -4,8 +4,8 @@ from collections import deque
 from time import monotonic
 from typing import NamedTuple
 
-from workers.blocks import BlockManager
-from workers.core import (
+from stepladder.workers.blocks import BlockManager
+from stepladder.workers.core import (
     FinishReason,
     Output,
     Request,
@@ -17,7 +17,7 @@ from workers.core import (
     StepResult,
     TokenLogprob,
 )
-from workers.limits import SchedulerConfig
+from stepladder.workers.limits import SchedulerConfig
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 

@@ -4,9 +4,9 @@ from typing import Protocol
 
 import torch
 
-from parallel.spec import ModelSpec
-from workers.config import MEMORY_FRACTION, EngineConfig, KvConfig
-from workers.memory import available
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.config import MEMORY_FRACTION, EngineConfig, KvConfig
+from stepladder.workers.memory import available
 
 
 class Model(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from launch.corpus import Document, standard_library
+from stepladder.launch.recipes.corpus import Document, standard_library
 
 PER_DOCUMENT = 4
 CONTEXT_LINES = 16

@@ -14,11 +14,14 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from launch.bench import engine, failures, fp8, serve
-from launch.bench.afd import suite as afd
-from launch.bench.overlap import suite as overlap
-from launch.bench.report import Report, publish
-from launch.build import build, plain
+from stepladder.launch.bench import engine, fp8
+from stepladder.launch.bench.afd import suite as afd
+from stepladder.launch.bench.failures import suite as failures
+from stepladder.launch.bench.overlap import suite as overlap
+from stepladder.launch.bench.serve import suite as serve
+from stepladder.launch.build import build, plain
+from stepladder.launch.report import Report, publish
+from stepladder.launch.where import CONF
 
 SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
     "afd": (afd.AfdBench, afd.run),
@@ -32,7 +35,7 @@ SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
 TERMINATED = 128 + signal.SIGTERM
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="bench")
+@hydra.main(version_base=None, config_path=CONF, config_name="bench")
 def main(config: DictConfig) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _end)

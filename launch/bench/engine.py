@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from kernels.linear import can_pack, linear, pack
-from launch.bench.overhead import cpu_seconds_of_serving
-from launch.bench.report import Goal, Report, Row, at_least, at_most
 from stepladder import LLM
-from workers.core import Request, SamplingParams, StepPlan
-from workers.engine import Engine, Step
-from workers.executor import Executor
+from stepladder.kernels.linear import can_pack, linear, pack
+from stepladder.launch.bench.overhead import cpu_seconds_of_serving
+from stepladder.launch.report import Goal, Report, Row, at_least, at_most
+from stepladder.launch.where import BUNDLED
+from stepladder.workers.core import Request, SamplingParams, StepPlan
+from stepladder.workers.engine import Engine, Step
+from stepladder.workers.executor import Executor
 
 SHAPES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -192,9 +193,8 @@ def write_model(folder: Path) -> Path:
     llama = _import_transformers()
     torch.manual_seed(0)
     llama.LlamaForCausalLM(llama.LlamaConfig(**SHAPES)).save_pretrained(folder)
-    bundled = Path(__file__).parent.parent / "demo_model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bundled / name, folder)
+        shutil.copy(BUNDLED / name, folder)
     return folder
 
 

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cluster.config import ModelConfig
-from launch.bench.report import Goal, Report, Row
-from launch.convert import some
-from launch.corpus import standard_library
-from launch.training import Words, size
-from parallel.checkpoint import load_weights
-from parallel.context import WholeSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide
-from parallel.edges import LoopbackEdge
-from parallel.link import Layout, Link
-from parallel.spec import ModelSpec
-from parallel.wire import WIRES, Wire
-from workers.evaluate import batches
-from workers.rank import resolve
+from stepladder.cluster.config import ModelConfig
+from stepladder.launch.recipes.convert import some
+from stepladder.launch.recipes.corpus import standard_library
+from stepladder.launch.recipes.training import Words, size
+from stepladder.launch.report import Goal, Report, Row
+from stepladder.parallel.afd.edges import LoopbackEdge
+from stepladder.parallel.afd.pool_link import Layout, Link
+from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
+from stepladder.parallel.afd.wire import WIRES, Wire
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.rank import resolve
+from stepladder.workers.training.evaluate import batches
 
 DEADLINE = 600.0  # seconds for one module of one batch
 

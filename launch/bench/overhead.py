@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import requests
 
-from launch.private_ray import PrivateRay
-from launch.quickstart import ROOT, ready
+from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.quickstart import ready
 
 ENGINE = "ray::RankActor"
 IDLE_SECONDS = 15.0
@@ -31,9 +31,9 @@ def cpu_seconds_of_serving(model: Path, streams: int, tokens: int) -> Costs:
     """One rank, float32, `streams` concurrent streaming requests of `tokens` tokens each, three rounds."""
     with PrivateRay() as ray, TemporaryDirectory() as run_dir:
         idle_per_second = _idle(ray)
-        command = ["python", "-m", "launch.serve", "model=path", f"model.path={model}", "model.name=random"]
+        command = ["python", "-m", "stepladder.launch.serve", "model=path", f"model.path={model}", "model.name=random"]
         command += ["layout.tp=1", f"run_dir={run_dir}", "monitor=jsonl", "name=overhead"]
-        ray.job("submit", "--no-wait", "--submission-id", "overhead", "--working-dir", str(ROOT), "--", *command)
+        ray.submit("overhead", *command)
         url = ready(ray, "overhead")
         _stream(url, streams, tokens)
         before, began = _cpu(ray), time.monotonic()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from launch.private_ray import PrivateRay
 from stepladder import LLM
+from stepladder.launch.private_ray import PrivateRay
 from tests.cluster.models import write_cycle, write_random
 from tests.cluster.serving import Server, serve
 

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.router import Router
-from cluster.wire import Endpoint
-from parallel.mesh import SingleRank
-from parallel.spec import ModelSpec
-from workers.channel import Channel
-from workers.core import Output, Request, SamplingParams, Start
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.scheduler import SchedulerConfig
-from workers.service import EngineService
+from stepladder.cluster.endpoint import Endpoint
+from stepladder.cluster.gateway.router import Router
+from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Output, Request, SamplingParams, Start
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.scheduler import SchedulerConfig
+from stepladder.workers.server.channel import Channel
+from stepladder.workers.server.engine_server import EngineServer
 
 SECRET = "known to both sides"
 PROMPT = tuple(range(20))
@@ -36,7 +36,7 @@ class Served:
         self.channel = Channel("127.0.0.1", SECRET)
         self.endpoint = Endpoint(name, 1, self.channel.address)
         self._stopping, self._gates = False, list[threading.Event]()
-        service = EngineService(self.engine, self.channel, max_queued_tokens, idle_seconds)
+        service = EngineServer(self.engine, self.channel, max_queued_tokens, idle_seconds)
         self._thread = threading.Thread(target=service.run, args=(lambda: self._stopping,), daemon=True)
         self._thread.start()
 

@@ -15,9 +15,9 @@ import requests
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
-from launch.private_ray import PrivateRay
-from launch.quickstart import ROOT, ready
-from workers.actors import Place
+from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.quickstart import ROOT, ready
+from stepladder.workers.actors import Place
 
 
 @dataclass

@@ -6,9 +6,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from cluster.errors import Overloaded, Unavailable
-from workers.core import Output, Request
-from workers.engine import Engine
+from stepladder.cluster.gateway.errors import Overloaded, Unavailable
+from stepladder.workers.core import Output, Request
+from stepladder.workers.engine import Engine
 
 Event = Output | Exception
 

@@ -15,18 +15,18 @@ import openai
 import pydantic
 import uvicorn
 
-from cluster.api import build_app
-from cluster.listening import listen
-from cluster.service import Service, ServiceConfig
 from stepladder import LLM
+from stepladder.cluster.gateway.api import build_app
+from stepladder.cluster.gateway.listening import listen
+from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
+from stepladder.workers.text.stream import Tokenizer
 from tests.cluster.local_backend import LocalBackend
-from workers.text import Tokenizer
 
 
 @dataclass
 class Server:
     url: str
-    service: Service
+    service: OpenAIService
     backend: LocalBackend
     loop: asyncio.AbstractEventLoop
 
@@ -67,7 +67,7 @@ def serve(path: Path, llm_options: dict[str, int] | None = None, **options: Any)
     backend_options = {k: options.pop(k) for k in ("max_in_flight", "tokens_per_output") if k in options}
     backend, tokenizer = LocalBackend(engine, **backend_options), Tokenizer(path)
     limits = {"max_model_len": engine.config.max_model_len, "vocab_size": tokenizer.fast.get_vocab_size()}
-    service = Service(
+    service = OpenAIService(
         backend, tokenizer, ServiceConfig(**{"model_name": "org/tiny", "version": "1", **limits, **options})
     )
     listening = listen("127.0.0.1")

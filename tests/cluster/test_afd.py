@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from launch.private_ray import PrivateRay
 from stepladder import LLM, SamplingParams
+from stepladder.launch.private_ray import PrivateRay
 from tests.cluster.jobs import Job, eventually, submit
 from tests.cluster.models import write_random
 

@@ -1,6 +1,6 @@
 """Where prompts with a known beginning go."""
 
-from cluster.affinity import PrefixMemory
+from stepladder.cluster.gateway.affinity import PrefixMemory
 
 
 def test_the_longest_known_beginning_wins() -> None:

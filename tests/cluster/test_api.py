@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from stepladder import LLM, SamplingParams
+from stepladder.workers.text.stream import TextStream
 from tests.cluster.models import CYCLE
 from tests.cluster.serving import Server, serve, strict
-from workers.text import TextStream
 
 pytestmark = pytest.mark.timeout(60)
 GREEDY: dict[str, Any] = {"model": "org/tiny", "temperature": 0}

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from cluster.protocol import ANYTHING, ChatRequest, CompletionRequest
+from stepladder.cluster.gateway.protocol import ANYTHING, ChatRequest, CompletionRequest
 from tests.cluster.serving import Server, serve
 
 pytestmark = pytest.mark.timeout(60)

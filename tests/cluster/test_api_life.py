@@ -12,10 +12,10 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.listening import listen
-from cluster.metrics import Metrics
+from stepladder.cluster.gateway.listening import listen
+from stepladder.cluster.gateway.metrics import Metrics
+from stepladder.workers.engine import EngineStats
 from tests.cluster.serving import Server, eventually, serve
-from workers.engine import EngineStats
 
 pytestmark = pytest.mark.timeout(60)
 LONG: dict[str, Any] = {"model": "org/tiny", "prompt": "a", "temperature": 0, "max_tokens": 7000}

@@ -2,15 +2,15 @@
 
 import pytest
 
-from cluster.copies import Copies
+from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
 
 FILES = {"config.json": "a", "model-1.safetensors": "b", "model-2.safetensors": "c"}
 
 
 def test_equal_copies_pass() -> None:
-    copies = Copies("/models/m")
+    agreement = CheckpointAgreement("/models/m")
     for host in ("h0", "h1", "h0"):
-        copies.compare(host, dict(FILES))
+        agreement.compare(host, dict(FILES))
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ def test_equal_copies_pass() -> None:
     ],
 )
 def test_the_first_file_that_differs_is_named_with_both_hosts(files: dict[str, str], named: str) -> None:
-    copies = Copies("/models/m")
-    copies.compare("h0", FILES)
+    agreement = CheckpointAgreement("/models/m")
+    agreement.compare("h0", FILES)
     with pytest.raises(ValueError, match=f"model.path /models/m .*: {named} is not what h0 has"):
-        copies.compare("h1", files)
-    copies.compare("h2", FILES)
+        agreement.compare("h1", files)
+    agreement.compare("h2", FILES)

@@ -19,13 +19,13 @@ import ray
 import requests
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import placement
-from launch import ctl
-from launch.private_ray import PrivateRay
-from launch.quickstart import ROOT
+from stepladder.cluster import placement
+from stepladder.launch import ctl
+from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.quickstart import ROOT
+from stepladder.workers.actors import RankActor
 from tests.cluster.collector import collecting
 from tests.cluster.jobs import Job, eventually, submit
-from workers.actors import RankActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.journal import Journal
+from stepladder.cluster.journal import Journal
 
 
 def test_a_restarted_controller_reads_what_was_set(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.config import Deployment, GatewayConfig, ModelConfig
-from cluster.gateway import service_config
-from cluster.service import ServiceConfig
-from cluster.supervisor import figures
+from stepladder.cluster.config import Deployment, GatewayConfig, ModelConfig
+from stepladder.cluster.gateway.actor import service_config
+from stepladder.cluster.gateway.openai_service import ServiceConfig
+from stepladder.cluster.supervisor import figures
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.engine import EngineStats
+from stepladder.workers.params import SamplingParams
 from tests.cluster.engines import Served, routed, served, within
 from tests.cluster.serving import serve
-from workers.config import EngineConfig, KvConfig
-from workers.engine import EngineStats
-from workers.params import SamplingParams
 
 pytestmark = pytest.mark.timeout(60)
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"

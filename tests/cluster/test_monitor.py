@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.monitor import JsonlMonitor, Monitors, WandbMonitor, open_monitor
+from stepladder.cluster.monitor import JsonlMonitor, Monitors, WandbMonitor, open_monitor
 
 ROWS = [{"train/step": 1, "train/loss": 3.5}, {"train/step": 2, "train/loss": 3.25}]
 

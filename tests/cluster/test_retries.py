@@ -9,11 +9,12 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.inflight import InFlightRequest
-from cluster.protocol import CompletionRequest
-from cluster.router import Router
-from cluster.service import Service, ServiceConfig
-from parallel.spec import ModelSpec
+from stepladder.cluster.gateway.inflight import InFlightRequest
+from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
+from stepladder.cluster.gateway.protocol import CompletionRequest
+from stepladder.cluster.gateway.router import Router
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.text.stream import Tokenizer
 from tests.cluster.engines import (
     LENGTH,
     PROMPT,
@@ -31,7 +32,6 @@ from tests.cluster.engines import (
     waiting,
     within,
 )
-from workers.text import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,10 @@ def test_a_retry_that_finds_its_request_queued_is_measured_once(random_model: Pa
         within(scene(engine))
 
 
-def service_of(router: Router, model: Path) -> Service:
+def service_of(router: Router, model: Path) -> OpenAIService:
     vocab_size = ModelSpec.load(model).vocab_size
     config = ServiceConfig(model_name="m", max_model_len=256, vocab_size=vocab_size, version="1")
-    return Service(router, Tokenizer(model), config)
+    return OpenAIService(router, Tokenizer(model), config)
 
 
 async def lose(gateway: Router, answer: asyncio.Task[Any]) -> None:
@@ -179,7 +179,7 @@ def connections(engine: Served) -> list[Any]:
 def test_a_retry_waits_until_its_engine_has_said_whom_it_has(
     random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.router.FIRST_WORD_SECONDS", 20.0)
+    monkeypatch.setattr("stepladder.cluster.gateway.router.FIRST_WORD_SECONDS", 20.0)
 
     async def scene(home: Served, other: Served) -> None:
         first = await routed(home, gateway="first")

@@ -7,9 +7,9 @@ from time import monotonic
 
 import pytest
 
-from cluster.config import ClusterConfig, Deployment, ModelConfig
-from cluster.errors import Overloaded, Unavailable
-from cluster.router import Router
+from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig
+from stepladder.cluster.gateway.errors import Overloaded, Unavailable
+from stepladder.cluster.gateway.router import Router
 from tests.cluster.engines import (
     LENGTH,
     PROMPT,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.router import WORTH
-from cluster.wire import Endpoint
+from stepladder.cluster.endpoint import Endpoint
+from stepladder.cluster.gateway.router import WORTH
 from tests.cluster.engines import (
     LENGTH,
     Served,
@@ -80,7 +80,7 @@ def test_a_known_beginning_yields_to_load(random_model: Path) -> None:
 def test_nobody_waits_for_long_for_an_engine_that_says_nothing(
     random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.router.FIRST_WORD_SECONDS", 0.2)
+    monkeypatch.setattr("stepladder.cluster.gateway.router.FIRST_WORD_SECONDS", 0.2)
 
     async def scene(engine: Served) -> None:
         router = unconnected()

@@ -6,7 +6,7 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
-from cluster.sentence import sentence
+from stepladder.cluster.error_text import error_text
 
 MISSING = "/models/m has no tensor lm_head.weight"
 DEATH = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
@@ -48,7 +48,7 @@ CONTEXT = ActorDiedErrorContext(
     ],
 )  # fmt: skip
 def test_one_line_with_the_cause(error: Exception, said: str) -> None:
-    assert sentence(error) == said
+    assert error_text(error) == said
 
 
 def test_without_it_there_would_be_a_traceback_in_colours() -> None:

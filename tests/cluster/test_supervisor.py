@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import pytest
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from cluster.attempts import MAX_PAUSE, Attempts
-from cluster.config import ClusterConfig, Deployment, LayoutConfig, ModelConfig, MonitorConfig
-from cluster.gang import Gang
-from cluster.keeper import Keeper
-from cluster.monitor import JsonlMonitor
-from cluster.supervisor import Supervisor, figures
+from stepladder.cluster.config import ClusterConfig, Deployment, LayoutConfig, ModelConfig, MonitorConfig
+from stepladder.cluster.gang import Gang
+from stepladder.cluster.keeper import Keeper
+from stepladder.cluster.monitor import JsonlMonitor
+from stepladder.cluster.start_retry import MAX_PAUSE, StartRetry
+from stepladder.cluster.supervisor import Supervisor, figures
 from tests.cluster.serving import eventually
 from tests.cluster.test_sentence import remote
 
@@ -42,7 +42,7 @@ class ScriptedGang(Gang):
         self.ranks, self.address = [], None
 
 
-class ScriptedFront:
+class ScriptedHandle:
     """No process: starts fail as told, then succeed."""
 
     failures: ClassVar[list[Exception]] = []
@@ -73,12 +73,12 @@ class ScriptedFront:
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("cluster.keeper.Gang", ScriptedGang)
-    monkeypatch.setattr("cluster.supervisor.Front", ScriptedFront)
-    monkeypatch.setattr("cluster.attempts.MAX_PAUSE", 0.01)
+    monkeypatch.setattr("stepladder.cluster.keeper.Gang", ScriptedGang)
+    monkeypatch.setattr("stepladder.cluster.supervisor.GatewayHandle", ScriptedHandle)
+    monkeypatch.setattr("stepladder.cluster.start_retry.MAX_PAUSE", 0.01)
     yield
     ScriptedGang.failures.clear()
-    ScriptedFront.failures.clear()
+    ScriptedHandle.failures.clear()
 
 
 def deployment(run_dir: Path, secret: str = "a") -> Deployment:
@@ -160,21 +160,21 @@ def test_an_engine_that_died_with_the_controller_has_worked(tmp_path: Path, turn
     turns.until("ready")
     after = Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl"))
     assert after.status().phase == "mending" and all(keeper.starts.worked for keeper in after._keepers)
-    assert after._front_starts.worked
+    assert after._gateway_starts.worked
 
 
 def test_a_gateway_whose_port_is_taken_for_a_moment_comes_back(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
     turns.until("ready")
-    monkeypatch.setattr("cluster.attempts.MAX_PAUSE", 60.0)
-    ScriptedFront.failures.append(remote(ValueError(TAKEN)))
-    turns.supervisor._front.kill()
+    monkeypatch.setattr("stepladder.cluster.start_retry.MAX_PAUSE", 60.0)
+    ScriptedHandle.failures.append(remote(ValueError(TAKEN)))
+    turns.supervisor._gateway.kill()
     turns.until("mending", f"2 of 2 engines serve; the gateway: {TAKEN} (on node 10.0.0.7); trying again")
-    life = turns.supervisor._front.life
+    life = turns.supervisor._gateway.life
     turns.supervisor._turn()
-    assert turns.supervisor._front.life == life, "it is not due yet"
-    turns.supervisor._front_starts._due = 0.0
+    assert turns.supervisor._gateway.life == life, "it is not due yet"
+    turns.supervisor._gateway_starts._due = 0.0
     turns.until("ready")
-    assert turns.supervisor._front.port == 8000
+    assert turns.supervisor._gateway.port == 8000
 
 
 @pytest.mark.parametrize(("errors", "why"), [
@@ -182,13 +182,13 @@ def test_a_gateway_whose_port_is_taken_for_a_moment_comes_back(turns: Turns, mon
     ([RayActorError(error_msg="it died")] * 3, "3 starts of the gateway failed, the last one with: it died"),
 ])  # fmt: skip
 def test_a_gateway_that_has_never_worked_fails_the_deployment(turns: Turns, errors: list[Exception], why: str) -> None:
-    ScriptedFront.failures.extend(errors)
+    ScriptedHandle.failures.extend(errors)
     turns.until("failed", why)
 
 
 def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.attempts.MAX_PAUSE", MAX_PAUSE)
-    starts, pauses = Attempts("engine-0", worked=True), []
+    monkeypatch.setattr("stepladder.cluster.start_retry.MAX_PAUSE", MAX_PAUSE)
+    starts, pauses = StartRetry("engine-0", worked=True), []
     for _ in range(2000):
         starts.failed(ROOM)
         pauses.append(starts.pause)
@@ -202,10 +202,10 @@ def test_a_second_deployment_of_a_folder_has_its_own_port(tmp_path: Path, turns:
     turns.until("ready")
     turns.supervisor.drain(True)
     same = Supervisor(deployment(tmp_path), JsonlMonitor(tmp_path / "metrics.jsonl"))
-    assert (same._front.port, same.report()["draining"]) == (8000, True)
+    assert (same._gateway.port, same.report()["draining"]) == (8000, True)
     other = Supervisor(deployment(tmp_path, "b"), JsonlMonitor(tmp_path / "metrics.jsonl"))
-    assert (other._front.port, other.report()["draining"], other.status().phase) == (0, False, "starting")
-    assert other._front.life == same._front.life > 0, "names of processes are not used twice"
+    assert (other._gateway.port, other.report()["draining"], other.status().phase) == (0, False, "starting")
+    assert other._gateway.life == same._gateway.life > 0, "names of processes are not used twice"
 
 
 def test_a_controller_that_is_lost_while_it_ends_goes_on_with_it(tmp_path: Path, turns: Turns) -> None:

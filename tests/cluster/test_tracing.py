@@ -13,10 +13,10 @@ import openai
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from cluster.api import build_app
-from cluster.config import GatewayConfig
-from cluster.middleware import Edge
-from cluster.tracing import Traces, check_endpoint
+from stepladder.cluster.config import GatewayConfig
+from stepladder.cluster.gateway.api import build_app
+from stepladder.cluster.gateway.middleware import Edge
+from stepladder.cluster.gateway.tracing import Traces, check_endpoint
 from tests.cluster.collector import Collector, Found, collecting
 from tests.cluster.serving import Server, eventually, serve
 

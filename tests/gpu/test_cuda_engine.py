@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from parallel.mesh import SingleRank, join
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
+from stepladder.parallel.mesh import SingleRank, join
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Request, SamplingParams, StepPlan
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.graphs import CudaCapture
+from stepladder.workers.sampler import Drawn
+from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 from tests.decoding import CONFIG, SIZE, WIRINGS, compare, requests, serve
 from tests.families import write_family
 from tests.llama import write_llama
-from workers.core import Request, SamplingParams, StepPlan
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.graphs import CudaCapture
-from workers.sampler import Drawn
-from workers.scheduler import Scheduler, SchedulerConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.attention import causal_attention
-from parallel.context import KVCache, PagedSequences
-from parallel.spec import ModelSpec
+from stepladder.kernels.attention import causal_attention
+from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.spec import ModelSpec
 
 
 def one_query(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

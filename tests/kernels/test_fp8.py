@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.fp8 import dequantise, num_scales, quantise
+from stepladder.kernels.fp8 import dequantise, num_scales, quantise
 
 FP32 = torch.finfo(torch.float32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

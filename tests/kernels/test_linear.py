@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.linear import can_pack, invariant_linear, linear, pack
+from stepladder.kernels.linear import can_pack, invariant_linear, linear, pack
 
 SHAPES = [(64, 96), (768, 1024), (2048, 256), (96, 67)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 33, 64, 100, 128, 255]

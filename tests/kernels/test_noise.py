@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kernels.noise import _mix, gumbel
+from stepladder.kernels.noise import _mix, gumbel
 
 RARE = 1e-4  # the keys are fixed, so these tests cannot flicker; a good generator stays far above this
 

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kernels.norm import layer_norm, rms_norm
-from kernels.rope import RopeScaling, rope_frequencies, rope_table, rotate
+from stepladder.kernels.norm import layer_norm, rms_norm
+from stepladder.kernels.rope import RopeScaling, rope_frequencies, rope_table, rotate
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench import netns
-from launch.bench.afd import emulated_report, real
-from launch.bench.afd.emulated import Case as EmulatedCase
-from launch.bench.afd.emulated import Measured, measure
-from launch.bench.afd.emulated_report import EmulatedOptions, Layer
-from launch.bench.afd.formula import Times, micro_batches, per_layer, pipeline
-from launch.bench.afd.real import RealOptions
-from launch.bench.afd.real_model import Model, Shapes, Wire
-from launch.bench.afd.real_point import Point, Turn, cases, modules_task, regime, tokens_task, transfer_task
-from launch.bench.afd.real_report import rows, summary
-from launch.bench.afd.real_spans import busy, covered, exposed
-from launch.bench.afd.real_task import (
+from stepladder.launch.bench.afd import emulated_report
+from stepladder.launch.bench.afd.emulated import Case as EmulatedCase
+from stepladder.launch.bench.afd.emulated import Measured, measure
+from stepladder.launch.bench.afd.emulated_report import EmulatedOptions, Layer
+from stepladder.launch.bench.afd.formula import Times, micro_batches, per_layer, pipeline
+from stepladder.launch.bench.afd.real import part as real
+from stepladder.launch.bench.afd.real.model import Model, Shapes, Wire
+from stepladder.launch.bench.afd.real.part import RealOptions
+from stepladder.launch.bench.afd.real.point import Point, Turn, cases, modules_task, regime, tokens_task, transfer_task
+from stepladder.launch.bench.afd.real.report import rows, summary
+from stepladder.launch.bench.afd.real.task import (
     AFD,
     LADDER,
     LAG0,
@@ -33,9 +32,11 @@ from launch.bench.afd.real_task import (
     Transfer,
     micro_sizes,
 )
-from launch.bench.afd.real_trace import LANES, perfetto
-from launch.bench.afd.suite import AfdBench, run
-from launch.bench.report import publish
+from stepladder.launch.bench.afd.real.trace import LANES, perfetto
+from stepladder.launch.bench.afd.suite import AfdBench, run
+from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig.spans import busy, covered, exposed
+from stepladder.launch.report import publish
 
 EMULATED = {"times": [[2, 2, 1, 0]], "ratios": [[2, 1]], "layers": [2, 4], "steps": 1}
 TINY = Shapes(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocab=131)

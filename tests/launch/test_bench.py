@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from launch.bench.__main__ import suite_of
-from launch.bench.client import Timing
-from launch.bench.load import Case, apply
-from launch.bench.measures import peak_chunks, peak_concurrency, result
-from launch.bench.prompts import from_file
-from launch.bench.report import Report, Row, at_least, at_most, publish
-from launch.bench.serve import ServeBench, run
+from stepladder.launch.bench.__main__ import suite_of
+from stepladder.launch.bench.serve.client import Timing
+from stepladder.launch.bench.serve.load import Case, apply
+from stepladder.launch.bench.serve.measures import peak_chunks, peak_concurrency, result
+from stepladder.launch.bench.serve.prompts import from_file
+from stepladder.launch.bench.serve.suite import ServeBench, run
+from stepladder.launch.report import Report, Row, at_least, at_most, publish
 from tests.cluster.models import write_random
 from tests.cluster.serving import Server, serve
 

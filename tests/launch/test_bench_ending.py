@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from launch.bench.report import Report, Row, publish
+from stepladder.launch.report import Report, Row, publish
 
 ROOT = Path(__file__).parents[2]
 HOLDS_A_FOLDER = """
 import runpy, sys, time
 from tempfile import TemporaryDirectory
-from launch.bench import failures
+from stepladder.launch.bench.failures import suite as failures
 
 def run(config):
     with TemporaryDirectory(dir=config.run_dir) as folder:

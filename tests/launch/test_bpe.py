@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from launch.bpe import END_OF_TEXT, encode_plain, end_of_text_id, save_tokenizer, train_tokenizer
+from stepladder.launch.recipes.bpe import END_OF_TEXT, encode_plain, end_of_text_id, save_tokenizer, train_tokenizer
 
 DEMO = Path(__file__).parents[2] / "launch" / "demo_model"
 SOURCE = Path(__file__).read_text().replace("<|", "<")  # a special token in a text is another test

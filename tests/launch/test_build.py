@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from omegaconf import OmegaConf
 
-from launch.build import build, plain
+from stepladder.launch.build import build, plain
 
 
 @dataclass(frozen=True, kw_only=True)

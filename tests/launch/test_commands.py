@@ -13,11 +13,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from cluster.config import Deployment
-from launch import ctl, generate
-from launch.bench.__main__ import SUITES, suite_of
-from launch.build import build, plain
-from launch.serve import deployment_of
+from stepladder.cluster.config import Deployment
+from stepladder.launch import ctl, generate
+from stepladder.launch.bench.__main__ import SUITES, suite_of
+from stepladder.launch.build import build, plain
+from stepladder.launch.serve import deployment_of
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

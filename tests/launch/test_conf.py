@@ -12,15 +12,15 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from cluster.config import Deployment
-from cluster.metrics import Metrics
-from launch.bench.__main__ import suite_of
-from launch.build import build, plain
-from launch.generate import GenerateConfig
-from launch.serve import deployment_of
-from launch.train import recipe_of
-from parallel.generation import GenerationDefaults
-from workers.params import SamplingParams
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.gateway.metrics import Metrics
+from stepladder.launch.bench.__main__ import suite_of
+from stepladder.launch.build import build, plain
+from stepladder.launch.generate import GenerateConfig
+from stepladder.launch.serve import deployment_of
+from stepladder.launch.train import recipe_of
+from stepladder.parallel.generation_defaults import GenerationDefaults
+from stepladder.workers.params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "launch" / "conf"

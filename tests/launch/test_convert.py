@@ -14,18 +14,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, processors
 
-import launch.convert
-from launch.convert import ConvertRecipe, converted, run, some, write_model
-from launch.convert_report import curve_of, report_of
-from launch.corpus import Document
-from launch.documents import given_text
-from launch.train import recipe_of
-from launch.training import Words
-from parallel.checkpoint import load_weights, sharded_parameters
-from parallel.context import WholeSequences
-from parallel.model import Transformer
-from parallel.spec import ModelSpec
+import stepladder.launch.recipes.convert
 from stepladder import LLM, SamplingParams
+from stepladder.launch.recipes.convert import ConvertRecipe, converted, run, some, write_model
+from stepladder.launch.recipes.convert_report import curve_of, report_of
+from stepladder.launch.recipes.corpus import Document
+from stepladder.launch.recipes.documents import given_text
+from stepladder.launch.recipes.training import Words
+from stepladder.launch.train import recipe_of
+from stepladder.parallel.checkpoint import load_weights, sharded_parameters
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.spec import ModelSpec
 from tests.families import FAMILIES, write_family
 from tests.llama import write_llama
 from tests.tokenizers_of import write_byte_level
@@ -141,12 +141,15 @@ def test_a_killed_conversion_continues_to_the_same_model(
             if step == 5:
                 raise Killed
 
-    whole = launch.convert.run_with_progress
-    monkeypatch.setattr("launch.convert.run_with_progress", train_and_die)
+    whole = stepladder.launch.recipes.convert.run_with_progress
+    monkeypatch.setattr("stepladder.launch.recipes.convert.run_with_progress", train_and_die)
     with pytest.raises(Killed):
         run(recipe(f"run_dir={tmp_path / 'killed'}", *options))
-    monkeypatch.setattr("launch.convert.run_with_progress", whole)
-    monkeypatch.setattr("launch.convert.Costs.measure", measure_anew := MeasureOnce(launch.convert.Costs.measure))
+    monkeypatch.setattr("stepladder.launch.recipes.convert.run_with_progress", whole)
+    monkeypatch.setattr(
+        "stepladder.launch.recipes.convert.Costs.measure",
+        measure_anew := MeasureOnce(stepladder.launch.recipes.convert.Costs.measure),
+    )
     run(recipe(f"run_dir={tmp_path / 'killed'}", *options))
     assert measure_anew.keys == ["6", "8", "written"]
     for name in ("model/model.safetensors", "model/config.json", "measured.json"):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from launch.corpus import Corpus, Document, primed_xz_bits_per_byte, split, standard_library
+from stepladder.launch.recipes.corpus import Corpus, Document, primed_xz_bits_per_byte, split, standard_library
 
 
 @pytest.fixture(scope="module")

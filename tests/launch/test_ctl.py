@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cluster.names import deployments, namespace
-from launch import ctl
-from launch.logs import LogOptions, _dated
+from stepladder.cluster.names import deployments, namespace
+from stepladder.launch import ctl
+from stepladder.launch.logs import LogOptions, _dated
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {"generation": 2, "serves": True, "restarts": 1, "running": 3, "waiting": 0, "kv_usage": 0.25, "steps": 99}

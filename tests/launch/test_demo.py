@@ -9,15 +9,15 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
-from launch.corpus import primed_xz_bits_per_byte, standard_library
-from launch.demo import DemoRecipe, run
-from launch.train import recipe_of
-from launch.training import Words
-from parallel.checkpoint import load_weights
-from parallel.model import Transformer
-from parallel.modules import kv_heads_of
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
+from stepladder.launch.recipes.corpus import primed_xz_bits_per_byte, standard_library
+from stepladder.launch.recipes.demo_model import DemoRecipe, run
+from stepladder.launch.recipes.training import Words
+from stepladder.launch.train import recipe_of
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import kv_heads_of
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
 
 DEMO = Path(__file__).parents[2] / "launch" / "demo_model"
 
@@ -78,7 +78,7 @@ def test_the_recipe_writes_a_model_directory(tmp_path: Path, monkeypatch: pytest
     """A run of four small steps over a tenth of the library, from configuration to training.json."""
     whole = standard_library()
     small = type(whole)(whole.train[::10], whole.held_out[:3])
-    monkeypatch.setattr("launch.demo.standard_library", lambda: small)
+    monkeypatch.setattr("stepladder.launch.recipes.demo_model.standard_library", lambda: small)
     shape = ["model.vocab_size=400", "model.hidden_size=32", "model.head_dim=8", "model.intermediate_size=32"]
     size = ["model.num_layers=2", "train.tokens=2048", "train.batch_tokens=512", "train.contexts=[64,128]"]
     run(recipe(f"run_dir={tmp_path}", "train.log_every=2", *shape, *size))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.bench.failure import FAILURES, FailuresBench
-from launch.bench.insist import Insisting
-from launch.bench.strikes import judge
+from stepladder.launch.bench.failures.faults import FAULTS, FailuresBench
+from stepladder.launch.bench.failures.retrying_client import RetryingClient
+from stepladder.launch.bench.failures.rounds import judge
 
 STRUCK, NOTICED, READY, USUAL = 100.0, 100.3, 105.0, 0.1
 
@@ -21,9 +21,9 @@ def arrivals(*spans: tuple[float, float]) -> list[float]:
 
 def occurrence(name: str, streams: list[list[float]]) -> Any:
     """Of a failure that was noticed after 0.3 s."""
-    clients = [Insisting("", str(n), {}, 0.0, arrivals=times, text="a") for n, times in enumerate(streams)]
+    clients = [RetryingClient("", str(n), {}, 0.0, arrivals=times, text="a") for n, times in enumerate(streams)]
     watch: Any = SimpleNamespace(noticed=NOTICED, ready=READY)
-    return judge(FAILURES[name], clients, ["a"] * len(clients), STRUCK, watch, USUAL)
+    return judge(FAULTS[name], clients, ["a"] * len(clients), STRUCK, watch, USUAL)
 
 
 def test_streams_of_a_lost_engine_are_told_from_those_that_go_on() -> None:
@@ -77,4 +77,4 @@ def test_every_kind_of_rank_there_is_can_be_lost(tmp_path: Path) -> None:
     ],
 )
 def test_the_rank_that_is_struck(name: str, group: str, rank: int) -> None:
-    assert FAILURES[name].target == (group, rank)
+    assert FAULTS[name].target == (group, rank)

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
-from launch.bench.__main__ import suite_of
-from launch.bench.fp8 import Apart, Difference, compare, report, run
-from launch.corpus import Document
-from launch.training import Words, size
-from parallel.checkpoint import load_weights
-from parallel.context import WholeSequences
-from parallel.model import Transformer
-from parallel.spec import ModelSpec
-from parallel.wire import FP8, PLAIN
+from stepladder.launch.bench.__main__ import suite_of
+from stepladder.launch.bench.fp8 import Apart, Difference, compare, report, run
+from stepladder.launch.recipes.corpus import Document
+from stepladder.launch.recipes.training import Words, size
+from stepladder.parallel.afd.wire import FP8, PLAIN
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.spec import ModelSpec
 from tests.cluster.models import write_random
 
 CONF = Path(__file__).parents[2] / "launch" / "conf"

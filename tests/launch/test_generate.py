@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ModelConfig
-from launch.generate import TERMINATED, GenerateConfig, generate
-from launch.prompts import OutputFile
 from stepladder import LLM, SamplingParams
+from stepladder.cluster.config import ModelConfig
+from stepladder.launch.generate import TERMINATED, GenerateConfig, generate
+from stepladder.launch.prompts import OutputFile
+from stepladder.workers.config import EngineConfig, KvConfig
 from tests.cluster.models import write_random
-from workers.config import EngineConfig, KvConfig
 
 ROOT = Path(__file__).parents[2]
 LIMITS, KV = EngineConfig(max_sequences=4, max_step_tokens=64), KvConfig(tokens=2048)

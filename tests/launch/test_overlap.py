@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench import netns
-from launch.bench.overlap.bound import Parts, shortest_step
-from launch.bench.overlap.paired import paired_ratio
-from launch.bench.overlap.suite import OverlapBench, Wire, run
-from launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Shapes, Span
-from launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
-from launch.bench.report import publish
+from stepladder.launch.bench.overlap.bound import Parts, shortest_step
+from stepladder.launch.bench.overlap.suite import OverlapBench, Wire, run
+from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Shapes, Span
+from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
+from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig.paired import paired_ratio
+from stepladder.launch.report import publish
 
 C, A, LAYERS = 4.0, 3.0, 50
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.quickstart import Run, Timing, figures_after
+from stepladder.launch.quickstart import Run, Timing, figures_after
 
 
 def row(tokens: int, waited: float) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from cluster.config import Deployment, ModelConfig
-from cluster.supervisor import Status
-from launch import serve
+from stepladder.cluster.config import Deployment, ModelConfig
+from stepladder.cluster.supervisor import Status
+from stepladder.launch import serve
 
 DEPLOYMENT = Deployment(name="t", run_dir="/nowhere", secret="a", model=ModelConfig(path="/nowhere", name="m"))
 

@@ -10,14 +10,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from ray.exceptions import GetTimeoutError
 
-from launch.bench import strikes, victim
-from launch.bench.__main__ import suite_of
-from launch.bench.failure import FailuresBench, Occurrence
-from launch.bench.failures import report
-from launch.bench.insist import Insisting
-from launch.bench.report import publish
-from launch.bench.strikes import Bench, resumed_blocks
-from launch.bench.victim import State, Victim
+from stepladder.launch.bench.__main__ import suite_of
+from stepladder.launch.bench.failures import deployment_under_test as victim
+from stepladder.launch.bench.failures import rounds as strikes
+from stepladder.launch.bench.failures.deployment_under_test import DeploymentUnderTest, State
+from stepladder.launch.bench.failures.faults import FailuresBench, Occurrence
+from stepladder.launch.bench.failures.retrying_client import RetryingClient
+from stepladder.launch.bench.failures.rounds import Bench, resumed_blocks
+from stepladder.launch.bench.failures.suite import report
+from stepladder.launch.report import publish
 
 CONF = Path(__file__).parents[2] / "launch" / "conf"
 COUNTERS = {"engine-0": {"generation_tokens": 0, "running": 0, "waiting": 0}}
@@ -59,9 +60,9 @@ class Hurt:
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, config: FailuresBench, hurt: Hurt) -> Bench:
-    def under_way(_: Bench, __: str, ___: int, hit: Callable[[], None]) -> list[Insisting]:
+    def under_way(_: Bench, __: str, ___: int, hit: Callable[[], None]) -> list[RetryingClient]:
         hit()
-        return [Insisting("", "0", {}, 0.0, text="a", failure="lost" if hurt.struck > hurt.lives else "")]
+        return [RetryingClient("", "0", {}, 0.0, text="a", failure="lost" if hurt.struck > hurt.lives else "")]
 
     answer = SimpleNamespace(json=lambda: {"data": [{"id": "demo"}]})
     monkeypatch.setattr(strikes, "requests", SimpleNamespace(get=lambda *_, **__: answer))
@@ -141,7 +142,7 @@ def test_counters_are_told_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> 
     """Of every rank that answers, the one that has the engine counts; F ranks have none."""
     answers = {"engine-0": [{"reduce_seconds": 0.1}, {"generation_tokens": 5}], "engine-1": [{"generation_tokens": 7}]}
 
-    class Told(Victim):
+    class Told(DeploymentUnderTest):
         def state(self) -> State:
             return State("ready", True, {"engine-0": 1, "engine-1": 1, "ffn": 1}, 0)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from launch.corpus import Document
-from launch.training import Words
+from stepladder.launch.recipes.corpus import Document
+from stepladder.launch.recipes.training import Words
 from tests.tokenizers_of import CORPUS, write_byte_level
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-import launch.twins
-from launch.corpus import Corpus, standard_library
-from launch.train import recipe_of
-from launch.twins import TwinsRecipe, run
-from launch.twins_report import losses, report_of
-from parallel.spec import ModelSpec
+import stepladder.launch.recipes.twins
 from stepladder import LLM, SamplingParams
+from stepladder.launch.recipes.corpus import Corpus, standard_library
+from stepladder.launch.recipes.twins import TwinsRecipe, run
+from stepladder.launch.recipes.twins_report import losses, report_of
+from stepladder.launch.train import recipe_of
+from stepladder.parallel.spec import ModelSpec
 from tests.tokenizers_of import write_byte_level
 
 CONF = Path(__file__).parents[2] / "launch" / "conf"
@@ -44,7 +44,7 @@ def text() -> Corpus:
 
 @pytest.fixture
 def small_text(text: Corpus, monkeypatch: pytest.MonkeyPatch) -> Corpus:
-    monkeypatch.setattr("launch.twins.standard_library", lambda: text)
+    monkeypatch.setattr("stepladder.launch.recipes.twins.standard_library", lambda: text)
     return text
 
 
@@ -69,13 +69,13 @@ def test_four_wirings_two_seeds_from_configuration_to_report(
     def train_again(*args: object) -> None:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr("launch.twins._train", train_again)
+    monkeypatch.setattr("stepladder.launch.recipes.twins._train", train_again)
     (tmp_path / "ladder-1" / "metrics.jsonl").unlink()
     run(twins)  # finds everything finished, and draws what there is
     with pytest.raises(ValueError, match=r"result\.json was made with other settings"):
         run(recipe(f"run_dir={tmp_path}", "seeds=[0,1]", *SMALL, "train.adam_lr=0.001"))
     shorter = Corpus(small_text.train[:-1], small_text.held_out)
-    monkeypatch.setattr("launch.twins.standard_library", lambda: shorter)
+    monkeypatch.setattr("stepladder.launch.recipes.twins.standard_library", lambda: shorter)
     with pytest.raises(ValueError, match=r"result\.json was made with other settings"):
         run(twins)
 
@@ -90,18 +90,18 @@ def test_a_killed_run_continues_and_the_model_can_be_served(
     class Killed(BaseException):
         pass
 
-    def train_and_die(trainer: launch.twins.Trainer, *rest: object) -> None:
+    def train_and_die(trainer: stepladder.launch.recipes.twins.Trainer, *rest: object) -> None:
         if trainer.model.spec.residual == "ladder":
             for step in trainer.run(lambda row: None):
                 if step == 3:
                     raise Killed
         whole(trainer, *rest)
 
-    whole = launch.twins.run_with_progress
-    monkeypatch.setattr("launch.twins.run_with_progress", train_and_die)
+    whole = stepladder.launch.recipes.twins.run_with_progress
+    monkeypatch.setattr("stepladder.launch.recipes.twins.run_with_progress", train_and_die)
     with pytest.raises(Killed):
         run(recipe(f"run_dir={tmp_path / 'killed'}", *options))
-    monkeypatch.setattr("launch.twins.run_with_progress", whole)
+    monkeypatch.setattr("stepladder.launch.recipes.twins.run_with_progress", whole)
     assert (tmp_path / "killed" / "ladder-3" / "checkpoint" / "latest").read_text() == "step2"
     run(recipe(f"run_dir={tmp_path / 'killed'}", *options))
     for wiring in ("standard", "ladder"):
@@ -158,8 +158,8 @@ def test_the_twins_start_from_equal_weights() -> None:
     states = []
     for wiring in ("standard", "ladder", "parallel", "ladder-parallel"):
         spec = ModelSpec(**{**vars(recipe("run_dir=/r", *SMALL).model), "residual": wiring})
-        model = launch.twins.Transformer(spec)
-        launch.twins.init_weights(model, spec, seed=2)
+        model = stepladder.launch.recipes.twins.Transformer(spec)
+        stepladder.launch.recipes.twins.init_weights(model, spec, seed=2)
         states.append(list(model.parameters()))
     for parameters in states[1:]:
         assert all(torch.equal(a, b) for a, b in zip(parameters, states[0], strict=True))

@@ -10,7 +10,7 @@ from queue import Queue
 from threading import Thread
 from urllib.request import Request, urlopen
 
-from launch.bench.hosts import Host
+from stepladder.launch.bench.rig.hosts import Host
 
 
 class Answer:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.bench import netns
+from stepladder.launch.bench.rig import netns
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from time import monotonic
 
 import pytest
 
-from parallel.spec import ModelSpec
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.text.stream import Tokenizer
 from tests.multihost.ask import Answer
 from tests.multihost.test_serving import (
     HANG_SECONDS,
@@ -21,7 +22,6 @@ from tests.multihost.test_serving import (
     deployed,
 )
 from tests.multihost.watch import Watch
-from workers.text import Tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.multihost, pytest.mark.timeout(240)]
 

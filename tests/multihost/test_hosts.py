@@ -13,16 +13,16 @@ from subprocess import PIPE
 import psutil
 import pytest
 
-from launch.bench import netns
-from launch.bench.hosts import Hosts, Link
-from launch.bench.netns import ip
+from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig.hosts import Hosts, Link
+from stepladder.launch.bench.rig.netns import ip
 from tests.multihost.transfer import Connection
 
 pytestmark = [pytest.mark.multihost, pytest.mark.timeout(90)]
 
 OWNER = """
 import signal, sys
-from launch.bench.hosts import Hosts
+from stepladder.launch.bench.rig.hosts import Hosts
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 with Hosts(2) as hosts:

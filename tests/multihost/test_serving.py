@@ -9,17 +9,17 @@ from time import monotonic
 import psutil
 import pytest
 
-from launch.bench import netns
-from launch.bench.hosts import Host, Hosts
-from launch.private_ray import PrivateRay, RayNode
-from launch.quickstart import ROOT, ready
-from parallel.spec import ModelSpec
-from parallel.wiring import wiring
 from stepladder import LLM, SamplingParams
+from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig.hosts import Host, Hosts
+from stepladder.launch.private_ray import PrivateRay, RayNode
+from stepladder.launch.quickstart import ROOT, ready
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.wiring import wiring
+from stepladder.workers.text.stream import Tokenizer
 from tests.cluster.jobs import eventually
 from tests.multihost.ask import Answer
 from tests.multihost.watch import Watch
-from workers.text import Tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.multihost, pytest.mark.timeout(240)]
 

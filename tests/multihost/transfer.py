@@ -11,7 +11,7 @@ from subprocess import PIPE, Popen
 from threading import Thread
 from time import perf_counter
 
-from launch.bench.hosts import Host
+from stepladder.launch.bench.rig.hosts import Host
 
 COMMAND = [sys.executable, "-m", "tests.multihost.transfer"]
 

@@ -15,8 +15,8 @@ from time import monotonic
 import ray
 from ray.exceptions import RayError
 
-from cluster.names import CONTROLLER, namespace
-from launch.bench.hosts import Host
+from stepladder.cluster.names import CONTROLLER, namespace
+from stepladder.launch.bench.rig.hosts import Host
 
 
 @dataclass(frozen=True)

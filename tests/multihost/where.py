@@ -8,7 +8,7 @@ import sys
 
 import ray
 
-from cluster.names import namespace
+from stepladder.cluster.names import namespace
 
 
 def main(name: str, *gangs: str) -> None:

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel.checkpoint import fingerprints, load_weights, save_weights, sharded_parameters
-from parallel.context import WholeSequences
-from parallel.mesh import Mesh
-from parallel.model import Transformer
-from parallel.modules import init_weights
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
+from stepladder.parallel.checkpoint import fingerprints, load_weights, save_weights, sharded_parameters
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import init_weights
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
 from tests.families import FAMILIES
 from tests.llama import oracle_logits, read_llama
 from tests.ranks import run_ranks

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.control import MAX_MICRO_BATCHES, Announcement, Line, Opening
-from parallel.edges import EdgeLost
-from parallel.link import Resume
+from stepladder.parallel.afd.control import MAX_MICRO_BATCHES, Announcement, Line, Opening
+from stepladder.parallel.afd.edges import EdgeLost
+from stepladder.parallel.afd.pool_link import Resume
 
 COUNTS = st.lists(st.integers(0, 2**40), min_size=1, max_size=MAX_MICRO_BATCHES).map(tuple)
 
@@ -81,7 +81,7 @@ def test_who_waits_for_a_silent_peer_is_freed_by_hanging_up(waits: str) -> None:
         waiting = thread.submit(a.opening if waits == "opening" else lambda: a.announce(Announcement((3,))))
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.2)
-        a.hang_up()
+        a.disconnect()
         with pytest.raises(EdgeLost, match="control line 0"):
             waiting.result(timeout=10)
     with pytest.raises(EdgeLost, match="control line 0"):

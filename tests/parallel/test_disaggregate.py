@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import KVCache, PagedSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide
-from parallel.edges import Edge, EdgeLost, GlooEdge, Header, LoopbackEdge
-from parallel.link import Layout, Link
-from parallel.mesh import Mesh, join
-from parallel.model import Transformer
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
+from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge, Header, LoopbackEdge
+from stepladder.parallel.afd.pool_link import Layout, Link
+from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.mesh import Mesh, join
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
 
 RATIOS = [(1, 1), (2, 1), (1, 2), (3, 2), (2, 2)]

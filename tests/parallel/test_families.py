@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import WholeSequences
-from parallel.mesh import Mesh, SingleRank
-from parallel.model import Transformer
-from parallel.spec import ModelSpec
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Request, SamplingParams
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.scheduler import SchedulerConfig
 from tests.families import FAMILIES, read_oracle, write_family
 from tests.llama import oracle_greedy, oracle_logits
 from tests.parallel.test_transformers import load, run_in_steps
 from tests.ranks import run_ranks
-from workers.core import Request, SamplingParams
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.scheduler import SchedulerConfig
 
 COUNT = 64
 FEW = ("llama3", "cohere")  # on four ranks by default; four ranks share two cores here

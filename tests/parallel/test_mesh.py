@@ -6,7 +6,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.mesh import Mesh, SingleRank
 from tests.ranks import run_ranks
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import KVCache, PagedSequences
-from parallel.mesh import Mesh
-from parallel.model import Transformer
-from parallel.residual import Pending, Reduce, immediate
-from parallel.spec import ModelSpec
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.residual import Pending, Reduce, immediate
+from stepladder.parallel.spec import ModelSpec
 from tests.ranks import run_ranks
 
 WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.residual import Block, Done, ResidualStream, immediate, run_blocks, together
+from stepladder.parallel.residual import Block, Done, ResidualStream, immediate, run_blocks, together
 
 
 class Late:

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import KVCache, PagedSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide
-from parallel.edges import Edge, EdgeLost, Header, LoopbackEdge
-from parallel.link import BEGINNING, Layout, Link, Resume
-from parallel.mesh import join
-from parallel.residual import Pending
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
+from stepladder.parallel.afd.edges import Edge, EdgeLost, Header, LoopbackEdge
+from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
+from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.mesh import join
+from stepladder.parallel.residual import Pending
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
 
 WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [
@@ -223,7 +223,7 @@ def test_a_lost_attention_rank_is_not_waited_for(checkpoint: Path) -> None:
 
 @torch.inference_mode()
 def step_alone(spec: ModelSpec, path: Path) -> Tensor:
-    from parallel.model import Transformer
+    from stepladder.parallel.model import Transformer
 
     model = Transformer(spec)
     load_weights(model, path)

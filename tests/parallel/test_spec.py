@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from kernels.rope import RopeScaling
-from parallel.families import FAMILIES as MODEL_TYPES
-from parallel.generation import GenerationDefaults
-from parallel.spec import ModelSpec
+from stepladder.kernels.rope import RopeScaling
+from stepladder.parallel.families import FAMILIES as MODEL_TYPES
+from stepladder.parallel.generation_defaults import GenerationDefaults
+from stepladder.parallel.spec import ModelSpec
 from tests.families import FAMILIES, LLAMA3
 
 

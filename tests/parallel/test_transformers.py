@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import KVCache, PagedSequences, WholeSequences
-from parallel.mesh import Mesh
-from parallel.model import Transformer
-from parallel.spec import ModelSpec
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import KVCache, PagedSequences, WholeSequences
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.spec import ModelSpec
 from tests.llama import oracle_logits, read_llama, write_llama
 from tests.ranks import run_ranks
 

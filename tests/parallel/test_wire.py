@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.fp8 import dequantise, quantise
-from parallel.checkpoint import load_weights
-from parallel.context import WholeSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide
-from parallel.edges import HEADER_BYTES, Edge, EdgeLost, GlooEdge, Header, LoopbackEdge, pack
-from parallel.link import Layout, Link
-from parallel.mesh import join
-from parallel.model import Transformer
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
-from parallel.wire import FP8, PLAIN, Wire, wire_to_ffn
+from stepladder.kernels.fp8 import dequantise, quantise
+from stepladder.parallel.afd.edges import HEADER_BYTES, Edge, EdgeLost, GlooEdge, Header, LoopbackEdge, pack
+from stepladder.parallel.afd.pool_link import Layout, Link
+from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
+from stepladder.parallel.afd.wire import FP8, PLAIN, Wire, wire_to_ffn
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.mesh import join
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
 
 DEADLINE = 20.0

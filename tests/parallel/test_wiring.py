@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import load_weights
-from parallel.context import WholeSequences
-from parallel.model import Transformer
-from parallel.modules import Attention, FeedForward
-from parallel.spec import ModelSpec
-from parallel.wiring import wiring
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import Attention, FeedForward
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.wiring import wiring
 
 LAYERS = 6
 SPEC = ModelSpec(

@@ -22,23 +22,23 @@ from typing import TypeVar
 import pytest
 import torch.distributed as dist
 
-from parallel.control import Line
-from parallel.disaggregate import FeedForwardSide
-from parallel.edges import EdgeLost, GlooEdge
-from parallel.mesh import SingleRank
-from parallel.shards import Shard
-from parallel.spec import ModelSpec
-from parallel.wire import FP8, PLAIN, Wire
+from stepladder.parallel.afd.control import Line
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge
+from stepladder.parallel.afd.sides import FeedForwardSide
+from stepladder.parallel.afd.wire import FP8, PLAIN, Wire
+from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.shards import Shard
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.afd.membership import JOINS, Membership, PoolAddress, edge_name, join_key, token
+from stepladder.workers.afd.pool_forward import AttentionExecutor
+from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
+from stepladder.workers.core import Request, SamplingParams, TokenLogprob
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.rank import ATTENTION, FFN, RankConfig
+from stepladder.workers.roles import AttentionRank, FeedForwardRank, rank_of
 from tests.llama import write_llama
-from workers.attention import AttentionExecutor
-from workers.config import AfdConfig, EngineConfig, KvConfig
-from workers.core import Request, SamplingParams, TokenLogprob
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.limits import SchedulerConfig
-from workers.membership import KNOCKS, Membership, PoolAddress, edge_name, join_key, token
-from workers.rank import ATTENTION, FFN, RankConfig
-from workers.roles import AttentionRank, FeedForwardRank, rank_of
 
 T = TypeVar("T")
 SECRET = "s" * 64
@@ -263,8 +263,8 @@ def test_a_rank_that_dies_at_the_door_keeps_nobody_out(checkpoint: Path) -> None
     with pool_of(checkpoint, 1) as pool:
         host, port = pool.address.split(":")
         store = dist.PrefixStore(pool.prefix, dist.TCPStore(host, int(port), None, False))
-        store.add(KNOCKS, 1)
-        number = store.add(KNOCKS, 1)
+        store.add(JOINS, 1)
+        number = store.add(JOINS, 1)
         store.set(join_key(number), token(SECRET, pool.prefix, number))
         mine = engine(spec, checkpoint, membership(spec, pool), 1)
         began = monotonic()
@@ -289,7 +289,7 @@ def knock(pool: PoolAddress) -> tuple[dist.Store, int]:
     """As an attention rank that knows the secret; it has not come in yet."""
     host, port = pool.address.split(":")
     store = dist.PrefixStore(pool.prefix, dist.TCPStore(host, int(port), None, False))
-    number = store.add(KNOCKS, 1)
+    number = store.add(JOINS, 1)
     store.set(join_key(number), token(SECRET, pool.prefix, number))
     return store, number
 
@@ -386,7 +386,7 @@ def test_a_pool_that_was_too_busy_to_open_its_door_is_tried_again(checkpoint: Pa
             host, port = address.address.split(":")
             store = dist.PrefixStore(address.prefix, dist.TCPStore(host, int(port), None, False))
             until, pause = monotonic() + 15, threading.Event()
-            while store.add(KNOCKS, 0) < 2 and monotonic() < until:
+            while store.add(JOINS, 0) < 2 and monotonic() < until:
                 pause.wait(0.05)
             pool.begin()
             assert tokens.result(30) == whole(spec, checkpoint, asked)
@@ -403,7 +403,11 @@ def test_another_wire_is_refused_in_one_sentence_and_the_pool_goes_on(
         stranger = membership(spec, pool, patience=1.0, wire=FP8)
         with pytest.raises(EdgeLost, match=r"is lost to this rank.*give all ranks the same wires"):
             within(10, lambda: stranger.open([3]))
-        said = [r for r in caplog.records if "the same wires" in r.getMessage() and r.name == "workers.membership"]
+        said = [
+            r
+            for r in caplog.records
+            if "the same wires" in r.getMessage() and r.name == "stepladder.workers.afd.membership"
+        ]
         assert len(said) == 1
         mine = engine(spec, checkpoint, membership(spec, pool), 1)
         assert within(20, lambda: run(mine, asked)) == whole(spec, checkpoint, asked)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.mesh import Group, Mesh
+from stepladder.parallel.mesh import Group, Mesh
+from stepladder.workers.codec import decode, encode
+from stepladder.workers.core import Sample, SamplingParams, Score, StepPlan
 from tests.ranks import run_ranks
-from workers.codec import decode, encode
-from workers.core import Sample, SamplingParams, Score, StepPlan
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

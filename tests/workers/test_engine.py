@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from parallel.mesh import Mesh, SingleRank
-from parallel.spec import ModelSpec
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Request, SamplingParams
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.scheduler import SchedulerConfig
 from tests.llama import oracle_greedy, read_llama, write_llama
 from tests.ranks import run_ranks
-from workers.core import Request, SamplingParams
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.scheduler import SchedulerConfig
 
 COUNT = 64
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.context import WholeSequences
-from parallel.model import Transformer
-from parallel.modules import init_weights
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import init_weights
+from stepladder.workers.training.evaluate import bits_per_byte, windows
 from tests.workers.test_trainer import SPEC
-from workers.evaluate import bits_per_byte, windows
 
 
 @given(length=st.integers(2, 60), half=st.integers(1, 10))

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.mesh import Mesh, SingleRank
-from parallel.spec import ModelSpec
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.core import StepPlan
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.graphs import MOST_POSITIONS, Capture, DecodeGraphs
+from stepladder.workers.sampler import Drawn
 from tests.decoding import BLOCKS, CONFIG, SIZE, WIRINGS, compare, requests, serve
 from tests.families import write_family
 from tests.ranks import run_ranks
 from tests.recording import WaitsForNothing, call, record
-from workers.config import EngineConfig, KvConfig
-from workers.core import StepPlan
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.graphs import MOST_POSITIONS, Capture, DecodeGraphs
-from workers.sampler import Drawn
 
 
 @pytest.mark.parametrize(("tp", "capture"), [(1, record), (2, call)])

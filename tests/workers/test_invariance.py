@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.linear import can_pack
-from parallel.mesh import SingleRank
-from parallel.spec import ModelSpec
+from stepladder.kernels.linear import can_pack
+from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Request, SamplingParams
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.limits import SchedulerConfig
 from tests.llama import write_llama
-from workers.core import Request, SamplingParams
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.limits import SchedulerConfig
 
 COUNT, LENGTH, WATCHED = 16, 24, 7
 SHAPES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 8, "head_dim": 16}

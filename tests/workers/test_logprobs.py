@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.mesh import Mesh, SingleRank
-from parallel.spec import ModelSpec
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Output, Request, SamplingParams, Sequence, TokenLogprob
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.logprobs import judge, tell
+from stepladder.workers.scheduler import SchedulerConfig
+from stepladder.workers.server.messages import EngineStats, Update, decode_update, encode
 from tests.llama import oracle_logits, read_llama
 from tests.ranks import run_ranks
-from workers.core import Output, Request, SamplingParams, Sequence, TokenLogprob
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.logprobs import judge, tell
-from workers.messages import EngineStats, Update, decode_update, encode
-from workers.scheduler import SchedulerConfig
 
 WIDE = SchedulerConfig(max_sequences=1, max_step_tokens=64, max_model_len=64, num_blocks=16, block_size=4)
 NARROW = SchedulerConfig(max_sequences=4, max_step_tokens=5, max_model_len=64, num_blocks=20, block_size=4)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.control import MAX_MICRO_BATCHES
-from parallel.spec import ModelSpec
+from stepladder.parallel.afd.control import MAX_MICRO_BATCHES
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.afd.micro_batches import best_number, fixed_number, split
+from stepladder.workers.core import StepPlan
 from tests.llama import write_llama
-from workers.core import StepPlan
-from workers.micro_batches import best_number, fixed_number, split
 
 
 @st.composite

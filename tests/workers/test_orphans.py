@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from workers.core import Output, Request, SamplingParams
-from workers.orphans import Orphans
+from stepladder.workers.core import Output, Request, SamplingParams
+from stepladder.workers.server.orphans import Orphans
 
 
 def request(request_id: str = "chat-0#1.7", prompt: tuple[int, ...] = (1, 2), **params: Any) -> Request:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from workers import sampler
-from workers.core import Sample, SamplingParams
+from stepladder.workers import sampler
+from stepladder.workers.core import Sample, SamplingParams
 
 DRAWS = 20000
 

@@ -20,9 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kernels.noise import gumbel
-from workers import sampler
-from workers.core import Sample, SamplingParams
+from stepladder.kernels.noise import gumbel
+from stepladder.workers import sampler
+from stepladder.workers.core import Sample, SamplingParams
 
 VOCAB = 40
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.blocks import BlockManager
-from workers.core import Request, Sample, SamplingParams, Sequence, StepPlan, StepResult
-from workers.scheduler import Scheduler, SchedulerConfig
+from stepladder.workers.blocks import BlockManager
+from stepladder.workers.core import Request, Sample, SamplingParams, Sequence, StepPlan, StepResult
+from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
 EOS, VOCAB, UNKNOWN = 0, 40, -1
 

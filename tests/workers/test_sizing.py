@@ -8,16 +8,16 @@ import psutil
 import pytest
 import torch
 
-from parallel.mesh import Mesh, SingleRank
-from parallel.spec import ModelSpec
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers import executor as executor_module
+from stepladder.workers import sizing
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.core import StepPlan
+from stepladder.workers.executor import Executor
+from stepladder.workers.memory import available
+from stepladder.workers.sizing import kv_size
 from tests.ranks import run_ranks
-from workers import executor as executor_module
-from workers import sizing
-from workers.config import EngineConfig, KvConfig
-from workers.core import StepPlan
-from workers.executor import Executor
-from workers.memory import available
-from workers.sizing import kv_size
 
 CPU = torch.device("cpu")
 PER_TOKEN = 2 * 3 * 2 * 12 * 4  # keys and values, layers, KV heads, head_dim, bytes of fp32

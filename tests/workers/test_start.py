@@ -5,13 +5,13 @@ from time import monotonic
 
 import pytest
 
-from parallel.mesh import SingleRank
-from parallel.spec import ModelSpec
+from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.core import Output, Request, SamplingParams, Start
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.scheduler import SchedulerConfig
 from tests.llama import write_llama
-from workers.core import Output, Request, SamplingParams, Start
-from workers.engine import Engine
-from workers.executor import Executor
-from workers.scheduler import SchedulerConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.templates import compile_template
 from tests.tokenizers_of import write_byte_fallback, write_byte_level
-from workers.templates import compile_template
-from workers.text import TextStream, Tokenizer
 
 TEXT = st.text(max_size=40) | st.text("aSTOPstop é日😀\ufffd\n", max_size=40)
 STOPS = st.lists(st.text("aSTOPs é日😀", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
@@ -236,7 +236,9 @@ def test_filters_and_functions_equal_transformers(tmp_path: Path) -> None:
 
 def test_the_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
-    monkeypatch.setattr("workers.text.compile_template", lambda s: compiled.append(s) or compile_template(s))
+    monkeypatch.setattr(
+        "stepladder.workers.text.stream.compile_template", lambda s: compiled.append(s) or compile_template(s)
+    )
     tokenizer = Tokenizer(write_byte_level(tmp_path, chat_template="{{ messages | length }}"))
     assert [tokenizer.chat([{}] * n) for n in (1, 2, 3)] == ["1", "2", "3"] and len(compiled) == 1
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.attention import causal_attention
-from parallel.checkpoint import sharded_parameters
-from parallel.model import Transformer
-from parallel.modules import init_weights
-from parallel.spec import ModelSpec
-from workers.sliced_loss import LOSS_ROWS, sliced_cross_entropy
-from workers.train_config import TrainConfig
-from workers.trainer import MODEL_STATES, Ranks, Trainer, training_ranks
-from workers.training_context import TiledSequences
-from workers.windows import Windows
+from stepladder.kernels.attention import causal_attention
+from stepladder.parallel.checkpoint import sharded_parameters
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import init_weights
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.training.sliced_loss import LOSS_ROWS, sliced_cross_entropy
+from stepladder.workers.training.text_windows import TextWindows
+from stepladder.workers.training.train_config import TrainConfig
+from stepladder.workers.training.trainer import MODEL_STATES, Ranks, Trainer, training_ranks
+from stepladder.workers.training.training_context import TiledSequences
 
 SPEC = ModelSpec(
     vocab_size=64,
@@ -102,14 +102,14 @@ def test_tiled_attention_equals_the_fused_kernel_and_so_does_its_gradient(length
 
 @given(tokens=st.integers(33, 700), length=st.integers(1, 16))
 def test_a_pass_over_the_windows_repeats_no_target(tokens: int, length: int) -> None:
-    windows = Windows(torch.arange(tokens), length, seed=3)
+    windows = TextWindows(torch.arange(tokens), length, seed=3)
     targets = [int(t) for i in range(windows.per_pass) for t in windows[i][1:]]
     assert len(targets) == len(set(targets)) >= tokens - 1 - 2 * length
     assert all((w[1:] == w[:-1] + 1).all() for w in map(windows.__getitem__, range(windows.per_pass)))
 
 
 def test_another_pass_has_another_order() -> None:
-    windows = Windows(torch.arange(1000), 8, seed=3)
+    windows = TextWindows(torch.arange(1000), 8, seed=3)
     first, second = ([int(windows[n * windows.per_pass + i][0]) for i in range(10)] for n in (0, 1))
     assert first != second
     assert first == [int(windows[i][0]) for i in range(10)]

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.zero.muon import original_muon
 
-from parallel.model import Transformer
-from parallel.modules import init_weights
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import init_weights
+from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 from tests.workers.test_trainer import ADAMW, CONFIG, SPEC, STREAM
-from workers.trainer import Ranks, Trainer, training_ranks
 
 CONFIGS = {"muon": CONFIG, "adamw": ADAMW}
 STEPS = 14  # over the checkpoint at 10

@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.bench.afd.formula import Times
-from launch.bench.afd.real_spans import Window, busy, exposed
-from launch.bench.afd.real_task import MODULE
-from launch.bench.overlap.task import Span
-from parallel.context import WholeSequences
-from parallel.disaggregate import AttentionSide, FeedForwardSide
-from parallel.edges import GlooEdge, Header
-from parallel.link import Layout, Link
-from parallel.residual import Block
-from parallel.spec import ModelSpec
+from stepladder.launch.bench.afd.formula import Times
+from stepladder.launch.bench.afd.real.task import MODULE
+from stepladder.launch.bench.overlap.task import Span
+from stepladder.launch.bench.rig.spans import Window, busy, exposed
+from stepladder.parallel.afd.edges import GlooEdge, Header
+from stepladder.parallel.afd.pool_link import Layout, Link
+from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
+from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.residual import Block
+from stepladder.parallel.spec import ModelSpec
 
 ROWS = 4  # of a micro-batch
 

@@ -6,9 +6,9 @@ from statistics import median
 
 from tqdm import tqdm
 
-from launch.bench.afd.emulated import ROWS, Case, Measured, measure
-from launch.bench.afd.formula import Times, micro_batches, per_layer
-from launch.bench.report import Goal, Row, at_least
+from stepladder.launch.bench.afd.emulated import ROWS, Case, Measured, measure
+from stepladder.launch.bench.afd.formula import Times, micro_batches, per_layer
+from stepladder.launch.report import Goal, Row, at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from launch.bench.afd.emulated import Case as EmulatedCase
-from launch.bench.afd.emulated_report import Layer
-from launch.bench.afd.real_point import Point, cases, regime
-from launch.bench.afd.real_task import LADDER
+from stepladder.launch.bench.afd.emulated import Case as EmulatedCase
+from stepladder.launch.bench.afd.emulated_report import Layer
+from stepladder.launch.bench.afd.real.point import Point, cases, regime
+from stepladder.launch.bench.afd.real.task import LADDER
 
 COLOURS = ("#eecc66", "#ee99aa", "#ee6677", "#aa3377", "#66ccee", "#4477aa", "#228833")
 COLOUR = dict(zip(cases(batch=4)[1:], COLOURS, strict=True))

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.bench.afd import emulated_report, real_report
-from launch.bench.afd.emulated_report import EmulatedOptions, Layer, measure_layers
-from launch.bench.afd.figure import draw
-from launch.bench.afd.real import RealOptions, Traced, measure
-from launch.bench.afd.real_point import Point
-from launch.bench.afd.real_trace import perfetto
-from launch.bench.report import Report
+from stepladder.launch.bench.afd import emulated_report
+from stepladder.launch.bench.afd.emulated_report import EmulatedOptions, Layer, measure_layers
+from stepladder.launch.bench.afd.figure import draw
+from stepladder.launch.bench.afd.real import report as real_report
+from stepladder.launch.bench.afd.real.part import RealOptions, Traced, measure
+from stepladder.launch.bench.afd.real.point import Point
+from stepladder.launch.bench.afd.real.trace import perfetto
+from stepladder.launch.report import Report
 
 WHAT_IS_EMULATED = {
     "emulated": "emulated cases: sleeping modules, late transfers, threads for ranks",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.bench.overlap.task import BOUND
+from stepladder.launch.bench.overlap.task import BOUND
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from launch.bench.overlap.bound import shortest_step
-from launch.bench.overlap.task import BOUND, VARIANTS
+from stepladder.launch.bench.overlap.bound import shortest_step
+from stepladder.launch.bench.overlap.task import BOUND, VARIANTS
 
 COLOURS = {"ladder": "#4477aa", "parallel": "#ccbb44", "ladder-parallel": "#228833", BOUND: "#aaaaaa"}
 

@@ -8,14 +8,14 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from launch.bench.overlap.late import LateGroup
-from launch.bench.overlap.priority import communication_first
-from launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
-from launch.bench.overlap.task import WIRINGS, Answer, Setup, Task
-from launch.bench.overlap.trace import Recorder
-from parallel.mesh import Group, Mesh
-from parallel.model import Transformer
-from parallel.shards import Shard
+from stepladder.launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
+from stepladder.launch.bench.overlap.task import WIRINGS, Answer, Setup, Task
+from stepladder.launch.bench.overlap.trace import Recorder
+from stepladder.launch.bench.rig.late import LateGroup
+from stepladder.launch.bench.rig.priority import communication_first
+from stepladder.parallel.mesh import Group, Mesh
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.shards import Shard
 
 LOOKS = 4  # steps of each wiring with counters on and a trace; more where a case has many rounds, as short steps do
 TIMEOUT = timedelta(seconds=120)

@@ -3,16 +3,15 @@
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from launch.bench.hosts import Hosts
-from launch.bench.overlap.task import Answer, Setup, Shapes, Task
+from stepladder.launch.bench.overlap.task import Answer, Setup, Shapes, Task
+from stepladder.launch.bench.rig.hosts import Hosts
+from stepladder.launch.where import IMPORTED_FROM
 
-ROOT = Path(__file__).parent.parent.parent.parent
-COMMAND = (sys.executable, "-m", "launch.bench.overlap.rank")
+COMMAND = (sys.executable, "-m", "stepladder.launch.bench.overlap.rank")
 
 
 class Ranks:
@@ -49,7 +48,7 @@ class Ranks:
         place = [self._hosts[rank].address, self._hosts[0].address] if self._hosts else ["127.0.0.1"] * 2
         prefix = self._hosts[rank].prefix if self._hosts else ()
         process = subprocess.Popen(
-            [*prefix, *COMMAND], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*prefix, *COMMAND], cwd=IMPORTED_FROM, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._processes.append(process)
         device = f"cuda:{rank}" if self._device == "cuda" else self._device

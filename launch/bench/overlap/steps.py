@@ -8,15 +8,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
-from parallel.context import KVCache, PagedSequences
-from parallel.mesh import Mesh
-from parallel.model import Transformer
-from parallel.modules import init_weights
-from parallel.pack import pack_weights
-from parallel.residual import Block, Done, Reduce
-from parallel.spec import ModelSpec
-from parallel.wiring import wiring
+from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
+from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import init_weights
+from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.residual import Block, Done, Reduce
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.wiring import wiring
 
 BLOCK_SIZE = 16
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from launch.bench import netns
-from launch.bench.hosts import Hosts, Link
-from launch.bench.overlap.bound import Parts, shortest_step
-from launch.bench.overlap.figure import draw
-from launch.bench.overlap.paired import Ratio, paired_ratio
-from launch.bench.overlap.ranks import Ranks
-from launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
-from launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
-from launch.bench.report import Goal, Report, Row, at_least, at_most
+from stepladder.launch.bench.overlap.bound import Parts, shortest_step
+from stepladder.launch.bench.overlap.figure import draw
+from stepladder.launch.bench.overlap.ranks import Ranks
+from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
+from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
+from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig.hosts import Hosts, Link
+from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
+from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 
 RANKS = 2
 NEAR = (0.7, 1.4)  # a reduce takes about one module's compute

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from parallel.spec import ModelSpec
+from stepladder.parallel.spec import ModelSpec
 
 WIRINGS = ("standard", "ladder", "parallel", "ladder-parallel")
 BOUND = "no communication"  # the standard wiring with every partial sum taken for the sum: right in time only

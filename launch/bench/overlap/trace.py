@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from launch.bench.overlap.task import Span
-from parallel.residual import Block, Pending, Reduce
+from stepladder.launch.bench.overlap.task import Span
+from stepladder.parallel.residual import Block, Pending, Reduce
 
 
 class Recorder:

@@ -1,0 +1,89 @@
+"""The routes. All work is in `service.py`."""
+
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from stepladder.cluster.gateway.errors import Unavailable, install_handlers
+from stepladder.cluster.gateway.middleware import OPEN_PATHS, Gatekeeper
+from stepladder.cluster.gateway.openai_service import OpenAIService
+from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.reply import Reply
+from stepladder.cluster.gateway.tracing import Traced, Traces
+
+
+def build_app(service: OpenAIService, traces: Traces | None = None) -> FastAPI:
+    """The OpenAI-compatible server of one model, for any ASGI server; with `traces`, a span per request."""
+    app = FastAPI(title="Stepladder", version=service.config.version, redirect_slashes=False)
+    app.add_middleware(Gatekeeper, api_key=service.config.api_key, max_body_bytes=service.config.max_body_bytes)
+    if traces:
+        app.add_middleware(Traced, traces=traces, untraced=OPEN_PATHS)  # sees what the other refuses
+    install_handlers(app)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_tokenizer(app, service)
+    _add_operations(app, service)
+    return app
+
+
+def _add_generation(app: FastAPI, service: OpenAIService) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        return Reply(service, http.state.request_id, partial(service.chat, body))
+
+    @app.post("/v1/completions")
+    async def completion(body: CompletionRequest, http: Request) -> Response:
+        return Reply(service, http.state.request_id, partial(service.completion, body))
+
+
+def _add_models(app: FastAPI, service: OpenAIService) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.card()
+
+
+def _add_tokenizer(app: FastAPI, service: OpenAIService) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        return await service.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        return await service.detokenize(body)
+
+    if service.config.tokenizer_info:
+        info = service.tokenizer_info()
+
+        @app.get("/tokenizer_info")
+        async def tokenizer_info() -> Response:
+            return JSONResponse(info)
+
+
+def _add_operations(app: FastAPI, service: OpenAIService) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process is alive."""
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Requests are welcome."""
+        if not service.ready:
+            raise Unavailable("no engine is ready, or this server is draining", retry_after=2)
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": service.config.version}

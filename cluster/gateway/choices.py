@@ -1,0 +1,253 @@
+"""One generating HTTP request: its choices, and the JSON that they become."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from stepladder.cluster.gateway.logprob_json import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
+from stepladder.cluster.gateway.metrics import SequenceMeter
+from stepladder.cluster.gateway.protocol import StreamOptions
+from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
+from stepladder.workers.text.stream import TextStream, Tokenizer
+
+
+@dataclass
+class Choice:
+    """One engine request and the text that it has become.
+
+    Attributes:
+        echo: the prompt's text, if the answer begins with it.
+        scoring_only: the prompt is all that is wanted; the engine's one token is dropped.
+        num_tokens: generated, including those of a stop string or end of sequence.
+        started: its first chunk has been made.
+        scored: its tokens with their log-probabilities, if wanted.
+        prompt_logprobs: of the prompt's tokens from the second on, if wanted.
+        start: how the engine came to the first token; None before it, or if another gateway was told.
+        meter: its clock, once it runs.
+    """
+
+    index: int
+    request: Request
+    text: TextStream
+    echo: str = ""
+    scoring_only: bool = False
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    started: bool = False
+    scored: list[ScoredToken] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
+    start: Start | None = None
+    meter: SequenceMeter | None = None
+    _begun: bool = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, found in the prefix cache."""
+        return self.start.cached_tokens if self.start else 0
+
+    def take(self, output: Output) -> "Piece":
+        """Append an output's tokens, up to a stop string; return what is new."""
+        scored_before = len(self.scored)
+        fresh = "" if self._begun else self._begin(output)
+        if self.scoring_only:
+            self.finish_reason = "length"
+        else:
+            fresh += self._append(output)
+        return Piece(self, fresh, self.scored[scored_before:], self.finish_reason)
+
+    def _append(self, output: Output) -> str:
+        fresh, visible = "", self.text.visible(output)
+        for nth, token in enumerate(output.tokens):
+            if output.logprobs is not None:
+                self.scored.append(ScoredToken(token, len(self.echo) + len(self.text), output.logprobs[nth]))
+            fresh += self.text.push([token] if nth < visible else [])
+            self.num_tokens += 1
+            if self.text.stopped:
+                break
+        if output.finish_reason:
+            fresh += self.text.push([], finished=True)
+        self.finish_reason = "stop" if self.text.stopped else output.finish_reason
+        return fresh
+
+    def _begin(self, output: Output) -> str:
+        """What comes before the first token: the prompt, if it is echoed, and its log-probabilities."""
+        self._begun = True
+        self.prompt_logprobs, self.start = output.prompt_logprobs, output.start
+        if self.echo and output.prompt_logprobs is not None and output.logprobs is not None:
+            logprobs = [None, *output.prompt_logprobs]
+            where = offsets(self.text.tokenizer, self.request.prompt, len(self.echo))
+            self.scored.extend(map(ScoredToken, self.request.prompt, where, logprobs))
+        return self.echo
+
+
+class Piece(NamedTuple):
+    """What one output added to a choice. Its own copy: the choice may be further when the piece is sent.
+
+    text: what can be shown now. scored: tokens with their log-probabilities, also those whose text is held back.
+    """
+
+    choice: Choice
+    text: str
+    scored: list[ScoredToken]
+    finish_reason: FinishReason | None
+
+
+def offsets(tokenizer: Tokenizer, tokens: Sequence[int], limit: int) -> list[int]:
+    """Where the text of each token begins, in characters; that of a special token is empty."""
+    text, found = TextStream(tokenizer), []
+    for token in tokens:
+        found.append(min(len(text), limit))
+        text.push([token])
+    return found
+
+
+class Format(Protocol):
+    """How an endpoint writes choices; `Chat` and `Completion` do."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def whole(self, choice: Choice) -> Json: ...
+
+    def part(self, piece: Piece) -> Json:
+        """For a chunk; if the piece has a finish reason, it has no text."""
+        ...
+
+    def extra(self, choices: list[Choice]) -> Json:
+        """Further fields of the whole answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chat:
+    """/v1/chat/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
+
+    prompt_top: int | None
+    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, choice: Choice) -> Json:
+        message = {"role": "assistant", "content": choice.text.text, "refusal": None}
+        logprobs = self._logprobs(choice, choice.scored)
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def part(self, piece: Piece) -> Json:
+        choice, text, scored, finish_reason = piece
+        delta = {} if choice.started else {"role": "assistant"}
+        if finish_reason is None:
+            delta["content"] = text
+        logprobs = self._logprobs(choice, scored) if scored else None
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def extra(self, choices: list[Choice]) -> Json:
+        """All choices have the same prompt."""
+        return _prompt_logprobs(choices[0], self.prompt_top)
+
+    def _logprobs(self, choice: Choice, scored: list[ScoredToken]) -> Json | None:
+        if choice.request.params.logprobs is None:
+            return None
+        return chat_shape(choice.text.tokenizer, scored)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """/v1/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
+
+    prompt_top: int | None
+    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def whole(self, choice: Choice) -> Json:
+        piece = Piece(choice, choice.echo + choice.text.text, choice.scored, choice.finish_reason)
+        return self.part(piece) | _prompt_logprobs(choice, self.prompt_top)
+
+    def part(self, piece: Piece) -> Json:
+        choice, text, scored, finish_reason = piece
+        top, logprobs = choice.request.params.logprobs, None
+        if top is not None and scored:
+            logprobs = completion_shape(choice.text.tokenizer, scored, top)
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def extra(self, choices: list[Choice]) -> Json:
+        return {}
+
+
+def _prompt_logprobs(choice: Choice, top: int | None) -> Json:
+    if top is None:
+        return {}
+    assert choice.prompt_logprobs is not None
+    request = choice.request
+    return {"prompt_logprobs": prompt_shape(choice.text.tokenizer, request.prompt, choice.prompt_logprobs, top)}
+
+
+@dataclass
+class Choices:
+    """What an HTTP request asks for, ready to run.
+
+    Attributes:
+        id: of the request, without the endpoint's prefix.
+        arrived: `time.monotonic()` when the request came in.
+        n: choices per prompt.
+        num_prompt_tokens: of all prompts, each counted once.
+        stream: answer with chunks; with these options.
+    """
+
+    id: str
+    arrived: float
+    model: str
+    format: Format
+    choices: list[Choice]
+    n: int
+    num_prompt_tokens: int
+    stream: bool
+    options: StreamOptions
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def usage(self) -> Json:
+        generated = sum(choice.num_tokens for choice in self.choices)
+        total = self.num_prompt_tokens + generated
+        cached = min(self.num_prompt_tokens, sum(choice.cached_tokens for choice in self.choices))
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def body(self) -> Json:
+        """The whole answer, once every choice has finished."""
+        choices = [self.format.whole(choice) for choice in self.choices]
+        extra = self.format.extra(self.choices)
+        return self._envelope(self.format.object, choices) | {"usage": self.usage} | extra
+
+    def chunks(self, piece: Piece) -> list[Json]:
+        """What to send for a piece: nothing while its text is held back, and the end as a chunk of its own."""
+        choice, chunks = piece.choice, []
+        if piece.text or piece.scored or not choice.started:
+            chunks.append(self._chunk(self.format.part(piece._replace(finish_reason=None))))
+            choice.started = True
+        if piece.finish_reason:
+            chunks.append(self._chunk(self.format.part(piece._replace(text="", scored=[]))))
+        return chunks
+
+    def usage_chunk(self) -> Json:
+        """The last chunk of a stream with include_usage."""
+        return self._envelope(self.format.chunk_object, []) | {"usage": self.usage}
+
+    def _chunk(self, choice: Json) -> Json:
+        chunk = self._envelope(self.format.chunk_object, [choice])
+        if self.options.continuous_usage_stats:
+            chunk["usage"] = self.usage
+        elif self.options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.format.prefix + self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }

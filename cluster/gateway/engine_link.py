@@ -1,0 +1,131 @@
+"""One engine, seen from one gateway: the other end of `workers/server/channel.py`, and the requests under way there."""
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+import zmq
+import zmq.asyncio
+
+from stepladder.cluster.endpoint import Endpoint
+from stepladder.cluster.gateway.errors import Overloaded
+from stepladder.workers.core import Output, Request
+from stepladder.workers.engine import EngineStats
+from stepladder.workers.server.messages import (
+    Abort,
+    Hello,
+    Keys,
+    Refusal,
+    Submit,
+    ToEngine,
+    Update,
+    decode_update,
+    encode,
+)
+
+
+@dataclass(eq=False)
+class Flight:
+    """A request under way. `sent` is what the client has; a replay continues behind it."""
+
+    request: Request
+    link: "EngineLink | None" = None
+    attempt: int = 0
+    sent: list[int] = field(default_factory=list)
+    events: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
+
+    @property
+    def wire_id(self) -> str:
+        """A name per attempt, so that what an older attempt still says is not taken for this one's."""
+        return f"{self.request.id}#{self.attempt}"
+
+    @property
+    def cost(self) -> int:
+        """KV tokens it may come to hold."""
+        return len(self.request.prompt) + self.request.params.max_tokens
+
+
+class EngineLink:
+    """The connection to one engine.
+
+    Sends never block: a queue that is full means an engine that is gone, and its requests are replayed elsewhere.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, gateway: str, secret: str, endpoint: Endpoint) -> None:
+        self.endpoint, self.stats, self.last_heard = endpoint, EngineStats(), monotonic()
+        self.alive = False
+        self.flights: dict[str, Flight] = {}
+        self.orphans: set[str] = set()  # names of requests that lost their gateway and run on there
+        self.load = 0  # KV tokens that its flights may come to hold
+        self._sent = self._heard = self._session = 0
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, f"{gateway}-{endpoint.generation}".encode())
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 10_000)
+        self._socket.setsockopt(zmq.RCVHWM, 10_000)
+        self._socket.curve_serverkey = Keys.of("engine", secret).public
+        self._socket.curve_publickey, self._socket.curve_secretkey = Keys.of("gateway", secret)
+        self._socket.connect(endpoint.address)
+
+    async def hello(self) -> None:
+        """Begin anew: the engine forgets whatever this gateway had asked for."""
+        self._sent = self._heard = 0
+        self._session += 1
+        self.last_heard = monotonic()
+        await self._send(Hello(self._session))
+
+    async def submit(self, flight: Flight) -> None:
+        flight.link = self
+        flight.attempt += 1
+        self.flights[flight.wire_id] = flight
+        self.load += flight.cost
+        self._sent += 1
+        output = (*flight.request.output, *flight.sent)
+        await self._send(Submit(self._sent, replace(flight.request, id=flight.wire_id, output=output)))
+
+    async def abort(self, flight: Flight) -> None:
+        """Its client is gone; no error if it has ended already."""
+        if self.forget(flight.wire_id):
+            self._sent += 1
+            await self._send(Abort(self._sent, flight.wire_id))
+
+    def forget(self, wire_id: str) -> Flight | None:
+        flight = self.flights.pop(wire_id, None)
+        self.load -= flight.cost if flight else 0
+        return flight
+
+    async def receive(self) -> bool:
+        """Deliver one update to its flights; False if one before it was lost."""
+        update = decode_update(await self._socket.recv())
+        if update.session != self._session:
+            return True  # sent before the engine heard that we had begun anew
+        self.alive, self.last_heard, self.stats = True, monotonic(), update.stats
+        self.orphans = set(update.orphans)
+        if update.number != self._heard:
+            return False
+        self._heard += 1
+        self._deliver(update)
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _deliver(self, update: Update) -> None:
+        for refusal in update.refusals:
+            if flight := self.forget(refusal.id):
+                flight.events.put_nowait(_as_error(refusal))
+        for output in update.outputs:
+            if flight := self.flights.get(output.id):
+                flight.sent.extend(output.tokens)
+                if output.finish_reason:
+                    self.forget(output.id)
+                flight.events.put_nowait(replace(output, id=flight.request.id))
+
+    async def _send(self, message: ToEngine) -> None:
+        with suppress(zmq.Again):
+            await self._socket.send(encode(message), zmq.NOBLOCK)
+
+
+def _as_error(refusal: Refusal) -> Exception:
+    return Overloaded(refusal.message, retry_after=1) if refusal.full else ValueError(refusal.message)

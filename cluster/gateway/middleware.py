@@ -1,0 +1,83 @@
+"""What every HTTP request passes first: its id, the API key, the size of its body, and the last net for errors."""
+
+import hmac
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stepladder.cluster.gateway.errors import ApiError, BadRequest, BodyTooLarge, Unauthorized
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # for probes and scrapers, which have no key
+_REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+
+
+class Gatekeeper:
+    """ASGI middleware. The request's id is in `request.state.request_id` and echoed as X-Request-Id.
+
+    Args:
+        api_key: bearer token that all but OPEN_PATHS need.
+        max_body_bytes: larger bodies are refused.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        assert api_key != "", "an empty key is no key, and None has to be meant"
+        self._api_key = api_key.encode() if api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started = Headers(scope=scope), False
+        given = headers.get("x-request-id")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            self._check(scope["path"], headers, given not in (None, request_id))
+            await self._app(scope, self._bounded(receive), send_with_id)
+        except ApiError as error:
+            await error.response()(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if not started:
+                await ApiError("internal error").response()(scope, receive, send_with_id)
+
+    def _check(self, path: str, headers: Headers, bad_id: bool) -> None:
+        if self._api_key is not None and path not in OPEN_PATHS:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), self._api_key):
+                raise Unauthorized("this server needs its API key: send Authorization: Bearer <key>")
+        if bad_id:
+            raise BadRequest("X-Request-Id must be 1 to 128 letters, digits or any of _.:/+=-", param="X-Request-Id")
+        if int(headers.get("content-length", 0)) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Count a body that comes in chunks without saying how long it is."""
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is larger than this server takes ({self._max_body_bytes} bytes)")

@@ -1,0 +1,1 @@
+"""Part (b) of suite=afd: real models on shaped links."""

@@ -1,0 +1,98 @@
+"""The real part: should we disaggregate? Two ranks, one core each, on two hosts made of network namespaces.
+
+Real models decode greedily in two processes with gloo between them, no Ray and no HTTP: ladder AFD; ping-pong with one
+to four micro-batches of the same batch; tensor parallelism over the same link; two replicas with half of it each.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from stepladder.launch.bench.afd.real.measure import Measuring
+from stepladder.launch.bench.afd.real.model import Model, Wire, check_context
+from stepladder.launch.bench.afd.real.pair import Pair, cores
+from stepladder.launch.bench.afd.real.point import Point
+from stepladder.launch.bench.afd.real.task import LADDER, LAG0, Decoded, Load
+from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig.hosts import Hosts, Link
+
+PAIRS = ("stepladder.launch.bench.afd.real.apart", "stepladder.launch.bench.afd.real.colocated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealOptions:
+    """context: cached tokens of each sequence. steps: of a turn, besides one that warms up. rounds: in each, every case
+    has a turn."""
+
+    models: list[Model]
+    context: int
+    steps: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name in ("context", "steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"real.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.models:
+            raise ValueError("real.models is empty; name at least one, or leave `real` out of parts")
+
+    def load(self, batch: int, wire: Wire) -> Load:
+        return Load(batch, self.context, self.steps, wire.late_ms / 1e3)
+
+    def check_models(self) -> None:
+        """All of them before the first is measured, which takes long; not in `__post_init__`, since checkpoints need
+        not be there for the emulated part.
+
+        Raises:
+            ValueError: a model is not there, or takes fewer positions.
+        """
+        for model in self.models:
+            spec = model.spec
+            for batch, wire in product(model.batches, model.wires):
+                check_context(spec, self.load(batch, wire), model.name)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A turn of ladder AFD and one of lag 0 with m = 1, both ranks' answers of each."""
+
+    point: Point
+    turns: dict[str, list[Decoded]]
+
+
+def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Point], list[Traced]]:
+    """All points and, if asked for, a trace of each. journal: where every round is written to at once.
+
+    Raises:
+        ValueError: there are no network namespaces to be had here, or no two cores; or `options.check_models` does.
+    """
+    if why := netns.unavailable():
+        raise ValueError(f"suite=afd needs network namespaces for real models, or parts=[emulated]; {why}")
+    options.check_models()
+    cores()
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+    traces: list[Traced] = []
+    total = sum(len(model.wires) * len(model.batches) for model in options.models)
+    with Hosts(2) as hosts, tqdm(total=total, unit="point") as bar:
+        for model in options.models:
+            with ExitStack() as stack:
+                path = model.directory(Path(stack.enter_context(TemporaryDirectory())))
+                apart, colocated = (stack.enter_context(Pair(m, path, hosts)) for m in PAIRS)
+                measuring = Measuring(model.name, model.spec.num_layers, apart, colocated, options.rounds, journal)
+                for wire in model.wires:
+                    for host in hosts:
+                        host.shape(Link(rate=wire.rate))
+                    for batch in model.batches:
+                        bar.set_postfix_str(f"{model.name}, {wire.name}, batch {batch}")
+                        load = options.load(batch, wire)
+                        points.append(measuring.point(wire, load))
+                        if trace:
+                            turns = {case.name: measuring.traced(case, load) for case in (LADDER, LAG0)}
+                            traces.append(Traced(points[-1], turns))
+                        bar.update()
+    return points, traces

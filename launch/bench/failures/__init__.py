@@ -1,0 +1,1 @@
+"""suite=failures: what clients notice when processes die under load."""

@@ -1,0 +1,179 @@
+"""A deployment that is to be hurt: its processes, its state as the controller tells it, and whatever is left of it."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, NamedTuple
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group_table
+
+from stepladder.cluster.names import CONTROLLER, namespace
+from stepladder.launch.bench.failures.faults import Fault
+from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.quickstart import ready
+
+POLL_SECONDS = 0.02
+Engines = dict[str, dict[str, Any]]  # by engine, its counters
+TITLES = {"rank": "ray::RankActor", "gateway": "ray::GatewayActor", "controller": "ray::ControllerActor"}
+
+
+class State(NamedTuple):
+    """phase: the controller's word. serves: whether all engines take requests, and the FFN pool members.
+    generations: which life each of them is in. restarts: how often something was put back."""
+
+    phase: str
+    serves: bool
+    generations: dict[str, int]
+    restarts: int
+
+
+@dataclass
+class DeploymentUnderTest:
+    """A running deployment; `name` is its own and its job's."""
+
+    cluster: PrivateRay
+    name: str
+    url: str
+
+    def state(self) -> State:
+        report = ray.get(self._actor(CONTROLLER).report.remote(), timeout=2)
+        groups = report["engines"] | report.get("pools", {})
+        generations = {name: group["generation"] for name, group in groups.items()}
+        return State(report["phase"], all(g["serves"] for g in groups.values()), generations, report["restarts"])
+
+    def process(self, failure: Fault) -> psutil.Process:
+        """The process that this failure strikes.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        if failure.kind in ("gateway", "controller"):
+            found = self.cluster.processes(TITLES[failure.kind])
+        else:
+            group, rank = failure.target
+            places = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
+            found = [psutil.Process(place.pid) for place in places if place.rank == rank]
+        if len(found) != 1:
+            raise ValueError(f"there are {len(found)} processes to strike where there should be one")
+        return found[0]
+
+    def engines(self) -> Engines:
+        """The counters of every engine, now; those of its rank 0, which has the engine."""
+        groups = [group for group in self.state().generations if group.startswith("engine-")]
+        ranks = [(group, actor) for group in groups for actor in self._ranks(group)]
+        answers = ray.get([actor.ping.remote() for _, actor in ranks], timeout=10)
+        told = zip(ranks, answers, strict=True)
+        return {group: answer for (group, _), answer in told if "generation_tokens" in answer}
+
+    def census(self) -> dict[str, int]:
+        """How many there are of everything that a failure could leave behind."""
+        count = {kind: len(self.cluster.processes(title)) for kind, title in TITLES.items()}
+        count["actors"] = len(self._names())
+        return count | {"placement groups": len(self._groups())}
+
+    def remains(self) -> list[str]:
+        """What is still there of a deployment that was stopped."""
+        processes = [f"{kind} {p.pid}" for kind, title in TITLES.items() for p in self.cluster.processes(title)]
+        return [*processes, *self._names(), *self._groups()]
+
+    def _actor(self, name: str) -> ActorHandle:
+        return ray.get_actor(name, namespace=namespace(self.name))
+
+    def _ranks(self, group: str) -> list[ActorHandle]:
+        prefix = f"{self.name}/{self.state().generations[group]}/{group}/"
+        return [self._actor(name) for name in self._names() if name.startswith(prefix)]
+
+    def _names(self) -> list[str]:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return [actor["name"] for actor in actors if actor["namespace"] == namespace(self.name)]
+
+    def _groups(self) -> list[str]:
+        groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        return [group["name"] for group in groups if group["name"].startswith(f"{self.name}/")]
+
+
+@contextmanager
+def deployed(name: str, run_dir: str, ray_cpus: int, options: list[str]) -> Iterator[DeploymentUnderTest]:
+    """A deployment in a private Ray; whoever stops it has the rest of the Ray to look for what it left."""
+    command = ["python", "-m", "stepladder.launch.serve", f"name={name}", f"run_dir={run_dir}", *options]
+    with PrivateRay(num_cpus=ray_cpus) as cluster:
+        os.environ.update({key: value for key, value in cluster.env.items() if key.startswith("RAY_")})
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        ray.init(address=cluster.address, namespace="bench", log_to_driver=False)
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there: a second signal breaks off the teardown
+        try:
+            cluster.submit(name, *command)
+            yield DeploymentUnderTest(cluster, name, ready(cluster, name))
+        finally:
+            ray.shutdown()
+
+
+@dataclass
+class Watch:
+    """Asks the controller over and over, in a thread, until the deployment was seen broken and ready again.
+
+    Args:
+        hung: the controller's process, if that is what hangs: it was noticed once that process is gone.
+
+    Attributes:
+        noticed: when the controller first said that something was amiss, or did not answer (`monotonic`).
+        ready: when it first said after that that all was well.
+        last: what it last said; None if it did not answer.
+    """
+
+    victim: DeploymentUnderTest
+    before: State
+    seconds: float
+    hung: psutil.Process | None = None
+    noticed: float | None = None
+    ready: float | None = None
+    last: State | None = None
+    _thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        deadline = monotonic() + self.seconds
+        if (hung := self.hung) and within(self.seconds, lambda: _gone(hung)):
+            self.noticed = monotonic()
+        while self.ready is None and monotonic() < deadline:
+            try:
+                state: State | None = self.victim.state()
+            except (RayError, GetTimeoutError, ValueError):
+                state = None
+            self.last = state
+            if self.noticed is None and state != self.before:
+                self.noticed = monotonic()
+            if self.noticed is not None and state is not None and state.phase == "ready" and state.serves:
+                self.ready = monotonic()
+            threading.Event().wait(POLL_SECONDS)
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether it comes to hold in time."""
+    deadline = monotonic() + seconds
+    while not holds():
+        if monotonic() > deadline:
+            return False
+        threading.Event().wait(POLL_SECONDS)
+    return True
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,1 @@
+"""suite=serve: load on an OpenAI endpoint."""

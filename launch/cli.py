@@ -1,0 +1,33 @@
+"""`stepladder serve|ctl|train|generate|bench ...`: each the same as `python -m stepladder.launch.NAME ...`."""
+
+import runpy
+import sys
+
+import stepladder
+
+COMMANDS = {
+    "serve": "serve a model under Ray; submit it with `ray job submit -- stepladder serve ...`",
+    "ctl": "look after a running deployment: status, logs, drain, resume, stop",
+    "generate": "continue every prompt of a file, in one process without Ray",
+    "train": "train, or convert to Ladder: recipe=demo|twins|convert",
+    "bench": "measure: suite=engine|overlap|afd|serve|failures|fp8",
+}
+USAGE = "\n".join(["usage: stepladder COMMAND ...", *(f"  {name:<10}{does}" for name, does in COMMANDS.items())])
+
+
+def main() -> None:
+    """The console script; only the command that is run is imported."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(USAGE)
+    elif name == "--version":
+        print(stepladder.__version__)
+    elif name not in COMMANDS:
+        sys.exit(f"stepladder: there is no command {name!r}\n{USAGE}")
+    else:
+        sys.argv = [f"stepladder {name}", *sys.argv[2:]]
+        runpy.run_module(f"stepladder.launch.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

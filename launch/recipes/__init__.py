@@ -1,0 +1,1 @@
+"""What `launch.train` trains: the bundled model, twins, conversion to Ladder."""

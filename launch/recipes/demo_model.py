@@ -1,0 +1,103 @@
+"""The recipe of the bundled model: text, tokenizer, weights and figures, all from one Python installation."""
+
+import json
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from stepladder.launch.recipes.bpe import end_of_text_id, save_tokenizer, train_tokenizer
+from stepladder.launch.recipes.corpus import Corpus, primed_xz_bits_per_byte, standard_library
+from stepladder.launch.recipes.training import TrainMonitor, Words, run_with_progress, size, write_json
+from stepladder.parallel.checkpoint import load_weights, save_weights
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import init_weights
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.training.train_config import TrainConfig
+from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRecipe:
+    """run_dir: absolute; the model goes to run_dir/model. evaluate: a model directory to measure instead."""
+
+    name: str
+    run_dir: str
+    threads: int
+    evaluate: str | None
+    model: ModelSpec
+    train: TrainConfig
+    monitor: TrainMonitor
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        if max(self.train.contexts) > self.model.max_position:
+            longest = max(self.train.contexts)
+            raise ValueError(f"train.contexts has {longest}, more than model.max_position ({self.model.max_position})")
+
+
+def run(recipe: DemoRecipe) -> None:
+    """Train and write run_dir/model, or measure the directory `evaluate`; both print what they found as JSON."""
+    torch.set_num_threads(recipe.threads)
+    corpus = standard_library()
+    if recipe.evaluate:
+        print(json.dumps(measure(Path(recipe.evaluate), corpus), indent=2))
+        return
+    directory = Path(recipe.run_dir) / "model"
+    directory.mkdir(parents=True, exist_ok=True)
+    with training_ranks() as ranks:
+        figures = train(recipe, corpus, directory, ranks)
+    if ranks.rank == 0:
+        figures |= measure(directory, corpus)
+        write_json(directory / "training.json", figures)
+        print(f"{json.dumps(figures, indent=2)}\nwritten to {directory}")
+
+
+def train(recipe: DemoRecipe, corpus: Corpus, directory: Path, ranks: Ranks) -> dict[str, Any]:
+    """Make tokenizer and weights; rank 0 writes them to `directory`. Returns the figures of the run."""
+    learned = None
+    if ranks.rank == 0:
+        learned = train_tokenizer((document.text for document in corpus.train), recipe.model.vocab_size).to_str()
+    tokenizer = Tokenizer.from_str(ranks.share(learned))
+    spec = replace(recipe.model, eos_ids=(end_of_text_id(tokenizer),))
+    model = Transformer(spec)
+    init_weights(model, spec, recipe.train.seed)
+    stream = Words.of_bundled(tokenizer).stream(corpus.train)
+    trainer = Trainer(model, stream, recipe.train, Path(recipe.run_dir), ranks)
+    run_with_progress(trainer, Path(recipe.run_dir), recipe.name, recipe.monitor)
+    trainer.close()
+    if ranks.rank == 0:
+        save_tokenizer(tokenizer, directory, spec.max_position)
+        write_json(directory / "config.json", spec.to_config())
+        save_weights(model, directory, torch.bfloat16)
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.train.seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_seen": trainer.step * recipe.train.batch_tokens,
+        "tokens_of_text": len(stream),
+        "train_seconds": round(trainer.seconds),
+        "torch": torch.__version__,
+    }
+
+
+def measure(directory: Path, corpus: Corpus) -> dict[str, Any]:
+    """Held-out bits per byte of the model in `directory` (its bf16 weights, computed in fp32) and of primed xz."""
+    spec = ModelSpec.load(directory)
+    model = Transformer(spec)
+    load_weights(model, directory)
+    words = Words.of_bundled(Tokenizer.from_file(str(directory / "tokenizer.json")))
+    held_out = corpus.held_out
+    return {
+        "python": platform.python_version(),
+        "data_sha256": corpus.sha256,
+        "train_bytes": size(corpus.train),
+        "held_out_bytes": size(held_out),
+        "held_out_documents": len(held_out),
+        "held_out_bits_per_byte": round(words.bits_per_byte(model, held_out, spec.max_position), 4),
+        "primed_xz_bits_per_byte": round(primed_xz_bits_per_byte(corpus.train, held_out), 4),
+    }

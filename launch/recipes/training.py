@@ -1,0 +1,127 @@
+"""What the training recipes share: a run with its progress and figures, and text as tokens with what it costs."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from stepladder.cluster.config import WANDB_MODES
+from stepladder.cluster.monitor import open_monitor
+from stepladder.launch.recipes.bpe import encode_plain, end_of_text_id
+from stepladder.launch.recipes.corpus import Document
+from stepladder.parallel.model import Transformer
+from stepladder.workers.training.evaluate import bits_per_byte
+from stepladder.workers.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMonitor:
+    """metrics.jsonl gets a row every train.log_every steps, and so does W&B unless it is disabled."""
+
+    wandb: str
+    project: str
+
+    def __post_init__(self) -> None:
+        if self.wandb not in WANDB_MODES:
+            raise ValueError(f"monitor.wandb is {self.wandb!r}; it must be one of {', '.join(WANDB_MODES)}")
+
+
+def run_with_progress(
+    trainer: Trainer,
+    directory: Path,
+    name: str,
+    monitor: TrainMonitor,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """All remaining steps, under a progress bar; rank 0 writes figures below `directory`.
+
+    Args:
+        after: called on every rank with the number of steps done, before the first step and after each.
+    """
+    shown = {"train": trainer.settings["config"], "model": trainer.settings["model"]}
+    lead = trainer.ranks.rank == 0
+    rows = open_monitor(directory, monitor.wandb, monitor.project, name, shown) if lead else None
+    bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=name, disable=not lead)
+
+    def log(row: dict[str, Any]) -> None:
+        if rows is not None:
+            rows.log(row)
+        bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
+
+    try:
+        after(trainer.step)
+        for step in trainer.run(log):
+            bar.update()
+            after(step)
+    finally:
+        bar.close()
+        if rows is not None:
+            rows.close()
+    trainer.save()
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer, and the tokens around a document: `start` before it, `end` after it."""
+
+    tokenizer: Tokenizer
+    start: tuple[int, ...]
+    end: int
+
+    @classmethod
+    def of_bundled(cls, tokenizer: Tokenizer) -> "Words":
+        """Of a tokenizer that `launch.bpe` made."""
+        return cls(tokenizer, (), end_of_text_id(tokenizer))
+
+    @classmethod
+    def of_model(cls, directory: Path, eos_ids: Sequence[int]) -> "Words":
+        """Of a model directory: what its tokenizer puts before a text, and the model's first end-of-sequence token.
+
+        Raises:
+            ValueError: no tokenizer, or no end-of-sequence token.
+        """
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; the model directory must have a tokenizer.json")
+        if not eos_ids:
+            raise ValueError(f"{directory / 'config.json'} has no eos_token_id, which must end every document; add it")
+        tokenizer = Tokenizer.from_file(str(path))
+        ids, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        return cls(tokenizer, tuple(ids[: ids.index(plain[0])]), eos_ids[0])
+
+    def encode(self, document: Document) -> list[int]:
+        return [*self.start, *encode_plain(self.tokenizer, document.text), self.end]
+
+    def stream(self, documents: Sequence[Document]) -> Tensor:
+        """The documents one after the other: int32 [tokens]. As a list they would take nine times the memory."""
+        ids = (number for document in documents for number in self.encode(document))
+        return torch.from_numpy(np.fromiter(ids, np.int32))
+
+    def bits_per_byte(self, model: Transformer, documents: Sequence[Document], context: int) -> float:
+        """Bits per byte of `documents` in windows of `context` tokens."""
+        return bits_per_byte(model, self.alone(documents), size(documents), context)
+
+    def alone(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Token ids of each document by itself: after a start or else an end, and before an end."""
+        before = () if self.start else (self.end,)
+        return [[*before, *self.encode(document)] for document in documents]
+
+
+def size(documents: Sequence[Document]) -> int:
+    """Bytes in UTF-8."""
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, whatever kills this process."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,239 @@
+"""An attention rank's tie to the FFN pool during one step. It outlives the pool.
+
+A layer call on F is idempotent: the A rank remembers the newest points of its stream and its own contributions since,
+so when an F rank is lost, the pool that replaces it is sent those and goes on from the first contribution that has not
+been folded in. Nobody waits longer than that, and nothing is computed twice on this side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Header
+from stepladder.parallel.residual import Block, Done, Fold, Pending, ResidualStream
+from stepladder.parallel.spec import ModelSpec
+
+REMEMBER = 8  # points of a stream; micro-batches in rotation are at most one contribution of F apart
+
+
+class Resume(NamedTuple):
+    """Where a new pool begins. start: contributions in the stream that it is sent; first: the first block that it
+    computes. Those between come from A, whoever made them."""
+
+    start: int
+    first: int
+
+
+BEGINNING = Resume(0, 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of one step, which hold until it ends.
+
+    Attributes:
+        generation, number: of the pool's life and of the step.
+        tokens: [A ranks][micro-batches]; 0 sends nothing. An A rank knows of itself only.
+        resume: where the pool begins.
+    """
+
+    generation: int
+    number: int
+    tokens: tuple[tuple[int, ...], ...]
+    resume: Resume = BEGINNING
+
+    @property
+    def micro_batches(self) -> int:
+        return len(self.tokens[0])
+
+    def header(self, block: int, micro: int, source: int = 0) -> Header:
+        """Of a message with the rows of the A rank at `source`, in either direction."""
+        return Header(self.generation, self.number, block, micro, self.tokens[source][micro])
+
+
+class Again(Protocol):
+    """What finds the next pool: waits for it, opens the step there, and returns the new edges and the new layout."""
+
+    def __call__(self, resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
+        """Raises EdgeLost if none comes."""
+        ...
+
+
+class Pool(Protocol):
+    """What an attention side needs of the FFN side: `Link` and `NoPool` have it."""
+
+    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
+        """Send x_0 of every micro-batch."""
+        ...
+
+    def send(self, block: int, micro: int, rows: Tensor) -> None:
+        """Send this side's contribution to a block."""
+        ...
+
+    def receive(self, block: int, micro: int) -> Pending:
+        """The pool's contribution to a block."""
+        ...
+
+    def settle(self) -> None:
+        """The step is over."""
+        ...
+
+
+class NoPool:
+    """In place of the pool: FFNs that answer with zeros, so that an attention side can be measured alone."""
+
+    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
+        self._zeros = [torch.zeros_like(stream.input(0)) for stream in streams]
+
+    def send(self, block: int, micro: int, rows: Tensor) -> None:
+        pass
+
+    def receive(self, block: int, micro: int) -> Pending:
+        return Done(self._zeros[micro])
+
+    def settle(self) -> None:
+        pass
+
+
+class Link:
+    """The pool as it really is: edges to every F rank, in their order.
+
+    Args:
+        edges, layout: of this step; `layout.tokens` has one row, this rank's.
+        spec: the model's; rows have its hidden size and dtype.
+        again: finds the next pool when an edge is lost; without it, or when it finds none, EdgeLost goes through.
+
+    Attributes:
+        waited: seconds that this side has waited for F. resumes: how often the step had to begin again.
+    """
+
+    def __init__(self, edges: Sequence[Edge], layout: Layout, spec: ModelSpec, again: Again | None = None) -> None:
+        self.edges, self.layout, self._spec, self._again = edges, layout, spec, again
+        self.waited, self.resumes = 0.0, 0
+        self._mine: dict[tuple[int, int], Tensor] = {}
+        self._posted: dict[tuple[int, int], Pending] = {}
+
+    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
+        self._streams, self._blocks = streams, blocks
+        for micro, stream in enumerate(streams):
+            self._send(INPUT, micro, stream.input(0))
+
+    def send(self, block: int, micro: int, rows: Tensor) -> None:
+        self._mine[block, micro] = rows
+        self._mine.pop((block - REMEMBER, micro), None)
+        self._send(block, micro, rows)
+
+    def receive(self, block: int, micro: int) -> Pending:
+        self._post(block, micro)
+        return _FromPool(self, block, micro)
+
+    def take(self, block: int, micro: int) -> Tensor:
+        """Wait for the pool's contribution to a block, whichever pool it is that computes it."""
+        began = monotonic()
+        while True:
+            try:
+                rows = self._posted[block, micro].wait()
+                break
+            except EdgeLost as error:
+                self._mend(error.with_traceback(None))  # which would keep the old sockets open
+        del self._posted[block, micro]
+        self.waited += monotonic() - began
+        return rows
+
+    def settle(self) -> None:
+        """Everything has come; what F did not need any more may be lost with it."""
+        try:
+            for pending in self._posted.values():
+                pending.wait()  # what was folded in before the pool was lost, computed once more
+            for edge in self.edges:
+                edge.settle()
+        except EdgeLost:
+            if self._again is None:
+                raise
+
+    def _mend(self, lost: EdgeLost) -> None:
+        """The pool is gone: go on with the next one, from the first contribution that is not folded in everywhere."""
+        if self._again is None:
+            raise lost
+        done = min(stream.done for stream in self._streams)
+        first = next(n for n, block in enumerate(self._blocks) if block.elsewhere and n >= done)
+        start = max(0, min(first - self._blocks[first].lag, done))
+        asked = self._asked
+        for edge in self.edges:
+            edge.abort()  # those that live must not wait for us
+        self.edges = ()
+        self._posted.clear()
+        self.edges, self.layout = self._again(Resume(start, first), lost)
+        self.resumes += 1
+        self._send_again(start, first)
+        for block, micro in asked:
+            if block >= first:
+                self._post(block, micro)
+
+    def _send_again(self, start: int, first: int) -> None:
+        """x with `start` contributions, then what followed it, in the order in which F reads it."""
+        points = [{fold.done: fold for fold in stream.past} for stream in self._streams]
+        for micro, known in enumerate(points):
+            self._send(INPUT, micro, known[start].x)
+        for block in range(start, len(self._blocks)):
+            for micro, known in enumerate(points):
+                rows = self._known(block, micro, first, known)
+                if rows is not None:
+                    self._send(block, micro, rows)
+
+    def _known(self, block: int, micro: int, first: int, points: dict[int, Fold]) -> Tensor | None:
+        """A block's whole contribution where F will not compute its part, else ours; None if there is none yet."""
+        if block < first and self._blocks[block].elsewhere:
+            return points[block + 1].total
+        return self._mine.get((block, micro))
+
+    @property
+    def _asked(self) -> list[tuple[int, int]]:
+        """All that this step has received or waits for, in the order in which F sends it."""
+        last_block, last_micro = max(self._posted)
+        return [
+            (number, micro)
+            for number, block in enumerate(self._blocks[: last_block + 1])
+            for micro in range(len(self._streams))
+            if block.elsewhere and (number, micro) <= (last_block, last_micro)
+        ]
+
+    def _send(self, block: int, micro: int, rows: Tensor) -> None:
+        header = self.layout.header(block, micro)
+        if header.tokens:
+            for edge in self.edges:
+                edge.send(header, rows)
+
+    def _post(self, block: int, micro: int) -> None:
+        header = self.layout.header(block, micro)
+        hidden, dtype = self._spec.hidden_size, self._spec.dtype
+        if header.tokens:
+            parts = [edge.receive(header, hidden, dtype) for edge in self.edges]
+            self._posted[block, micro] = Sum(parts)
+        else:
+            self._posted[block, micro] = Done(torch.empty(0, hidden, dtype=dtype))
+
+
+class _FromPool:
+    def __init__(self, link: Link, block: int, micro: int) -> None:
+        self._link, self._block, self._micro = link, block, micro
+
+    def wait(self) -> Tensor:
+        return self._link.take(self._block, self._micro)
+
+
+class Sum:
+    """Partial sums on their way from several ranks, added up in the ranks' order."""
+
+    def __init__(self, parts: Sequence[Pending]) -> None:
+        self._parts = parts
+
+    def wait(self) -> Tensor:
+        first, *rest = [part.wait() for part in self._parts]
+        for part in rest:
+            first = first + part
+        return first

@@ -1,0 +1,215 @@
+"""Attention/FFN disaggregation: one loop over blocks, run by two pools of ranks that each hold half of the modules.
+
+A ranks hold attention, KV cache, embedding, norms and head, each for sequences of its own. F ranks hold the FFN shards
+and no request state; they run the rows of all A ranks, one A rank after the other. Both sides hold the residual stream
+and add what the other side sends, so the lag of the checkpoint alone decides what can run at once: at lag 0
+micro-batches in rotation are the ping-pong pipeline of MegaScale-Infer (2504.02263) and Step-3 (2507.19427); at lag 1
+both pools work on every layer of one and the same batch.
+
+Letters: T rows of a micro-batch on this side (of one A rank, or of all of them on F), h hidden.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepladder.kernels.rope import rope_frequencies, rope_table
+from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost
+from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
+from stepladder.parallel.context import Context
+from stepladder.parallel.modules import Attention, FeedForward, Norm, VocabParallel
+from stepladder.parallel.residual import Block, Done, Pending, Reduce, ResidualStream, run_blocks
+from stepladder.parallel.shards import Shard, whole
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.wiring import wiring
+
+log = logging.getLogger(__name__)
+
+ATTENTION, FFN = "a", "f"
+POOLS = {"attention": ATTENTION, "ffn": FFN}  # who computes which module
+
+
+def half(spec: ModelSpec, pool: str, shard: Shard) -> tuple[nn.ModuleList, list[Block]]:
+    """The modules of one pool, and all blocks of the model as this pool sees them."""
+    kinds = {"attention": Attention, "ffn": FeedForward}
+    modules, blocks = nn.ModuleList(), []
+    for plan in wiring(spec):
+        mine = [kinds[name](spec, plan.layer, shard) for name in plan.modules if POOLS[name] == pool]
+        modules.extend(mine)
+        others = sorted({POOLS[name] for name in plan.modules} - {pool})
+        blocks.append(Block(plan.lag, mine, others))
+    return modules, blocks
+
+
+class AttentionSide(nn.Module):
+    """What an A rank holds of the model."""
+
+    frequencies: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec, self.shard = spec, Shard()
+        self.embedding = VocabParallel(spec, "model.embed_tokens.weight", self.shard)
+        self.attentions, self.blocks = half(spec, ATTENTION, self.shard)
+        self.norm = Norm(spec, whole("model.norm.weight", spec.hidden_size))
+        self.head = self.embedding if spec.tie_embeddings else VocabParallel(spec, "lm_head.weight", self.shard)
+        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, torch.get_default_device(), spec.rope_scaling)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.spec.num_kv_heads
+
+    def forward(self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Pool) -> list[Tensor]:
+        """One step: tokens [T] of each micro-batch -> final hidden states [T, h], normalised.
+
+        Raises:
+            EdgeLost: an F rank is gone, and `pool` finds none in its place.
+        """
+        streams = [ResidualStream(self.embedding.embed(ids), remember=REMEMBER) for ids in tokens]
+        for ids, context in zip(tokens, contexts, strict=True):
+            if len(ids):
+                dtype, interleaved = self.spec.dtype, self.spec.rope_interleaved
+                context.cos, context.sin = rope_table(context.positions, self.frequencies, dtype, interleaved)
+        pool.begin(streams, self.blocks)
+
+        def contribute(
+            number: int, block: Block, micro: int, stream: ResidualStream, context: Any
+        ) -> Sequence[Pending]:
+            parts: list[Pending] = []
+            if block.modules:
+                mine = _if_rows(block, stream, context, len(tokens[micro]))
+                pool.send(number, micro, mine)
+                parts.append(Done(mine))
+            if block.elsewhere:
+                parts.append(pool.receive(number, micro))
+            return parts
+
+        hidden = run_blocks(self.blocks, streams, contexts, contribute)
+        pool.settle()
+        return [self.norm(x) for x in hidden]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, h] -> [R, vocabulary]."""
+        return self.head.logits(hidden)[:, : self.spec.vocab_size]
+
+
+class FeedForwardSide(nn.Module):
+    """What an F rank holds of the model: its shard of every FFN. `reduce` adds up the F ranks' partial sums.
+
+    The rows of A rank i go back as partial sums, which A adds up in the order of the F ranks; so does `reduce`.
+
+    Attributes:
+        busy: seconds inside its FFNs since it began. calls: of them.
+    """
+
+    def __init__(self, spec: ModelSpec, shard: Shard = Shard(), reduce: Reduce = Done) -> None:  # noqa: B008
+        super().__init__()
+        self.spec, self.shard, self.reduce = spec, shard, reduce
+        self.ffns, self.blocks = half(spec, FFN, shard)
+        self.busy, self.calls = 0.0, 0
+
+    def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:
+        """One step, with the edges to the A ranks that `layout` names, in its order.
+
+        Returns:
+            The places in `layout` of A ranks that were lost on the way (or before: None among the edges). Their rows
+            went on as zeros, and nobody waited for them.
+        """
+        sources = _Sources(edges, layout, self.spec)
+
+        def contribute(
+            number: int, block: Block, micro: int, stream: ResidualStream, context: Any
+        ) -> Sequence[Pending]:
+            if number < layout.resume.first and block.modules:
+                return [sources.receive(number, micro)]  # computed by the pool before this one
+            parts: list[Pending] = []
+            if block.elsewhere:
+                parts.append(sources.receive(number, micro))
+            if block.modules:
+                parts.append(self._compute(number, block, micro, stream, sources))
+            return parts
+
+        inputs = [sources.receive(INPUT, micro) for micro in range(layout.micro_batches)]
+        streams = [ResidualStream(x.wait(), layout.resume.start) for x in inputs]
+        run_blocks(self.blocks, streams, [None] * len(streams), contribute)
+        sources.settle()
+        return sources.lost
+
+    def _compute(self, number: int, block: Block, micro: int, stream: ResidualStream, sources: "_Sources") -> Pending:
+        """This rank's partial sum: to every A rank its rows, and the whole of it to the other F ranks."""
+        x, began = stream.input(block.lag), monotonic()
+        partial = block(x, None) if len(x) else torch.zeros_like(x)
+        self.busy += monotonic() - began
+        self.calls += 1
+        sources.send(number, micro, partial)
+        return self.reduce(partial) if len(partial) else Done(partial)
+
+
+class _Sources:
+    """The A ranks of one step, as one batch: their rows one after the other. Who is lost brings zeros."""
+
+    def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec) -> None:
+        self._edges, self._layout, self._spec = edges, layout, spec
+        self.lost = {source for source, edge in enumerate(edges) if edge is None}
+
+    def receive(self, block: int, micro: int) -> Pending:
+        parts = [self._receive(source, block, micro) for source in range(len(self._edges))]
+        return _Rows(self, parts, [tokens[micro] for tokens in self._layout.tokens])
+
+    def nothing(self, tokens: int) -> Tensor:
+        """In place of the rows of an A rank that is lost."""
+        return torch.zeros(tokens, self._spec.hidden_size, dtype=self._spec.dtype)
+
+    def send(self, block: int, micro: int, rows: Tensor) -> None:
+        counts = [tokens[micro] for tokens in self._layout.tokens]
+        for source, mine in enumerate(rows.split(counts)):
+            edge = self._edges[source]
+            if edge is not None and source not in self.lost and len(mine):
+                edge.send(self._layout.header(block, micro, source), mine)
+
+    def settle(self) -> None:
+        for source, edge in enumerate(self._edges):
+            if edge is not None and source not in self.lost:
+                with self.noting(source):
+                    edge.settle()
+
+    @contextmanager
+    def noting(self, source: int) -> Iterator[None]:
+        """An A rank that is lost here is lost for the rest of the step."""
+        try:
+            yield
+        except EdgeLost as error:
+            log.warning("A rank %d of this step is lost: %s", source, error)
+            self.lost.add(source)
+
+    def _receive(self, source: int, block: int, micro: int) -> Pending:
+        header, edge = self._layout.header(block, micro, source), self._edges[source]
+        if edge is not None and source not in self.lost and header.tokens:
+            return edge.receive(header, self._spec.hidden_size, self._spec.dtype)
+        return Done(self.nothing(header.tokens))
+
+
+class _Rows:
+    """Rows on their way from several A ranks, one rank's after the other's."""
+
+    def __init__(self, sources: _Sources, parts: Sequence[Pending], counts: Sequence[int]) -> None:
+        self._sources, self._parts, self._counts = sources, parts, counts
+
+    def wait(self) -> Tensor:
+        return torch.cat([self._rows(source, part) for source, part in enumerate(self._parts)])
+
+    def _rows(self, source: int, part: Pending) -> Tensor:
+        with self._sources.noting(source):
+            return part.wait()
+        return self._sources.nothing(self._counts[source])
+
+
+def _if_rows(block: Block, stream: ResidualStream, context: Any, tokens: int) -> Tensor:
+    x = stream.input(block.lag)
+    return block(x, context) if tokens else torch.zeros_like(x)

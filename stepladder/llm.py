@@ -1,0 +1,152 @@
+"""`LLM`: generate text in one process, without Ray."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import torch
+
+from stepladder.parallel.generation_defaults import GenerationDefaults
+from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.graphs import CudaCapture
+from stepladder.workers.sizing import kv_size
+from stepladder.workers.text.stream import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The continuation of one prompt. tokens include those of a stop string or end of sequence; text does not.
+
+    Attributes:
+        logprobs: one per token, if params.logprobs asked for them.
+        prompt_logprobs: one per token of the prompt, None for the first, if params.prompt_logprobs asked for them.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+@dataclass(eq=False)
+class _Growing:
+    """A prompt's continuation under way; `done` is its stream's, and gets it at the end."""
+
+    index: int
+    prompt: str
+    params: SamplingParams
+    text: TextStream
+    done: deque[tuple[int, Completion]]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def take(self, output: Output) -> FinishReason | None:
+        """Append what a step brought; why it ended, if it did."""
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = [None, *output.prompt_logprobs]
+        self.tokens.extend(output.tokens)
+        self.logprobs.extend(output.logprobs or ())
+        self.text.push(output.tokens[: self.text.visible(output)], finished=output.finish_reason is not None)
+        return "stop" if self.text.stopped else output.finish_reason
+
+    def complete(self, reason: FinishReason) -> None:
+        logprobs = self.logprobs if self.params.logprobs is not None else None
+        completion = Completion(self.prompt, self.text.text, self.tokens, reason, logprobs, self.prompt_logprobs)
+        self.done.append((self.index, completion))
+
+
+class LLM:
+    """A model in this process, on one device.
+
+    Args:
+        path: a Hugging Face directory; `parallel/families.py` lists what is served.
+        device: "cuda" or "cpu"; CUDA where there is one.
+        kv_tokens: how many tokens the KV cache holds.
+        kv: the cache in full, in place of `kv_tokens`; without a number of tokens it is measured how many fit.
+        options: fields of `EngineConfig`, such as max_sequences, dtype or batch_invariant.
+
+    Attributes:
+        defaults: sampling parameters that the model's generation_config.json recommends; the others as they are.
+
+    Raises:
+        ValueError: the model or an option is unusable.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: str | None = None,
+        kv_tokens: int = 16384,
+        kv: KvConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if "max_queued_tokens" in options:
+            raise ValueError("max_queued_tokens is for servers, which refuse requests; an LLM queues all it is given")
+        engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
+        if engine.threads:
+            torch.set_num_threads(engine.threads)
+        spec = engine.of(ModelSpec.load(path))
+        self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
+        self.tokenizer = Tokenizer(path)
+        mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        capture = CudaCapture(mesh.device) if engine.graphs_on(mesh.device) else None
+        executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant, capture=capture)
+        limits = engine.limits(spec, kv, kv_size(executor, engine, kv, mesh.device), mesh.device)
+        executor.allocate(limits.num_blocks, limits.block_size)
+        self.engine = Engine(limits, executor)
+        self._ids = map(str, count())
+        self._growing: dict[str, _Growing] = {}  # of all streams, by request id
+
+    def generate(self, prompts: list[str], params: SamplingParams | None = None) -> list[Completion]:
+        """Continue every prompt, batched; results are in the prompts' order.
+
+        Args:
+            params: None takes the model's `defaults`, with max_tokens as far as the context goes.
+        """
+        done = dict(self.stream(prompts, params))
+        return [done[index] for index in range(len(prompts))]
+
+    def stream(self, prompts: list[str], params: SamplingParams | None = None) -> Iterator[tuple[int, Completion]]:
+        """Like `generate`, but yields (index of the prompt, completion) as each one ends.
+
+        Several streams may be read in turn. One that is not read to its end takes its requests along when it is closed.
+
+        Raises:
+            ValueError: a prompt is empty or does not fit; then none of them is run.
+        """
+        done: deque[tuple[int, Completion]] = deque()
+        own: list[str] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                tokens = tuple(self.tokenizer.encode(prompt))
+                wanted = params or self.engine.config.fit(self.defaults, len(tokens))
+                request = Request(id=next(self._ids), prompt=tokens, params=wanted)
+                self.engine.add(request)
+                own.append(request.id)
+                text = TextStream.of(self.tokenizer, wanted)
+                self._growing[request.id] = _Growing(index, prompt, wanted, text, done)
+            for _ in prompts:
+                while not done:
+                    self._step()
+                yield done.popleft()
+        finally:
+            for request_id in own:
+                if self._growing.pop(request_id, None):
+                    self.engine.abort(request_id)
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if reason := self._growing[output.id].take(output):
+                self._growing.pop(output.id).complete(reason)
+                if not output.finish_reason:  # a stop string, which the engine does not know
+                    self.engine.abort(output.id)

@@ -1,0 +1,152 @@
+"""Rank 0's loop: take requests from gateways, step the engine, send each gateway its outputs."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from time import monotonic
+from typing import NamedTuple
+
+from stepladder.workers.core import Output, Request
+from stepladder.workers.engine import Engine
+from stepladder.workers.server.channel import Channel
+from stepladder.workers.server.messages import Abort, Hello, Refusal, Submit
+from stepladder.workers.server.orphans import Orphans
+
+
+class _Client(NamedTuple):
+    """Who asked for a request, and under which id."""
+
+    gateway: bytes
+    name: str
+
+
+class EngineServer:
+    """An engine behind a channel.
+
+    Inside the engine a request has an id of its own, made from the gateway's: two gateways, or two lives of one, may
+    ask under the same id.
+
+    Args:
+        max_queued_tokens: tokens that may wait for a place; beyond that, requests are refused as "full", unless they
+            are replays, which have been accepted before.
+        idle_seconds: how often an engine gives a sign of life, to its followers (when idle) and to the gateways.
+        orphan_seconds: how long a request runs on whose gateway was lost.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        channel: Channel,
+        max_queued_tokens: int = 1 << 20,
+        idle_seconds: float = 1.0,
+        orphan_seconds: float = 60.0,
+    ) -> None:
+        self._engine, self._channel = engine, channel
+        self._max_queued_tokens, self._idle_seconds = max_queued_tokens, idle_seconds
+        self._clients: dict[str, _Client] = {}  # by the engine's request id
+        self._mail: defaultdict[bytes, list[Output]] = defaultdict(list)
+        self._refusals: defaultdict[bytes, list[Refusal]] = defaultdict(list)
+        self._orphans = Orphans(orphan_seconds)
+        self._numbers = count()
+        self._last_sign = 0.0
+
+    def run(self, stopping: Callable[[], bool]) -> None:
+        """Until `stopping`."""
+        while not stopping():
+            self._take(timeout=0.0 if self._engine.has_work else self._idle_seconds)
+            if self._engine.has_work:
+                self._sort(self._engine.step())
+            self._give()
+            if not self._engine.has_work:  # at once, so that nobody waits for this engine
+                self._engine.heartbeat()
+
+    def sign(self) -> None:
+        """In the middle of a step that takes long: tell the gateways that this engine is alive."""
+        for gateway in self._channel.gateways:
+            self._channel.send(gateway, [], [], self._engine.stats, self._orphans.names)
+
+    def _take(self, timeout: float) -> None:
+        for gateway, message in self._channel.receive(timeout):
+            match message:
+                case Hello():
+                    self._drop(gateway)
+                    self._last_sign = 0.0  # it should hear at once who we are and whom we have
+                case Submit():
+                    self._submit(gateway, message)
+                case Abort(id=name):
+                    self._abort(_Client(gateway, name))
+
+    def _submit(self, gateway: bytes, message: Submit) -> None:
+        request, queued = message.request, self._engine.queued_tokens
+        if self._adopt(gateway, request):
+            return
+        if not message.is_replay and queued + len(request.prompt) > self._max_queued_tokens:
+            self._refusals[gateway].append(Refusal(request.id, "the queue is full; try again later", full=True))
+            return
+        unique = f"{request.id}.{next(self._numbers)}"
+        try:
+            self._engine.add(replace(request, id=unique))
+            self._clients[unique] = _Client(gateway, request.id)
+        except ValueError as error:
+            self._refusals[gateway].append(Refusal(request.id, str(error), full=False))
+
+    def _adopt(self, gateway: bytes, request: Request) -> bool:
+        """Whether `request` is the retry of one that lost its gateway; then it goes on where that one is."""
+        orphan = self._orphans.give_out(request)
+        if orphan is None:
+            return False
+        self._mail[gateway].append(Output(request.id, orphan.tokens[len(request.output) :], orphan.finish_reason))
+        if not orphan.finish_reason:
+            self._clients[orphan.request.id] = _Client(gateway, request.id)
+        return True
+
+    def _abort(self, client: _Client) -> None:
+        for request_id in [request_id for request_id, other in self._clients.items() if other == client]:
+            del self._clients[request_id]
+            self._engine.abort(request_id)
+
+    def _sort(self, outputs: list[Output]) -> None:
+        """A step's outputs into each gateway's mail."""
+        for output in outputs:
+            if client := self._clients.get(output.id):
+                self._mail[client.gateway].append(replace(output, id=client.name))
+            else:
+                self._orphans.note(output)
+            if output.finish_reason:
+                self._clients.pop(output.id, None)
+
+    def _give(self) -> None:
+        """One message per gateway that has something to hear; now and then one to everyone as a sign of life.
+
+        Those who have been here longest come first, so that a new one hears of all requests whose gateway is found
+        to be gone.
+        """
+        everyone: list[bytes] = []
+        if monotonic() - self._last_sign >= self._idle_seconds:
+            self._last_sign, everyone = monotonic(), self._channel.gateways
+            for request in self._orphans.expired():
+                self._engine.abort(request.id)
+        for gateway in dict.fromkeys([*everyone, *self._mail, *self._refusals]):
+            mail, refusals = self._mail.pop(gateway, []), self._refusals.pop(gateway, [])
+            if not self._channel.send(gateway, mail, refusals, self._engine.stats, self._orphans.names):
+                self._orphan(gateway)
+
+    def _orphan(self, gateway: bytes) -> None:
+        """A gateway is gone. What it had asked for runs on for a while."""
+        for request_id in self._requests_of(gateway):
+            sequence = self._engine.find(request_id)
+            if sequence and not sequence.request.params.wants_logprobs:  # the client would miss those of the past
+                self._orphans.take_in(sequence.request, sequence.output)
+            elif sequence:
+                self._engine.abort(request_id)
+            del self._clients[request_id]
+
+    def _drop(self, gateway: bytes) -> None:
+        """A gateway begins anew: what it had asked for before is void."""
+        for request_id in self._requests_of(gateway):
+            del self._clients[request_id]
+            self._engine.abort(request_id)
+
+    def _requests_of(self, gateway: bytes) -> list[str]:
+        return [request_id for request_id, client in self._clients.items() if client.gateway == gateway]

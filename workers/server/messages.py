@@ -1,0 +1,82 @@
+"""What travels between gateways and engines, as msgpack; decoding checks every type, nothing is unpickled.
+
+Every message carries a number that counts up by one per direction and peer, so that a lost one is noticed.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from stepladder.workers.core import Output, Request
+from stepladder.workers.engine import EngineStats
+
+
+class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
+    """First message of a session of a gateway (number 0): send me updates from now on, under this session."""
+
+    session: int
+    number: int = 0
+
+
+class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
+    """request.id: the client's name for it, `#` and the number of the attempt, from 1."""
+
+    number: int
+    request: Request
+
+    @property
+    def is_replay(self) -> bool:
+        """An attempt before this one was lost after it had been accepted, or before anybody could judge it."""
+        return not self.request.id.endswith("#1")
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
+    number: int
+    id: str
+
+
+class Refusal(msgspec.Struct, array_like=True, frozen=True):
+    """A request that this engine does not take. full: its queue is, so that another time may be better."""
+
+    id: str
+    message: str
+    full: bool
+
+
+class Update(msgspec.Struct, array_like=True, frozen=True):
+    """What one step did for one gateway's requests; at least one a second, so that silence means death.
+
+    session: the gateway's, so that what was on its way when it began anew is not taken for an answer.
+    orphans: names of the requests that lost their gateway here; a retry of one belongs here.
+    """
+
+    session: int
+    number: int
+    outputs: list[Output]
+    refusals: list[Refusal]
+    stats: EngineStats
+    orphans: list[str]
+
+
+ToEngine = Hello | Submit | Abort
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_update = msgspec.msgpack.Decoder(Update).decode
+
+
+class Keys(NamedTuple):
+    """A CURVE key pair, Z85."""
+
+    public: bytes
+    secret: bytes
+
+    @staticmethod
+    def of(role: str, deployment_secret: str) -> "Keys":
+        """The key pair of a role ("engine", "gateway"); whoever knows the deployment's secret has both pairs."""
+        digest = hashlib.blake2b(deployment_secret.encode(), digest_size=32, person=role.encode()).digest()
+        secret = z85.encode(digest)
+        return Keys(zmq.curve_public(secret), secret)

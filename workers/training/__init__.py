@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: the trainer, its options, losses, held-out evaluation."""
