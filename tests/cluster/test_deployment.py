@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stepladder.cluster import placement
 from stepladder.launch import ctl
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ROOT
+from stepladder.launch.where import IMPORTED_FROM as ROOT
 from stepladder.workers.actors import RankActor
 from tests.cluster.collector import collecting
 from tests.cluster.jobs import Job, eventually, submit

@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from stepladder.cluster.config import GatewayConfig
 from stepladder.cluster.gateway.api import build_app
-from stepladder.cluster.gateway.middleware import Edge
+from stepladder.cluster.gateway.middleware import Gatekeeper
 from stepladder.cluster.gateway.tracing import Traces, check_endpoint
 from tests.cluster.collector import Collector, Found, collecting
 from tests.cluster.serving import Server, eventually, serve
@@ -228,4 +228,4 @@ def test_without_the_option_nothing_is_imported_or_wrapped(server: Server) -> No
     program = "import sys, cluster.tracing; print([name for name in sys.modules if name.startswith('opentelemetry')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-    assert [layer.cls for layer in build_app(server.service).user_middleware] == [Edge]
+    assert [layer.cls for layer in build_app(server.service).user_middleware] == [Gatekeeper]
