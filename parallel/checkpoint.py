@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Piece, Sharded
-from stepladder.parallel.spec import ModelSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 UNUSED = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints carry it along
@@ -88,15 +85,7 @@ class Checkpoint:
             raise ValueError(f"{path} cannot be read: {error}; copy the checkpoint again") from None
 
 
-class Loadable(Protocol):
-    """A whole model, a shard of one, or one side of a disaggregated one."""
-
-    spec: ModelSpec
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-def load_weights(model: Loadable, directory: str | Path) -> None:
+def load_weights(model: Transformer, directory: str | Path) -> None:
     """Fill every parameter of `model` with its slices, cast to the parameter's dtype, on the parameter's device.
 
     Raises:
@@ -115,14 +104,15 @@ def _refuse_unused(checkpoint: Checkpoint, model: Transformer) -> None:
     """A tensor that no parameter of the whole model holds would change it if it were left out."""
     used = {piece.name for parameter in sharded_parameters(model) for piece in parameter.pieces}
     unused = {name for name in checkpoint.names - used if not name.endswith(UNUSED)}
-    if model.spec.tie_embeddings and "lm_head.weight" in unused:
+    head = model.spec.tensor("head")
+    if model.spec.tie_embeddings and head in unused:
         for piece in model.embedding.weight.pieces:
-            if not torch.equal(checkpoint.read(piece), checkpoint.read(piece._replace(name="lm_head.weight"))):
+            if not torch.equal(checkpoint.read(piece), checkpoint.read(piece._replace(name=head))):
                 raise ValueError(
-                    f"{checkpoint.directory}: lm_head.weight differs from {piece.name}, but config.json ties them; "
+                    f"{checkpoint.directory}: {head} differs from {piece.name}, but config.json ties them; "
                     f"set tie_word_embeddings to false"
                 )
-        unused.remove("lm_head.weight")
+        unused.remove(head)
     if unused:
         raise ValueError(
             f"{checkpoint.directory} has the tensor {min(unused)} ({len(unused)} such in all), which a "
@@ -174,7 +164,7 @@ def save_weights(model: Transformer, directory: str | Path, dtype: torch.dtype) 
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
 
-def sharded_parameters(model: Loadable) -> list[Sharded]:
+def sharded_parameters(model: Transformer) -> list[Sharded]:
     """The model's parameters, each once even where embedding and head are tied."""
     parameters = list(model.parameters())
     assert all(isinstance(p, Sharded) for p in parameters)

@@ -1,19 +1,41 @@
-"""From a Hugging Face `config.json` to the fields of a `ModelSpec`: one small function per family of models.
+"""What a family of models calls things, its fields in a Hugging Face `config.json` and its tensors: the one such place.
 
 A family is data: it fills in what `transformers` assumes where its configuration is silent, and says how its decoder
-differs from Llama's. To add one, write that function, enter it in FAMILIES, and give it a row in tests/families.py.
+differs from Llama's. To add one, write the function that reads its fields and the one that writes them, enter both in
+FAMILIES with the names of its tensors where they differ, and give it a row in tests/families.py.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stepladder.kernels.rope import RopeScaling
+from stepladder.parallel.rope_config import Config, read_rope, rope_parameters
+
+if TYPE_CHECKING:
+    from stepladder.parallel.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FULL, SLIDING = "full_attention", "sliding_attention"
-Config = Mapping[str, Any]
+
+LLAMA_NAMES = {  # what a tensor is for -> its name without .weight or .bias; {} is the layer's number
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention.norm": "model.layers.{}.input_layernorm",
+    "attention.q": "model.layers.{}.self_attn.q_proj",
+    "attention.k": "model.layers.{}.self_attn.k_proj",
+    "attention.v": "model.layers.{}.self_attn.v_proj",
+    "attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    "attention.out": "model.layers.{}.self_attn.o_proj",
+    "ffn.norm": "model.layers.{}.post_attention_layernorm",
+    "ffn.gate": "model.layers.{}.mlp.gate_proj",
+    "ffn.up": "model.layers.{}.mlp.up_proj",
+    "ffn.down": "model.layers.{}.mlp.down_proj",
+}
+COHERE_NAMES = LLAMA_NAMES | {"ffn.norm": LLAMA_NAMES["attention.norm"]}  # attention and FFN share a norm
 
 # Fields that change the mathematics, and the value that leaves it as it is. A family reads a field or refuses others.
 NEUTRAL: dict[str, Any] = {
@@ -33,12 +55,6 @@ NEUTRAL: dict[str, Any] = {
     "is_encoder_decoder": False,
     "quantization_config": None,
 }
-ROPE_FIELDS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-}
-ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 
 
 def fields_of(config: Config) -> dict[str, Any]:
@@ -51,7 +67,24 @@ def fields_of(config: Config) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}; this version serves {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind](config)
+    return FAMILIES[kind].read(config) | {"family": kind}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Attributes:
+        architecture: its class in `transformers`.
+        read: the arguments of `ModelSpec` that a `config.json` describes.
+        write: fields of the `config.json` of a ModelSpec, besides those that all families have in common.
+        names: of its tensors, as `LLAMA_NAMES`.
+    """
+
+    architecture: str
+    read: Callable[[Config], dict[str, Any]]
+    write: Callable[["ModelSpec"], dict[str, Any]]
+    names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
 
 
 def _llama(config: Config) -> dict[str, Any]:
@@ -98,14 +131,13 @@ def _qwen(config: Config, reads: tuple[str, ...]) -> dict[str, Any]:
 def _cohere(config: Config) -> dict[str, Any]:
     """Attention and FFN of a layer read one norm and share one residual addition: the parallel wiring."""
     config = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "logit_scale": 0.0625} | dict(config)
-    if not _rope_parameters(config).get("rope_theta") and not config.get("rope_theta"):
+    if not rope_parameters(config).get("rope_theta") and not config.get("rope_theta"):
         raise KeyError("rope_theta")  # versions of transformers assume different ones
     bias = bool(config.get("attention_bias"))
     return _decoder(config, reads=("attention_bias", "use_qk_norm", "logit_scale")) | {
         "residual": config.get("residual") or "parallel",
         "norm": "layer",
         "norm_eps": config.get("layer_norm_eps", 1e-5),
-        "shared_norm": True,
         "qk_norm": "per-head" if config.get("use_qk_norm") else "none",
         "qkv_bias": bias,
         "out_bias": bias,
@@ -114,12 +146,42 @@ def _cohere(config: Config) -> dict[str, Any]:
     }
 
 
-FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "cohere": _cohere,
+def _write_llama(spec: "ModelSpec") -> dict[str, Any]:
+    return {"rms_norm_eps": spec.norm_eps, "attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias}
+
+
+def _write_mistral(spec: "ModelSpec") -> dict[str, Any]:
+    return {"rms_norm_eps": spec.norm_eps, "sliding_window": spec.window(0)}
+
+
+def _write_qwen2(spec: "ModelSpec") -> dict[str, Any]:
+    windows = {
+        "use_sliding_window": bool(spec.windows),
+        "sliding_window": next((window for window in spec.windows if window), None),
+        "layer_types": [SLIDING if spec.window(layer) else FULL for layer in range(spec.num_layers)],
+    }
+    return {"rms_norm_eps": spec.norm_eps} | windows
+
+
+def _write_qwen3(spec: "ModelSpec") -> dict[str, Any]:
+    return _write_qwen2(spec) | {"attention_bias": spec.qkv_bias}
+
+
+def _write_cohere(spec: "ModelSpec") -> dict[str, Any]:
+    return {
+        "layer_norm_eps": spec.norm_eps,
+        "attention_bias": spec.qkv_bias,
+        "use_qk_norm": spec.qk_norm != "none",
+        "logit_scale": spec.logit_scale,
+    }
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _llama, _write_llama),
+    "mistral": Family("MistralForCausalLM", _mistral, _write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _write_qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen3),
+    "cohere": Family("CohereForCausalLM", _cohere, _write_cohere, COHERE_NAMES),
 }
 
 
@@ -130,9 +192,9 @@ def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, .
         kinds: the attention of each layer, FULL or SLIDING; all full if None. `layer_types` must agree with it.
         reads: the fields among NEUTRAL that the family itself looks after.
     """
-    for field, neutral in NEUTRAL.items():
-        if field not in reads and config.get(field, neutral) not in (neutral, None):
-            raise ValueError(f"{field} is {config[field]!r}; for {config['model_type']} only {neutral!r} is supported")
+    for name, neutral in NEUTRAL.items():
+        if name not in reads and config.get(name, neutral) not in (neutral, None):
+            raise ValueError(f"{name} is {config[name]!r}; for {config['model_type']} only {neutral!r} is supported")
     layers, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
     return {
         "vocab_size": config["vocab_size"],
@@ -150,7 +212,7 @@ def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, .
         "ladder_layers": _ladder_layers(config.get("ladder_layers"), layers),
         "dtype": _dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
         "eos_ids": as_tuple(config.get("eos_token_id")),
-    } | _rope(config)
+    } | read_rope(config)
 
 
 def _windows(config: Config, kinds: list[str]) -> tuple[int | None, ...]:
@@ -169,43 +231,6 @@ def _windows(config: Config, kinds: list[str]) -> tuple[int | None, ...]:
     if window is None:
         raise ValueError(f"layer_types has {SLIDING!r}, but sliding_window is not set or not used")
     return tuple(window if kind == SLIDING else None for kind in named)
-
-
-def _rope_parameters(config: Config) -> Mapping[str, Any]:
-    """The rope fields as one mapping: `rope_parameters` in transformers 5, `rope_scaling` before."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
-
-
-def _rope(config: Config) -> dict[str, Any]:
-    rope = _rope_parameters(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"rope_type is {kind!r}; this version does {', '.join(ROPE_FIELDS)}")
-    for field in rope:
-        if field not in ROPE_COMMON | ROPE_FIELDS[kind] and rope[field] is not None:
-            raise ValueError(f"rope_parameters has {field!r}, which is not supported with rope_type {kind!r}")
-    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")
-    for field in ROPE_FIELDS[kind]:
-        if rope.get(field) is None:
-            raise ValueError(f"rope_parameters lacks {field!r}, which rope_type {kind!r} needs")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    return {"rope_theta": theta, "rope_scaling": _scaling(config, rope, kind)}
-
-
-def _scaling(config: Config, rope: Mapping[str, Any], kind: str) -> RopeScaling | None:
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(rope["factor"]))
-    if kind == "llama3":
-        field = "original_max_position_embeddings"
-        return RopeScaling(
-            kind="llama3",
-            factor=float(rope["factor"]),
-            low=float(rope["low_freq_factor"]),
-            high=float(rope["high_freq_factor"]),
-            original_positions=config.get(field) or rope.get(field) or config["max_position_embeddings"],
-        )
-    return None
 
 
 def _ladder_layers(value: int | list[int] | None, num_layers: int) -> tuple[int, ...] | None:

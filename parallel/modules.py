@@ -1,7 +1,11 @@
 """The modules of a block. Each owns its norm and returns this rank's *partial* sum; the block reduces.
 
+`MATRICES` names a module's large weights, which CPU ranks keep in a layout of their own (pack.py).
+
 Letters: T tokens, h hidden, H this rank's query heads, K its KV heads, D head dim.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the step's contexts; query, key and value come from one matrix product."""
 
+    MATRICES = ("qkv", "out")
     linear = staticmethod(linear)
 
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
@@ -40,24 +45,21 @@ class Attention(nn.Module):
         heads, kv_heads = shard.split(spec.num_heads, "num_attention_heads"), kv_heads_of(spec, shard)
         self.layer, self.window, self.interleaved = layer, spec.window(layer), spec.rope_interleaved
         self.head_dim, self.num_heads, self.num_kv_heads = d, len(heads), len(kv_heads)
-        name = f"model.layers.{layer}.self_attn"
         q_rows, kv_rows = (range(part.start * d, part.stop * d) for part in (heads, kv_heads))
-        cuts = {"q_proj": (spec.num_heads * d, q_rows)}
-        cuts |= dict.fromkeys(("k_proj", "v_proj"), (spec.num_kv_heads * d, kv_rows))
-        self.norm = Norm(spec, whole(f"model.layers.{layer}.input_layernorm.weight", h))
-        self.qkv = Sharded.of(
-            *(rows(f"{name}.{p}.weight", (size, h), part) for p, (size, part) in cuts.items()), dtype=spec.dtype
-        )
+        cuts = {"q": (spec.num_heads * d, q_rows)} | dict.fromkeys("kv", (spec.num_kv_heads * d, kv_rows))
+        name = partial(_name, spec, "attention", layer)
+        self.norm = Norm(spec, whole(name("norm"), h))
+        self.qkv = Sharded.of(*(rows(name(p), (size, h), part) for p, (size, part) in cuts.items()), dtype=spec.dtype)
         self.qkv_bias = self.out_bias = None
         if spec.qkv_bias:
             self.qkv_bias = Sharded.of(
-                *(rows(f"{name}.{p}.bias", (size,), part) for p, (size, part) in cuts.items()), dtype=spec.dtype
+                *(rows(name(p, "bias"), (size,), part) for p, (size, part) in cuts.items()), dtype=spec.dtype
             )
-        self.q_norm = _head_norm(spec, f"{name}.q_norm.weight", spec.num_heads, heads)
-        self.k_norm = _head_norm(spec, f"{name}.k_norm.weight", spec.num_kv_heads, kv_heads)
-        self.out = Sharded.of(columns(f"{name}.o_proj.weight", (h, spec.num_heads * d), q_rows), dtype=spec.dtype)
+        self.q_norm = _head_norm(spec, name("q_norm"), spec.num_heads, heads)
+        self.k_norm = _head_norm(spec, name("k_norm"), spec.num_kv_heads, kv_heads)
+        self.out = Sharded.of(columns(name("out"), (h, spec.num_heads * d), q_rows), dtype=spec.dtype)
         if spec.out_bias:
-            self.out_bias = bias_of_sum(f"{name}.o_proj.bias", spec, shard)
+            self.out_bias = bias_of_sum(name("out", "bias"), spec, shard)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
@@ -74,24 +76,22 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2002.05202): down(silu(gate x) * up x); gate and up in one matrix product."""
 
+    MATRICES = ("gate_up", "down")
     linear = staticmethod(linear)
 
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()
         h, inner = spec.hidden_size, spec.intermediate_size
-        name, part = f"model.layers.{layer}.mlp", shard.split(inner, "intermediate_size")
-        norm = "input_layernorm" if spec.shared_norm else "post_attention_layernorm"
-        self.norm = Norm(spec, whole(f"model.layers.{layer}.{norm}.weight", h))
-        self.gate_up = Sharded.of(
-            *(rows(f"{name}.{p}.weight", (inner, h), part) for p in ("gate_proj", "up_proj")), dtype=spec.dtype
-        )
-        self.down = Sharded.of(columns(f"{name}.down_proj.weight", (h, inner), part), dtype=spec.dtype)
+        name, part = partial(_name, spec, "ffn", layer), shard.split(inner, "intermediate_size")
+        self.norm = Norm(spec, whole(name("norm"), h))
+        self.gate_up = Sharded.of(*(rows(name(p), (inner, h), part) for p in ("gate", "up")), dtype=spec.dtype)
+        self.down = Sharded.of(columns(name("down"), (h, inner), part), dtype=spec.dtype)
         self.gate_up_bias = self.down_bias = None
         if spec.mlp_bias:
             self.gate_up_bias = Sharded.of(
-                *(rows(f"{name}.{p}.bias", (inner,), part) for p in ("gate_proj", "up_proj")), dtype=spec.dtype
+                *(rows(name(p, "bias"), (inner,), part) for p in ("gate", "up")), dtype=spec.dtype
             )
-            self.down_bias = bias_of_sum(f"{name}.down_proj.bias", spec, shard)
+            self.down_bias = bias_of_sum(name("down", "bias"), spec, shard)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
@@ -109,13 +109,13 @@ class VocabParallel(nn.Module):
     linear = staticmethod(linear)
     packed: Tensor | None
 
-    def __init__(self, spec: ModelSpec, name: str, shard: Shard) -> None:
+    def __init__(self, spec: ModelSpec, what: str, shard: Shard) -> None:
         super().__init__()
         height = -(-spec.vocab_size // shard.size)
         self.first = shard.rank * height
         part = range(min(self.first, spec.vocab_size), min(self.first + height, spec.vocab_size))
         shape = (spec.vocab_size, spec.hidden_size)
-        self.weight = Sharded.of(rows(name, shape, part), dtype=spec.dtype, rows=height)
+        self.weight = Sharded.of(rows(spec.tensor(what), shape, part), dtype=spec.dtype, rows=height)
         self.whole, self.scale, self.packed = shard.size == 1, spec.logit_scale, None
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -130,6 +130,10 @@ class VocabParallel(nn.Module):
         """[R, h] -> this rank's columns of the logits, [R, padded vocabulary / ranks]."""
         logits = self.linear(x, self.weight if self.packed is None else self.packed)
         return logits if self.scale == 1 else logits * self.scale
+
+
+def _name(spec: ModelSpec, seat: str, layer: int, what: str, part: str = "weight") -> str:
+    return spec.tensor(f"{seat}.{what}", layer, part)
 
 
 def bias_of_sum(name: str, spec: ModelSpec, shard: Shard) -> Sharded:

@@ -3,9 +3,7 @@
 from torch import nn
 
 from stepladder.kernels.linear import can_pack, invariant_linear, pack
-from stepladder.parallel.modules import Attention, FeedForward, VocabParallel
-
-MATRICES = ("qkv", "out", "gate_up", "down")
+from stepladder.parallel.modules import VocabParallel
 
 
 def pack_weights(model: nn.Module, invariant: bool = False) -> None:
@@ -28,15 +26,13 @@ def pack_weights(model: nn.Module, invariant: bool = False) -> None:
         return
     head, embedding = getattr(model, "head", None), getattr(model, "embedding", None)
     for module in model.modules():
-        if isinstance(module, Attention | FeedForward):
-            for name in MATRICES:
-                if name in module._parameters:
-                    weight = module._parameters.pop(name)
-                    assert weight is not None
-                    setattr(module, name, pack(weight))
-        elif module is head and isinstance(module, VocabParallel):
+        for name in getattr(module, "MATRICES", ()):
+            weight = module._parameters.pop(name)
+            assert weight is not None
+            setattr(module, name, pack(weight))
+        if module is head and isinstance(module, VocabParallel):
             module.packed = pack(module.weight)
             if module is not embedding:
                 del module._parameters["weight"]
-        if invariant and isinstance(module, Attention | FeedForward | VocabParallel):
-            module.linear = invariant_linear
+        if invariant and hasattr(module, "linear"):
+            module.linear = invariant_linear  # type: ignore[assignment]

@@ -87,14 +87,26 @@ class Block:
         modules: each maps (x [tokens, hidden], step context) to this rank's partial sum [tokens, hidden]; none where
             all of the block is computed elsewhere.
         elsewhere: the pools of ranks that compute the rest of this block, if it is split over several.
+        layer, seats: where in the model it stands, the seats of modules elsewhere included.
     """
 
     def __init__(
-        self, lag: int, modules: Iterable[Callable[[Tensor, Any], Tensor]], elsewhere: Sequence[str] = ()
+        self,
+        lag: int,
+        modules: Iterable[Callable[[Tensor, Any], Tensor]],
+        elsewhere: Sequence[str] = (),
+        layer: int = 0,
+        seats: Sequence[str] = (),
     ) -> None:
         self.lag = lag
         self.modules = tuple(modules)
         self.elsewhere = tuple(elsewhere)
+        self.layer, self.seats = layer, tuple(seats)
+
+    @property
+    def name(self) -> str:
+        """For a person: "attention 3", or "attention+ffn 3" where they share a block."""
+        return f"{'+'.join(self.seats)} {self.layer}"
 
     def __call__(self, x: Tensor, context: Any) -> Tensor:
         total = self.modules[0](x, context)

@@ -1,5 +1,6 @@
-"""Which part of which checkpoint tensor a rank's parameter is made of."""
+"""Where a rank stands, and which part of which checkpoint tensor its parameter is made of."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,28 @@ class Shard(NamedTuple):
         return range(self.rank * part, (self.rank + 1) * part)
 
 
-class Piece(NamedTuple):
-    """`tensor[name]` from `start` to `stop` along `dim`; it lies at row `offset` of the parameter.
+ALONE = Shard()
 
-    `rows` and `cols` of one parameter may come from several checkpoint tensors (query, key and value, say) stacked
-    along dimension 0. `shape` is the shape of the whole tensor in the checkpoint.
+
+@dataclass(frozen=True)
+class Placement:
+    """One rank's place in the groups that share each kind of module. Embedding and head are shared as attention is."""
+
+    attention: Shard = ALONE
+    ffn: Shard = ALONE
+    experts: Shard = ALONE
+
+    @classmethod
+    def of(cls, place: "Placement | Shard") -> "Placement":
+        """Of a rank whose only group shares everything alike, if `place` is a Shard."""
+        return cls(place, place, place) if isinstance(place, Shard) else place
+
+
+class Piece(NamedTuple):
+    """`tensor[name]` from `start` to `stop` along `dim`; it lies at `offset` along `dim` of the parameter.
+
+    A parameter may hold pieces of several checkpoint tensors (query, key and value, say), one behind the other along
+    the dimension in which they are cut. `shape` is the shape of the whole tensor in the checkpoint.
     """
 
     name: str
@@ -41,6 +59,11 @@ class Piece(NamedTuple):
     stop: int
     offset: int = 0
 
+    @property
+    def size(self) -> int:
+        """Its extent along `dim`."""
+        return self.stop - self.start
+
 
 class Sharded(nn.Parameter):
     """A parameter that knows the checkpoint tensors it is cut from."""
@@ -49,24 +72,27 @@ class Sharded(nn.Parameter):
 
     @staticmethod
     def of(*pieces: Piece, dtype: torch.dtype, rows: int | None = None) -> "Sharded":
-        """An uninitialised parameter that holds `pieces` stacked along dimension 0, padded with zeros to `rows`."""
-        first = pieces[0]
-        if first.dim == 0:
-            height = sum(piece.stop - piece.start for piece in pieces)
-            shape: tuple[int, ...] = (rows or height, *first.shape[1:])
-        else:
-            shape = (first.shape[0], first.stop - first.start)
-        parameter = Sharded(torch.zeros(shape, dtype=dtype), requires_grad=False)
-        offset, placed = 0, []
+        """A parameter, not loaded yet, that holds `pieces` one behind the other; pieces of rows may be padded with
+        zeros to `rows`."""
+        dim, shape, offset, placed = pieces[0].dim, list(pieces[0].shape), 0, []
         for piece in pieces:
+            assert piece.dim == dim and _across(piece) == _across(pieces[0]), "pieces of one parameter fit together"
             placed.append(piece._replace(offset=offset))
-            offset += piece.stop - piece.start
+            offset += piece.size
+        assert rows is None or (dim == 0 and rows >= offset)
+        shape[dim] = rows or offset
+        parameter = Sharded(torch.zeros(shape, dtype=dtype), requires_grad=False)
         parameter.pieces = placed
         return parameter
 
     def view_of(self, piece: Piece) -> Tensor:
         """The part of this parameter that `piece` fills."""
-        return self.data if piece.dim else self.data[piece.offset : piece.offset + piece.stop - piece.start]
+        return self.data.narrow(piece.dim, piece.offset, piece.size)
+
+
+def _across(piece: Piece) -> tuple[int, ...]:
+    """The sizes of the dimensions in which a piece is whole."""
+    return piece.shape[: piece.dim] + piece.shape[piece.dim + 1 :]
 
 
 def whole(name: str, *shape: int) -> Piece:

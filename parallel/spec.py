@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from stepladder.kernels.rope import RopeScaling
-from stepladder.parallel.families import DTYPES, fields_of
+from stepladder.parallel.families import DTYPES, FAMILIES, fields_of
 from stepladder.parallel.generation_defaults import GenerationDefaults
+from stepladder.parallel.rope_config import write_scaling
 
 CHOICES = {
     "residual": ("standard", "ladder", "parallel", "ladder-parallel"),
@@ -27,17 +28,18 @@ class ModelSpec:
     wiring are another model (and their KV caches must never mix).
 
     Attributes:
+        family: the `model_type` whose names its configuration and its tensors have.
         windows: for each layer, how many positions up to its own a query sees, or None for all; () for no windows.
         qkv_bias, out_bias, mlp_bias: linear layers with a bias: query, key and value; attention output; all of the FFN.
         norm: RMSNorm, or LayerNorm without bias.
         qk_norm: `shared` norms each head of query and key with one weight [head_dim], `per-head` with a weight for
             every head [heads, head_dim].
-        shared_norm: attention and FFN of a layer have one norm weight between them (`input_layernorm`).
         rope_interleaved: dimensions 2i and 2i + 1 turn together, not i and i + head_dim / 2.
         logit_scale: the logits are multiplied by it.
         eos_ids: tokens that end a sequence.
     """
 
+    family: str = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -56,7 +58,6 @@ class ModelSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"
-    shared_norm: bool = False
     logit_scale: float = 1.0
     tie_embeddings: bool = False
     residual: str = "standard"
@@ -67,6 +68,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             _positive(name, getattr(self, name))
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}; this version serves {', '.join(sorted(FAMILIES))}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
@@ -100,6 +103,15 @@ class ModelSpec:
     def wiring_key(self) -> str:
         """Names the wiring, so that caches of two wirings of the same weights never meet."""
         return f"{self.residual}:{self.ladder_layers}"
+
+    @property
+    def shared_norm(self) -> bool:
+        """Whether attention and FFN of a layer have one norm weight between them."""
+        return self.tensor("attention.norm") == self.tensor("ffn.norm")
+
+    def tensor(self, what: str, layer: int = 0, part: str = "weight") -> str:
+        """The name in the checkpoint of a tensor; `what` is a key of the family's names, `part` "weight" or "bias"."""
+        return f"{FAMILIES[self.family].names[what].format(layer)}.{part}"
 
     def is_ladder(self, layer: int) -> bool:
         """Whether this layer's blocks read a stream that is one block stale."""
@@ -140,14 +152,15 @@ class ModelSpec:
         return cls(**fields_of(config))
 
     def to_config(self) -> dict[str, Any]:
-        """The `config.json` that `from_config` reads back to an equal spec; `transformers` loads it as Llama.
+        """The `config.json` that `from_config` reads back to an equal spec; `transformers` loads it as this family.
 
         Raises:
-            ValueError: this model is not a Llama.
+            ValueError: the family's configuration cannot describe this model.
         """
+        family = FAMILIES[self.family]
         config: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": self.family,
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -156,35 +169,20 @@ class ModelSpec:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "attention_bias": self.qkv_bias,
-            "mlp_bias": self.mlp_bias,
             "max_position_embeddings": self.max_position,
             "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "torch_dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
             "eos_token_id": list(self.eos_ids) or None,
             "residual": self.residual,
-        }
+        } | family.write(self)
         if self.ladder_layers is not None:
             config["ladder_layers"] = list(self.ladder_layers)
         if self.rope_scaling is not None:
-            config["rope_scaling"] = _rope_scaling(self.rope_scaling)
+            config["rope_scaling"] = write_scaling(self.rope_scaling)
         if ModelSpec.from_config(config) != self:
-            raise ValueError("only models that Llama's configuration can describe can be written")
+            raise ValueError(f"this model cannot be written: the configuration of {self.family!r} cannot describe it")
         return config
-
-
-def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original_positions,
-    }
 
 
 def _positive(name: str, value: Any) -> None:

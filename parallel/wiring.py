@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 from stepladder.parallel.spec import ModelSpec
 
+ATTENTION, FFN = "attention", "ffn"
+SEATS = (ATTENTION, FFN)  # of a layer; at each sits a module, and each has its pool of ranks where pools are apart
+
 
 class BlockPlan(NamedTuple):
-    """One block before it has weights: which modules of which layer, and how stale the stream they read."""
+    """One block before it has weights: which seats of which layer, and how stale the stream that is read there."""
 
     layer: int
-    modules: tuple[str, ...]
+    seats: tuple[str, ...]
     lag: int
 
 
 def wiring(spec: ModelSpec) -> list[BlockPlan]:
     """The blocks of a model, first to last. The lag rises by at most 1 from one block to the next."""
     fused = spec.residual.endswith("parallel")
-    groups = (("attention", "ffn"),) if fused else (("attention",), ("ffn",))
-    return [
-        BlockPlan(layer, modules, int(spec.is_ladder(layer))) for layer in range(spec.num_layers) for modules in groups
-    ]
+    groups = (SEATS,) if fused else ((ATTENTION,), (FFN,))
+    return [BlockPlan(layer, seats, int(spec.is_ladder(layer))) for layer in range(spec.num_layers) for seats in groups]

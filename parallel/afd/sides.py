@@ -16,66 +16,38 @@ from time import monotonic
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepladder.kernels.rope import rope_frequencies, rope_table
 from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost
 from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
 from stepladder.parallel.context import Context
-from stepladder.parallel.modules import Attention, FeedForward, Norm, VocabParallel
+from stepladder.parallel.model import Transformer
 from stepladder.parallel.residual import Block, Done, Pending, Reduce, ResidualStream, run_blocks
-from stepladder.parallel.shards import Shard, whole
+from stepladder.parallel.shards import ALONE, Shard
 from stepladder.parallel.spec import ModelSpec
-from stepladder.parallel.wiring import wiring
+from stepladder.parallel.wiring import ATTENTION, FFN
 
 log = logging.getLogger(__name__)
 
-ATTENTION, FFN = "a", "f"
-POOLS = {"attention": ATTENTION, "ffn": FFN}  # who computes which module
 
-
-def half(spec: ModelSpec, pool: str, shard: Shard) -> tuple[nn.ModuleList, list[Block]]:
-    """The modules of one pool, and all blocks of the model as this pool sees them."""
-    kinds = {"attention": Attention, "ffn": FeedForward}
-    modules, blocks = nn.ModuleList(), []
-    for plan in wiring(spec):
-        mine = [kinds[name](spec, plan.layer, shard) for name in plan.modules if POOLS[name] == pool]
-        modules.extend(mine)
-        others = sorted({POOLS[name] for name in plan.modules} - {pool})
-        blocks.append(Block(plan.lag, mine, others))
-    return modules, blocks
-
-
-class AttentionSide(nn.Module):
+class AttentionSide(Transformer):
     """What an A rank holds of the model."""
 
-    frequencies: Tensor
-
     def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec, self.shard = spec, Shard()
-        self.embedding = VocabParallel(spec, "model.embed_tokens.weight", self.shard)
-        self.attentions, self.blocks = half(spec, ATTENTION, self.shard)
-        self.norm = Norm(spec, whole("model.norm.weight", spec.hidden_size))
-        self.head = self.embedding if spec.tie_embeddings else VocabParallel(spec, "lm_head.weight", self.shard)
-        frequencies = rope_frequencies(spec.head_dim, spec.rope_theta, torch.get_default_device(), spec.rope_scaling)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        super().__init__(spec, pools=(ATTENTION,))
 
-    @property
-    def num_kv_heads(self) -> int:
-        return self.spec.num_kv_heads
-
-    def forward(self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Pool) -> list[Tensor]:
+    def forward(  # type: ignore[override]
+        self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Pool
+    ) -> list[Tensor]:
         """One step: tokens [T] of each micro-batch -> final hidden states [T, h], normalised.
 
         Raises:
             EdgeLost: an F rank is gone, and `pool` finds none in its place.
         """
-        streams = [ResidualStream(self.embedding.embed(ids), remember=REMEMBER) for ids in tokens]
-        for ids, context in zip(tokens, contexts, strict=True):
-            if len(ids):
-                dtype, interleaved = self.spec.dtype, self.spec.rope_interleaved
-                context.cos, context.sin = rope_table(context.positions, self.frequencies, dtype, interleaved)
+        streams = [
+            ResidualStream(self.embed(ids, context), remember=REMEMBER)
+            for ids, context in zip(tokens, contexts, strict=True)
+        ]
         pool.begin(streams, self.blocks)
 
         def contribute(
@@ -90,16 +62,12 @@ class AttentionSide(nn.Module):
                 parts.append(pool.receive(number, micro))
             return parts
 
-        hidden = run_blocks(self.blocks, streams, contexts, contribute)
+        hidden = self.finish(streams, contexts, contribute)
         pool.settle()
-        return [self.norm(x) for x in hidden]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, h] -> [R, vocabulary]."""
-        return self.head.logits(hidden)[:, : self.spec.vocab_size]
+        return hidden
 
 
-class FeedForwardSide(nn.Module):
+class FeedForwardSide(Transformer):
     """What an F rank holds of the model: its shard of every FFN. `reduce` adds up the F ranks' partial sums.
 
     The rows of A rank i go back as partial sums, which A adds up in the order of the F ranks; so does `reduce`.
@@ -108,13 +76,11 @@ class FeedForwardSide(nn.Module):
         busy: seconds inside its FFNs since it began. calls: of them.
     """
 
-    def __init__(self, spec: ModelSpec, shard: Shard = Shard(), reduce: Reduce = Done) -> None:  # noqa: B008
-        super().__init__()
-        self.spec, self.shard, self.reduce = spec, shard, reduce
-        self.ffns, self.blocks = half(spec, FFN, shard)
+    def __init__(self, spec: ModelSpec, shard: Shard = ALONE, reduce: Reduce = Done) -> None:
+        super().__init__(spec, shard, reduce, pools=(FFN,))
         self.busy, self.calls = 0.0, 0
 
-    def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:
+    def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:  # type: ignore[override]
         """One step, with the edges to the A ranks that `layout` names, in its order.
 
         Returns:

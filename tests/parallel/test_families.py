@@ -1,5 +1,6 @@
 """Every family against `transformers`: logits of every position, greedy text, both precisions, any number of ranks."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
@@ -103,6 +104,19 @@ def test_whole_sequences_equal_transformers(family: str, families: dict[str, Pat
     got = model.logits(model(tokens.view(-1), WholeSequences(2, 20))).view(2, 20, -1)
     want = read_oracle(families[family])(tokens).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_what_we_write_transformers_reads(family: str, families: dict[str, Path], tmp_path: Path) -> None:
+    """Its configuration and its tensors, under the family's own names; both models compute the same."""
+    model = load(families[family], SingleRank())
+    save_weights(model, tmp_path, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(model.spec.to_config()))
+    tokens = torch.randint(0, 101, (1, 20), generator=torch.Generator().manual_seed(4))
+    written, original = read_oracle(tmp_path), read_oracle(families[family])
+    assert type(written) is type(original)
+    torch.testing.assert_close(written(tokens).logits, original(tokens).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

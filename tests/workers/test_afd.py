@@ -245,7 +245,7 @@ def test_a_pool_that_is_killed_under_unequal_micro_batches(residual: str, checkp
                 for one in engines:
                     one.executor.member.meet(second)  # type: ignore[attr-defined]
 
-        engines[0].executor.model.attentions[1].register_forward_pre_hook(strike)  # type: ignore[attr-defined]
+        engines[0].executor.model.modules_of_blocks[1].register_forward_pre_hook(strike)  # type: ignore[attr-defined]
         threads = [threading.Thread(target=serve, args=one, daemon=True) for one in enumerate(engines)]
         for thread in threads:
             thread.start()
@@ -356,7 +356,7 @@ def test_a_pool_that_is_silent_is_given_up_when_another_is_named(checkpoint: Pat
                 engines[2].heartbeat()
             return run(engines[2], asked[2])
 
-        engines[0].executor.model.attentions[1].register_forward_pre_hook(strike)  # type: ignore[attr-defined]
+        engines[0].executor.model.modules_of_blocks[1].register_forward_pre_hook(strike)  # type: ignore[attr-defined]
         with ThreadPoolExecutor(3) as threads, ExitStack() as stack:
             stack.callback(name_the_second)  # or the threads would be waited for in vain, should this fail
             stack.callback(process.kill)

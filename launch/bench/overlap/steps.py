@@ -33,9 +33,9 @@ def random_model(spec: ModelSpec, mesh: Mesh) -> Transformer:
 def rewired(model: Transformer, residual: str) -> list[Block]:
     """The modules of `model`, standard, as the blocks of another wiring."""
     plans = wiring(model.spec)
-    modules = {(p.layer, name): m for p, m in zip(plans, model.modules_of_blocks, strict=True) for name in p.modules}
+    modules = {(p.layer, name): m for p, m in zip(plans, model.modules_of_blocks, strict=True) for name in p.seats}
     other = wiring(replace(model.spec, residual=residual))
-    return [Block(plan.lag, [modules[plan.layer, name] for name in plan.modules]) for plan in other]
+    return [Block(p.lag, [modules[p.layer, seat] for seat in p.seats], (), p.layer, p.seats) for p in other]
 
 
 class Steps:

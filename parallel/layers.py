@@ -1,0 +1,43 @@
+"""The registry: which module sits at which seat of which layer, and which pool of ranks computes it."""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from torch import nn
+
+from stepladder.parallel.modules import Attention, FeedForward
+from stepladder.parallel.residual import Block
+from stepladder.parallel.shards import Placement
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.wiring import ATTENTION, FFN, SEATS, wiring
+
+POOLS = SEATS  # a pool has the name of the seat that it was made for
+
+
+class Kind(NamedTuple):
+    """A kind of module. build: one rank's part of it, in that layer. pool: who computes it where pools are apart."""
+
+    build: Callable[[ModelSpec, int, Placement], nn.Module]
+    pool: str
+
+
+KINDS = {
+    "attention": Kind(lambda spec, layer, place: Attention(spec, layer, place.attention), ATTENTION),
+    "ffn": Kind(lambda spec, layer, place: FeedForward(spec, layer, place.ffn), FFN),
+}
+
+
+def kind_at(spec: ModelSpec, layer: int, seat: str) -> Kind:
+    """What sits at this seat of this layer."""
+    return KINDS[seat]
+
+
+def build_blocks(spec: ModelSpec, placement: Placement, pools: Collection[str] = POOLS) -> list[Block]:
+    """All blocks of the model, first to last, with the modules that `pools` compute; the rest is elsewhere."""
+    blocks = []
+    for plan in wiring(spec):
+        kinds = [kind_at(spec, plan.layer, seat) for seat in plan.seats]
+        here = [kind.build(spec, plan.layer, placement) for kind in kinds if kind.pool in pools]
+        elsewhere = sorted({kind.pool for kind in kinds} - set(pools))
+        blocks.append(Block(plan.lag, here, elsewhere, plan.layer, plan.seats))
+    return blocks
