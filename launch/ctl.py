@@ -211,11 +211,12 @@ def describe(report: dict[str, Any]) -> str:
             f"url       {report['url'] or 'not yet'}",
             f"requests  {', '.join([str(report['in_flight']) + ' in flight', *recent])}",
             f"restarts  {report['restarts']}",
-            *(f"\n{one}" for one in tables),
+            *(f"\n{one}" for one in [*tables, _clocks(report["engines"] | report.get("pools", {}))]),
         ]
     )
 
 
+SPLIT = ("busy", "waiting", "idle")
 Columns = dict[str, tuple[str, str]]  # heading -> counter, and how to print it
 ENGINE_COLUMNS: Columns = {
     "running": ("running", ""),
@@ -233,6 +234,16 @@ def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str
         life = [numbers["generation"], "yes" if numbers["serves"] else "no", numbers["restarts"]]
         told = (format(numbers[key], spec) if key in numbers else None for key, spec in columns.values())
         rows.append([name, *life, *told])
+    return table(rows)
+
+
+def _clocks(groups: dict[str, dict[str, Any]]) -> str:
+    """How the time of every rank was spent, since its loop began."""
+    rows: list[list[object]] = [["rank", "host", "busy", "waiting for peers", "idle"]]
+    for name, numbers in groups.items():
+        for index, rank in enumerate(numbers.get("ranks", ())):
+            whole = sum(rank[key] for key in SPLIT) or 1.0
+            rows.append([f"{name}/{index}", rank["host"], *(f"{rank[key] / whole:.0%}" for key in SPLIT)])
     return table(rows)
 
 

@@ -11,11 +11,9 @@ import torch
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers import assembly
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
-from stepladder.workers.graphs import CudaCapture
 from stepladder.workers.sizing import kv_size
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
@@ -99,11 +97,8 @@ class LLM:
         self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
         self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        capture = CudaCapture(mesh.device) if engine.graphs_on(mesh.device) else None
-        executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant, capture=capture)
-        limits = engine.limits(spec, kv, kv_size(executor, engine, kv, mesh.device), mesh.device)
-        executor.allocate(limits.num_blocks, limits.block_size)
-        self.engine = Engine(limits, executor)
+        executor = assembly.load(spec, str(path), mesh, engine)
+        self.engine = assembly.begin(executor, engine, kv, kv_size(executor, engine, kv, mesh.device))
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 

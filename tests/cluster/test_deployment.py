@@ -188,7 +188,7 @@ def test_ctl_prints_logs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert ctl.main(["logs", "name=tests", "actor=controller", "lines=5"]) == ctl.OK
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 10 and all(line.startswith("controller | ") for line in lines)
-    assert any("INFO cluster." in line for line in lines)
+    assert any("INFO stepladder.cluster." in line for line in lines)
 
 
 def test_ctl_drains_and_resumes(job: Job, undisturbed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
