@@ -44,7 +44,7 @@ class Keeper:
         self._deployment, self.group, self._journal, self._changed = deployment, group, journal, changed
         self.gang = Gang(deployment, group, journal.get(f"generation of {self.name}", 0), agreement)
         self.endpoint: Endpoint | None = None
-        self.starts = StartRetry(self.name, worked=journal.get("served", False))
+        self.starts = StartRetry(self.name, worked=journal.get("served", False) or not group.needed)
         self.restarts = 0
         self._told: dict[type[Notice], tuple[int, Notice]] = {}  # to which generation
         self._telling = threading.Lock()

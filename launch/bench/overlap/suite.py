@@ -268,3 +268,6 @@ def _plain(point: Point) -> dict[str, Any]:
         "parts_ms": parts,
         "variants": wirings,
     }
+
+
+SUITE = OverlapBench, run
