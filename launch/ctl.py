@@ -205,13 +205,15 @@ def describe(report: dict[str, Any]) -> str:
     tables = [_parts("engine", report["engines"], ENGINE_COLUMNS)]
     if pools := report.get("pools"):
         tables.append(_parts("pool", pools, POOL_COLUMNS))
+    if clocks := _clocks(report["engines"] | report.get("pools", {})):
+        tables.append(clocks)
     return "\n".join(
         [
             f"{report['name']}  {report['phase']}: {report['detail']}",
             f"url       {report['url'] or 'not yet'}",
             f"requests  {', '.join([str(report['in_flight']) + ' in flight', *recent])}",
             f"restarts  {report['restarts']}",
-            *(f"\n{one}" for one in [*tables, _clocks(report["engines"] | report.get("pools", {}))]),
+            *(f"\n{one}" for one in tables),
         ]
     )
 
@@ -238,13 +240,13 @@ def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str
 
 
 def _clocks(groups: dict[str, dict[str, Any]]) -> str:
-    """How the time of every rank was spent, since its loop began."""
-    rows: list[list[object]] = [["rank", "host", "busy", "waiting for peers", "idle"]]
+    """How the time of every rank was spent, since its loop began; empty while none has told."""
+    rows: list[list[object]] = []
     for name, numbers in groups.items():
         for index, rank in enumerate(numbers.get("ranks", ())):
             whole = sum(rank[key] for key in SPLIT) or 1.0
             rows.append([f"{name}/{index}", rank["host"], *(f"{rank[key] / whole:.0%}" for key in SPLIT)])
-    return table(rows)
+    return table([["rank", "host", "busy", "waiting for peers", "idle"], *rows]) if rows else ""
 
 
 def _wait(left: Callable[[], str | None], seconds: float, done: str) -> int:
