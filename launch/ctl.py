@@ -1,4 +1,4 @@
-"""Look after a running deployment: `python -m launch.ctl status|logs|drain|resume|stop [name=...] [option=value]`.
+"""Look after a running deployment: `stepladder ctl status|logs|drain|resume|stop [name=...] [option=value]`.
 
 It speaks to the Ray cluster of RAY_ADDRESS (host:port of its head; without it, the one on this machine). Exit codes:
 0 done, and for `status` ready; 1 no such deployment or cluster; 2 wrong usage; 3 `status`: it is not ready; 4 `drain`
@@ -61,7 +61,7 @@ class WaitOptions:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command, by default the command line's, and return the exit code."""
     usage = "; ".join(f"{c}: {', '.join(f.name + '=' for f in fields(kind))}" for c, (kind, _) in COMMANDS.items())
-    parser = argparse.ArgumentParser("python -m launch.ctl", description=__doc__, epilog=f"options of {usage}")
+    parser = argparse.ArgumentParser("stepladder ctl", description=__doc__, epilog=f"options of {usage}")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("options", nargs="*", metavar="option=value")

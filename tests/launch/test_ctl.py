@@ -54,7 +54,7 @@ def test_words_become_options() -> None:
 
 def test_no_cluster_is_one_sentence() -> None:
     """It must not start one, nor load torch to say so."""
-    code = "import sys; from launch import ctl; ctl.main(['status']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from stepladder.launch import ctl; ctl.main(['status']); sys.exit('torch' in sys.modules)"
     env = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "stepladder: no Ray cluster at 127.0.0.1:1: Connection refused\n")

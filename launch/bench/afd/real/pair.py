@@ -21,7 +21,7 @@ class Pair:
     """Two processes of one module, each on a core of its own. As a context manager; they end with it.
 
     Args:
-        module: what they run, `launch.bench.afd.real_apart` or `real_colocated`.
+        module: what they run, `stepladder.launch.bench.afd.real.apart` or `colocated`.
         path: of the checkpoint.
     """
 
