@@ -64,16 +64,25 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_every_package_is_listed() -> None:
-    folders = [file.parent.relative_to(ROOT) for name in SOURCES for file in (ROOT / name).rglob("__init__.py")]
-    names = [".".join(folder.parts) for folder in folders]
+    folders = [file.parent.relative_to(ROOT) for name in SOURCES for file in (ROOT / name).rglob("*.py")]
+    names = {".".join(folder.parts) for folder in folders}
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(n if n == "stepladder" else f"stepladder.{n}" for n in names)
     assert set(PROJECT["tool"]["setuptools"]["package-dir"].values()) == set(SOURCES)
 
 
-def test_every_module_lies_in_a_package() -> None:
+def test_every_module_lies_in_a_package_but_kernels() -> None:
+    """With an `__init__` the folder would hide Hugging Face's `kernels` from whoever has a checkout on the path."""
     files = [file for name in SOURCES for file in (ROOT / name).rglob("*.py")]
-    assert [str(file) for file in files if not (file.parent / "__init__.py").exists()] == []
+    assert {file.parent.name for file in files if not (file.parent / "__init__.py").exists()} == {"kernels"}
+
+
+def test_a_checkout_on_the_path_does_not_hide_the_package_kernels(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True")
+    code = "import sys; sys.path.append(sys.argv[1]); import kernels; from stepladder.kernels.rope import rotate\n"
+    done = python(f"{code}print(kernels.theirs, rotate.__module__)", str(tmp_path))
+    assert (done.stdout, done.stderr) == ("True stepladder.kernels.rope\n", "")
 
 
 def test_the_wheel_holds_everything_and_one_name(wheel: Path) -> None:
