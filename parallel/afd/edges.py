@@ -5,14 +5,13 @@ an edge arrive in the order in which they were sent, and both ends run the same 
 message comes next; the header proves it.
 """
 
-import queue
 import struct
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,11 +46,17 @@ HEADER_BYTES = _LAYOUT.size
 
 
 class EdgeLost(RuntimeError):
-    """The peer is gone, silent for too long, gave up, or sent what was not expected; the sentence names the edge."""
+    """The peer is gone, silent for too long, gave up, or sent what was not expected; the error names the edge."""
+
+
+class Later(NamedTuple):
+    """A tensor on its way (`Pending`): `wait` waits for it."""
+
+    wait: Callable[[], Any]
 
 
 class Edge(Protocol):
-    """One end of an edge; `GlooEdge` and `LoopbackEdge` are."""
+    """One end of an edge; `GlooEdge` is."""
 
     name: str
 
@@ -73,8 +78,8 @@ class Edge(Protocol):
 
 
 @dataclass
-class _Watch:
-    """The last header that came, for the sentence about what went wrong."""
+class Watch:
+    """The last header that came, for the error that says what went wrong."""
 
     name: str
     last: Header | None = None
@@ -88,8 +93,12 @@ class _Watch:
         self.last = got
 
     def lost(self, expected: Header, error: Exception) -> EdgeLost:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return EdgeLost(f"edge {self.name}: nothing came for {expected}; the last was {self.last}: {reason}")
+        return EdgeLost(f"edge {self.name}: nothing came for {expected}; the last was {self.last}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the stack that some libraries append."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class GlooEdge:
@@ -117,7 +126,7 @@ class GlooEdge:
         send_as: Wire = PLAIN,
         receive_as: Wire = PLAIN,
     ) -> None:
-        self.name, self._peer, self._watch = name, 1 - end, _Watch(name)
+        self.name, self._peer, self._watch = name, 1 - end, Watch(name)
         self._send_as, self._receive_as = send_as, receive_as
         store = dist.PrefixStore(f"edge {name}", store)
         store.set(f"wires {end}", f"{send_as.name}, {receive_as.name}")
@@ -141,15 +150,18 @@ class GlooEdge:
         wire = self._receive_as
         message = torch.empty(HEADER_BYTES + wire.size(header.tokens, hidden, dtype), dtype=torch.uint8)
         work = _try(lambda: self._group.recv([message], self._peer, 0))
-        return _Arriving(work, message, header, partial(wire.read, hidden=hidden, dtype=dtype), self._watch)
+
+        def wait() -> Tensor:
+            self._wait(work, header)
+            self._watch.check(header, header_of(message))
+            return wire.read(message[HEADER_BYTES:], hidden, dtype)
+
+        return Later(wait)
 
     def settle(self) -> None:
         while self._sent:
             work, _, header = self._sent.popleft()  # a handle that is dropped unwaited loses its message
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._watch.lost(header, error) from None
+            self._wait(work, header)
 
     def abort(self) -> None:
         last = self._watch.last or Header(0, 0, INPUT, 0, 0)
@@ -158,6 +170,12 @@ class GlooEdge:
     def disconnect(self) -> None:
         """Give the edge up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
         disconnect(self._group, self._peer)
+
+    def _wait(self, work: Any, header: Header) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._watch.lost(header, error) from None
 
 
 def disconnect(group: dist.ProcessGroup, peer: int) -> None:
@@ -174,104 +192,9 @@ def _try(start: Callable[[], Any]) -> Any:
     try:
         return start()
     except RuntimeError as error:
-        return _Failed(error)
-
-
-class _Failed:
-    def __init__(self, error: RuntimeError) -> None:
-        self._error = error
-
-    def wait(self) -> None:
-        raise self._error
-
-
-class _Arriving:
-    def __init__(
-        self, work: Any, message: Tensor, header: Header, read: Callable[[Tensor], Tensor], watch: _Watch
-    ) -> None:
-        self.work, self._message, self._header, self._read, self._watch = work, message, header, read, watch
-
-    def wait(self) -> Tensor:
-        try:
-            self.work.wait()
-        except RuntimeError as error:
-            raise self._watch.lost(self._header, error) from None
-        self._watch.check(self._header, header_of(self._message))
-        return self._read(self._message[HEADER_BYTES:])
-
-
-class LoopbackEdge:
-    """An end of an edge inside one process, between threads: the reference for the others."""
-
-    def __init__(
-        self,
-        name: str,
-        inbox: queue.Queue,
-        outbox: queue.Queue,
-        deadline: float,
-        send_as: Wire = PLAIN,
-        receive_as: Wire = PLAIN,
-    ) -> None:
-        self.name, self._inbox, self._outbox, self._deadline = name, inbox, outbox, deadline
-        self._send_as, self._receive_as = send_as, receive_as
-        self._watch = _Watch(name)
-        self._posted = self._come = 0
-        self._boxes: dict[int, tuple[Header, Tensor]] = {}
-
-    @staticmethod
-    def pair(
-        name: str, deadline: float = 30.0, send_as: Wire = PLAIN, receive_as: Wire = PLAIN
-    ) -> tuple["LoopbackEdge", "LoopbackEdge"]:
-        """The ends of A, which sends and receives so, and of F, which does the reverse."""
-        one: queue.Queue = queue.Queue()
-        other: queue.Queue = queue.Queue()
-        return (
-            LoopbackEdge(name, one, other, deadline, send_as, receive_as),
-            LoopbackEdge(name, other, one, deadline, receive_as, send_as),
-        )
-
-    def send(self, header: Header, rows: Tensor) -> None:
-        size = self._send_as.size(len(rows), rows.shape[1], rows.dtype)
-        body = torch.empty(size, dtype=torch.uint8, device=rows.device)
-        self._send_as.write(rows, body)
-        self._outbox.put((header, body))
-
-    def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
-        self._posted += 1
-        return _Boxed(self, self._posted, header, partial(self._receive_as.read, hidden=hidden, dtype=dtype))
-
-    def settle(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        last = self._watch.last or Header(0, 0, INPUT, 0, 0)
-        self._outbox.put((last._replace(flags=ABORT, tokens=0), torch.empty(0)))
-
-    def open(self, number: int, expected: Header) -> Tensor:
-        """The body of the message for the receive that was posted as the `number`-th."""
-        try:
-            while number not in self._boxes:
-                message = self._inbox.get(timeout=self._deadline)
-                if message[0].flags & ABORT:
-                    self._inbox.put(message)  # for whoever waits next; nothing follows it
-                    self._watch.check(expected, message[0])
-                self._come += 1
-                self._boxes[self._come] = message
-        except queue.Empty as error:
-            raise self._watch.lost(expected, error) from None
-        header, body = self._boxes.pop(number)
-        self._watch.check(expected, header)
-        return body
-
-
-class _Boxed:
-    """Messages go to the receives in the order in which these were posted, whatever is waited for first."""
-
-    def __init__(self, edge: LoopbackEdge, number: int, header: Header, read: Callable[[Tensor], Tensor]) -> None:
-        self._edge, self._number, self._header, self._read = edge, number, header, read
-
-    def wait(self) -> Tensor:
-        return self._read(self._edge.open(self._number, self._header))
+        failed: Future = Future()
+        failed.set_exception(error)
+        return Later(failed.result)
 
 
 def pack(header: Header, rows: Tensor, wire: Wire) -> Tensor:

@@ -7,13 +7,14 @@ been folded in. Nobody waits longer than that, and nothing is computed twice on 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from time import monotonic
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Header
+from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Header, Later
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.residual import Block, Done, Fold, Pending, ResidualStream
 from stepladder.parallel.spec import ModelSpec
@@ -139,9 +140,9 @@ class Link:
 
     def receive(self, block: int, micro: int) -> Pending:
         self._post(block, micro)
-        return _FromPool(self, block, micro)
+        return Later(partial(self._take, block, micro))
 
-    def take(self, block: int, micro: int) -> Tensor:
+    def _take(self, block: int, micro: int) -> Tensor:
         """Wait for the pool's contribution to a block, whichever pool it is that computes it."""
         began = monotonic()
         with self._clock.waiting:
@@ -224,27 +225,7 @@ class Link:
         hidden, dtype = self._spec.hidden_size, self._spec.dtype
         if header.tokens:
             parts = [edge.receive(header, hidden, dtype) for edge in self.edges]
-            self._posted[block, micro] = Sum(parts)
+            # partial sums of several ranks, added up in the ranks' order
+            self._posted[block, micro] = Later(lambda: reduce(torch.add, [part.wait() for part in parts]))
         else:
             self._posted[block, micro] = Done(torch.empty(0, hidden, dtype=dtype))
-
-
-class _FromPool:
-    def __init__(self, link: Link, block: int, micro: int) -> None:
-        self._link, self._block, self._micro = link, block, micro
-
-    def wait(self) -> Tensor:
-        return self._link.take(self._block, self._micro)
-
-
-class Sum:
-    """Partial sums on their way from several ranks, added up in the ranks' order."""
-
-    def __init__(self, parts: Sequence[Pending]) -> None:
-        self._parts = parts
-
-    def wait(self) -> Tensor:
-        first, *rest = [part.wait() for part in self._parts]
-        for part in rest:
-            first = first + part
-        return first

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost
+from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Later
 from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
@@ -122,16 +122,18 @@ class _Sources:
     """The A ranks of one step, as one batch: their rows one after the other. Who is lost brings zeros."""
 
     def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec, clock: Clock) -> None:
-        self._edges, self._layout, self._spec, self.clock = edges, layout, spec, clock
+        self._edges, self._layout, self._spec, self._clock = edges, layout, spec, clock
         self.lost = {source for source, edge in enumerate(edges) if edge is None}
 
     def receive(self, block: int, micro: int) -> Pending:
         parts = [self._receive(source, block, micro) for source in range(len(self._edges))]
-        return _Rows(self, parts, [tokens[micro] for tokens in self._layout.tokens])
 
-    def nothing(self, tokens: int) -> Tensor:
-        """In place of the rows of an A rank that is lost."""
-        return torch.zeros(tokens, self._spec.hidden_size, dtype=self._spec.dtype)
+        def wait() -> Tensor:
+            with self._clock.waiting:
+                rows = [self._rows(source, micro, part) for source, part in enumerate(parts)]
+            return torch.cat(rows)
+
+        return Later(wait)
 
     def send(self, block: int, micro: int, rows: Tensor) -> None:
         counts = [tokens[micro] for tokens in self._layout.tokens]
@@ -143,11 +145,11 @@ class _Sources:
     def settle(self) -> None:
         for source, edge in enumerate(self._edges):
             if edge is not None and source not in self.lost:
-                with self.noting(source):
+                with self._noting(source):
                     edge.settle()
 
     @contextmanager
-    def noting(self, source: int) -> Iterator[None]:
+    def _noting(self, source: int) -> Iterator[None]:
         """An A rank that is lost here is lost for the rest of the step."""
         try:
             yield
@@ -159,24 +161,16 @@ class _Sources:
         header, edge = self._layout.header(block, micro, source), self._edges[source]
         if edge is not None and source not in self.lost and header.tokens:
             return edge.receive(header, self._spec.hidden_size, self._spec.dtype)
-        return Done(self.nothing(header.tokens))
+        return Done(self._nothing(source, micro))
 
-
-class _Rows:
-    """Rows on their way from several A ranks, one rank's after the other's."""
-
-    def __init__(self, sources: _Sources, parts: Sequence[Pending], counts: Sequence[int]) -> None:
-        self._sources, self._parts, self._counts = sources, parts, counts
-
-    def wait(self) -> Tensor:
-        with self._sources.clock.waiting:
-            parts = [self._rows(source, part) for source, part in enumerate(self._parts)]
-        return torch.cat(parts)
-
-    def _rows(self, source: int, part: Pending) -> Tensor:
-        with self._sources.noting(source):
+    def _rows(self, source: int, micro: int, part: Pending) -> Tensor:
+        with self._noting(source):
             return part.wait()
-        return self._sources.nothing(self._counts[source])
+        return self._nothing(source, micro)
+
+    def _nothing(self, source: int, micro: int) -> Tensor:
+        """In place of the rows of an A rank that is lost."""
+        return torch.zeros(self._layout.tokens[source][micro], self._spec.hidden_size, dtype=self._spec.dtype)
 
 
 def _if_rows(block: Block, stream: ResidualStream, context: Any, tokens: int) -> Tensor:

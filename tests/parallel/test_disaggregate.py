@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge, Header, LoopbackEdge
+from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge, Header
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.checkpoint import load_weights
@@ -23,6 +23,7 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
+from tests.loopback import LoopbackEdge
 
 RATIOS = [(1, 1), (2, 1), (1, 2), (3, 2), (2, 2)]
 WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import Edge, EdgeLost, Header, LoopbackEdge
+from stepladder.parallel.afd.edges import Edge, EdgeLost, Header
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.checkpoint import load_weights
@@ -22,6 +22,7 @@ from stepladder.parallel.residual import Pending
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
+from tests.loopback import LoopbackEdge
 
 WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [
     ("standard", None),

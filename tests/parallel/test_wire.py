@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepladder.kernels.fp8 import dequantise, quantise
-from stepladder.parallel.afd.edges import HEADER_BYTES, Edge, EdgeLost, GlooEdge, Header, LoopbackEdge, pack
+from stepladder.parallel.afd.edges import HEADER_BYTES, Edge, EdgeLost, GlooEdge, Header, pack
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.afd.wire import FP8, PLAIN, Wire, wire_to_ffn
@@ -25,6 +25,7 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
+from tests.loopback import LoopbackEdge
 
 DEADLINE = 20.0
 Shapes = Sequence[Sequence[tuple[int, int]]]  # [A rank][micro-batch]: sequences, tokens of each
