@@ -21,7 +21,7 @@ class Checkpoint:
     """The safetensors files of a Hugging Face directory, opened lazily.
 
     Raises:
-        ValueError: no weights, or a broken file; later a missing tensor or a wrong shape. The sentence names it.
+        ValueError: no weights, or a broken file; later a missing tensor or a wrong shape. The error names it.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -132,7 +132,7 @@ def fingerprints(directory: str | Path) -> dict[str, str]:
         By the file's name.
 
     Raises:
-        ValueError: a file is missing or broken; the sentence names it.
+        ValueError: a file is missing or broken; the error names it.
     """
     config = Path(directory) / "config.json"
     try:

@@ -6,6 +6,8 @@ such pair of ranks has a group of its own, so that the loss of one attention ran
 
 import queue
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import EdgeLost, disconnect
+from stepladder.parallel.afd.edges import EdgeLost, disconnect, first_line
 from stepladder.parallel.afd.pool_link import Resume
 from stepladder.parallel.mesh import gloo_group
 
@@ -63,8 +65,8 @@ class Opening(NamedTuple):
 class Line:
     """One end of the control messages of a pair. end: 0 on the A rank, 1 on the first F rank.
 
-    A message may take as long as a step of the others; a peer that dies closes its socket, and one that is silent too
-    long is hung up on. `deadline` is for both ends to come.
+    A message may take as long as a step of the others; a peer that dies closes its socket, and from one that is silent
+    too long this end disconnects. `deadline` is for both ends to come.
 
     Raises (all methods): EdgeLost, if the peer is gone.
     """
@@ -79,7 +81,9 @@ class Line:
 
     def announce(self, announcement: Announcement) -> None:
         """A: what comes next. F listens at all times, so this takes no longer than the way there."""
-        self._wait(self._send(announcement.encode(), UP), LEAVING if announcement.leaves else NO_TIMEOUT)
+        with self._noting_loss():
+            work = self._group.send([announcement.encode()], self._peer, UP)
+            work.wait(LEAVING if announcement.leaves else NO_TIMEOUT)
 
     def opening(self) -> Opening:
         """A: wait until the step is opened."""
@@ -87,10 +91,11 @@ class Line:
 
     def open(self, opening: Opening) -> None:
         """F: the step begins. It does not wait until A has heard."""
-        if self._opened:
-            self._wait(self._opened[0])  # heard long ago: A has announced another step since
         message = opening.encode()
-        self._opened = self._send(message, DOWN), message
+        with self._noting_loss():
+            if self._opened:
+                self._opened[0].wait()  # heard long ago: A has announced another step since
+            self._opened = self._group.send([message], self._peer, DOWN), message
 
     def listen(self, number: int, events: queue.Queue) -> None:
         """F: put every announcement into `events` with this line's number, then None when the peer is gone."""
@@ -111,27 +116,16 @@ class Line:
         """Give the line up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
         disconnect(self._group, self._peer)
 
-    def _send(self, message: Tensor, tag: int) -> Any:
-        try:
-            return self._group.send([message], self._peer, tag)
-        except RuntimeError as error:
-            raise self._lost(error) from None
-
     def _receive(self, tag: int) -> Tensor:
         message = torch.empty(WORDS, dtype=torch.int64)
-        try:
-            self._wait(self._group.recv([message], self._peer, tag))
-        except RuntimeError as error:
-            raise self._lost(error) from None
+        with self._noting_loss():
+            self._group.recv([message], self._peer, tag).wait()
         return message
 
-    def _wait(self, work: Any, timeout: timedelta = NO_TIMEOUT) -> None:
+    @contextmanager
+    def _noting_loss(self) -> Iterator[None]:
+        """An error of the group means that the peer is gone."""
         try:
-            work.wait(timeout)
+            yield
         except RuntimeError as error:
-            raise self._lost(error) from None
-
-    def _lost(self, error: RuntimeError) -> EdgeLost:
-        if isinstance(error, EdgeLost):
-            return error
-        return EdgeLost(f"control line {self.name}: {(str(error).splitlines() or ['lost'])[0]}")
+            raise EdgeLost(f"control line {self.name}: {first_line(error)}") from None

@@ -152,7 +152,7 @@ class GlooEdge:
         work = _try(lambda: self._group.recv([message], self._peer, 0))
 
         def wait() -> Tensor:
-            self._wait(work, header)
+            self._complete(work, header)
             self._watch.check(header, header_of(message))
             return wire.read(message[HEADER_BYTES:], hidden, dtype)
 
@@ -161,7 +161,7 @@ class GlooEdge:
     def settle(self) -> None:
         while self._sent:
             work, _, header = self._sent.popleft()  # a handle that is dropped unwaited loses its message
-            self._wait(work, header)
+            self._complete(work, header)
 
     def abort(self) -> None:
         last = self._watch.last or Header(0, 0, INPUT, 0, 0)
@@ -171,7 +171,7 @@ class GlooEdge:
         """Give the edge up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
         disconnect(self._group, self._peer)
 
-    def _wait(self, work: Any, header: Header) -> None:
+    def _complete(self, work: Any, header: Header) -> None:
         try:
             work.wait()
         except RuntimeError as error:

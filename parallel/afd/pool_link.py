@@ -111,7 +111,7 @@ class Link:
         again: finds the next pool when an edge is lost; without it, or when it finds none, EdgeLost goes through.
 
     Attributes:
-        waited: seconds that this side has waited for F. resumes: how often the step had to begin again.
+        waited: seconds that this side has waited for F.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Link:
     ) -> None:
         self._clock = clock or Clock()
         self.edges, self.layout, self._spec, self._again = edges, layout, spec, again
-        self.waited, self.resumes = 0.0, 0
+        self.waited = 0.0
         self._mine: dict[tuple[int, int], Tensor] = {}
         self._posted: dict[tuple[int, int], Pending] = {}
 
@@ -180,7 +180,6 @@ class Link:
         self.edges = ()
         self._posted.clear()
         self.edges, self.layout = self._again(Resume(start, first), lost)
-        self.resumes += 1
         self._send_again(start, first)
         for block, micro in asked:
             if block >= first:

@@ -56,7 +56,7 @@ class AttentionSide(Transformer):
         ) -> Sequence[Pending]:
             parts: list[Pending] = []
             if block.modules:
-                mine = _if_rows(block, stream, context, len(tokens[micro]))
+                mine = _if_rows(block, stream.input(block.lag), context)
                 pool.send(number, micro, mine)
                 parts.append(Done(mine))
             if block.elsewhere:
@@ -111,7 +111,7 @@ class FeedForwardSide(Transformer):
     def _compute(self, number: int, block: Block, micro: int, stream: ResidualStream, sources: "_Sources") -> Pending:
         """This rank's partial sum: to every A rank its rows, and the whole of it to the other F ranks."""
         x, began = stream.input(block.lag), monotonic()
-        partial = block(x, None) if len(x) else torch.zeros_like(x)
+        partial = _if_rows(block, x, None)
         self.busy += monotonic() - began
         self.calls += 1
         sources.send(number, micro, partial)
@@ -173,6 +173,5 @@ class _Sources:
         return torch.zeros(self._layout.tokens[source][micro], self._spec.hidden_size, dtype=self._spec.dtype)
 
 
-def _if_rows(block: Block, stream: ResidualStream, context: Any, tokens: int) -> Tensor:
-    x = stream.input(block.lag)
-    return block(x, context) if tokens else torch.zeros_like(x)
+def _if_rows(block: Block, x: Tensor, context: Any) -> Tensor:
+    return block(x, context) if len(x) else torch.zeros_like(x)

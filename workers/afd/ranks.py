@@ -102,17 +102,8 @@ class FeedForwardRank(Rank):
         side.clock = self._mesh.clock
         load_weights(side, path)
         pack_weights(side, config.engine.batch_invariant)
-        self._pool = FeedForwardPool(
-            side,
-            self._mesh,
-            self._connect,
-            config.prefix,
-            config.generation,
-            config.host,
-            config.secret,
-            self._silence,
-            wire_to_ffn(config.afd.wire, self._spec),
-        )
+        wire = wire_to_ffn(config.afd.wire, self._spec)
+        self._pool = FeedForwardPool(config, side, self._mesh, self._connect, self._silence, wire)
         return UNBOUNDED
 
     def begin(self, kv_tokens: int) -> str | None:

@@ -6,7 +6,7 @@ that would have a message before it is due waits, without taking CPU.
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepladder.launch.bench.afd.real.priority import ahead_of_gloo
 from stepladder.launch.bench.afd.real.task import Moment
-from stepladder.parallel.afd.edges import GlooEdge, Header
+from stepladder.parallel.afd.edges import GlooEdge, Header, Later
 from stepladder.parallel.afd.wire import PLAIN
 from stepladder.parallel.residual import Pending
 
@@ -69,20 +69,12 @@ class WatchedEdge(GlooEdge):
     def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
         with ahead_of_gloo(self.gloo_first):
             pending = super().receive(header, hidden, dtype)
-        return _Watched(self._watcher.submit(self._wait, pending, header)) if self.watching else pending
+        return Later(self._watcher.submit(self._wait, pending, header).result) if self.watching else pending
 
     def _wait(self, pending: Pending, header: Header) -> Tensor:
         rows = pending.wait()
         self.came.append(_moment(header))
         return rows
-
-
-class _Watched:
-    def __init__(self, future: Future[Tensor]) -> None:
-        self._future = future
-
-    def wait(self) -> Tensor:
-        return self._future.result()
 
 
 def _moment(header: Header) -> Moment:
