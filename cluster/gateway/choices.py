@@ -1,9 +1,10 @@
 """One generating HTTP request: its choices, and the JSON that they become."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from stepladder.cluster.gateway.logprob_json import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
 from stepladder.cluster.gateway.metrics import SequenceMeter
@@ -102,29 +103,41 @@ def offsets(tokenizer: Tokenizer, tokens: Sequence[int], limit: int) -> list[int
     return found
 
 
-class Format(Protocol):
-    """How an endpoint writes choices; `Chat` and `Completion` do."""
+@dataclass(frozen=True)
+class Format(ABC):
+    """How an endpoint writes choices; `Chat` and `Completion` do.
 
-    prefix: str
-    object: str
-    chunk_object: str
+    Attributes:
+        prompt_top: how many likeliest tokens prompt_logprobs show; None shows none.
+    """
 
+    prompt_top: int | None
+    prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    @abstractmethod
     def whole(self, choice: Choice) -> Json: ...
 
+    @abstractmethod
     def part(self, piece: Piece) -> Json:
         """For a chunk; if the piece has a finish reason, it has no text."""
-        ...
 
     def extra(self, choices: list[Choice]) -> Json:
         """Further fields of the whole answer."""
-        ...
+        return {}
+
+    def _prompt_logprobs(self, choice: Choice) -> Json:
+        if self.prompt_top is None:
+            return {}
+        assert choice.prompt_logprobs is not None
+        tokenizer, prompt = choice.text.tokenizer, choice.request.prompt
+        return {"prompt_logprobs": prompt_shape(tokenizer, prompt, choice.prompt_logprobs, self.prompt_top)}
 
 
-@dataclass(frozen=True)
-class Chat:
-    """/v1/chat/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
+class Chat(Format):
+    """/v1/chat/completions."""
 
-    prompt_top: int | None
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, choice: Choice) -> Json:
@@ -142,24 +155,20 @@ class Chat:
 
     def extra(self, choices: list[Choice]) -> Json:
         """All choices have the same prompt."""
-        return _prompt_logprobs(choices[0], self.prompt_top)
+        return self._prompt_logprobs(choices[0])
 
     def _logprobs(self, choice: Choice, scored: list[ScoredToken]) -> Json | None:
-        if choice.request.params.logprobs is None:
-            return None
-        return chat_shape(choice.text.tokenizer, scored)
+        return None if choice.request.params.logprobs is None else chat_shape(choice.text.tokenizer, scored)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """/v1/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
+class Completion(Format):
+    """/v1/completions."""
 
-    prompt_top: int | None
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, choice: Choice) -> Json:
         piece = Piece(choice, choice.echo + choice.text.text, choice.scored, choice.finish_reason)
-        return self.part(piece) | _prompt_logprobs(choice, self.prompt_top)
+        return self.part(piece) | self._prompt_logprobs(choice)
 
     def part(self, piece: Piece) -> Json:
         choice, text, scored, finish_reason = piece
@@ -167,17 +176,6 @@ class Completion:
         if top is not None and scored:
             logprobs = completion_shape(choice.text.tokenizer, scored, top)
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    def extra(self, choices: list[Choice]) -> Json:
-        return {}
-
-
-def _prompt_logprobs(choice: Choice, top: int | None) -> Json:
-    if top is None:
-        return {}
-    assert choice.prompt_logprobs is not None
-    request = choice.request
-    return {"prompt_logprobs": prompt_shape(choice.text.tokenizer, request.prompt, choice.prompt_logprobs, top)}
 
 
 @dataclass

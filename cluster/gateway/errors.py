@@ -76,21 +76,15 @@ class Unavailable(ApiError):
 def install_handlers(app: FastAPI) -> None:
     """Answer every error in OpenAI's shape, including FastAPI's 422 (as 400) and unknown routes."""
 
-    async def own(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
+    @app.exception_handler(ApiError)
+    async def own(_: Request, error: ApiError) -> Response:
         return error.response()
 
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
         return from_validation(error.errors()[0]).response()
 
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _from_http(request, error)
-
-    app.add_exception_handler(ApiError, own)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+    app.exception_handler(HTTPException)(_from_http)
 
 
 def from_validation(error: Mapping[str, Any]) -> BadRequest:
@@ -113,7 +107,7 @@ def from_validation(error: Mapping[str, Any]) -> BadRequest:
     return BadRequest(f"{param or 'the body'}: {error['msg']}", param=param, code="invalid_value")
 
 
-def _from_http(request: Request, error: HTTPException) -> Response:
+async def _from_http(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: an unknown path, a wrong method, a body that cannot be read (and why)."""
     if isinstance(error.__cause__, ApiError):
         return error.__cause__.response()

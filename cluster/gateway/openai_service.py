@@ -91,7 +91,7 @@ class OpenAIService:
     def __init__(self, backend: Backend, tokenizer: Tokenizer, config: ServiceConfig) -> None:
         self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
         self.metrics.in_flight.set_function(lambda: len(self.in_flight))
-        self._backend, self._tokenizer = backend, tokenizer
+        self._backend, self.tokenizer = backend, tokenizer
 
     @property
     def ready(self) -> bool:
@@ -143,7 +143,7 @@ class OpenAIService:
         if body.echo:
             for choice in generation.choices:
                 prompt = body.prompts[choice.index // body.n]
-                choice.echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+                choice.echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
                 choice.scoring_only = body.max_tokens == 0
         return generation
 
@@ -163,8 +163,7 @@ class OpenAIService:
         yield (event(generation.usage_chunk()) if generation.options.include_usage else b"") + DONE
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
-        if body.model is not None:
-            self.check_model(body.model)
+        self.check_model(body.model)
         if body.messages is not None:
             tokens = await self._encode_chat(body.messages, special=bool(body.add_special_tokens))
         else:
@@ -174,29 +173,25 @@ class OpenAIService:
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         """Special tokens are written out, so that it undoes `tokenize`."""
-        if body.model is not None:
-            self.check_model(body.model)
+        self.check_model(body.model)
         self._check_ids(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self._tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
+        return {"prompt": await asyncio.to_thread(self.tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
 
-    def tokenizer_info(self) -> dict[str, Any]:
-        """The model's tokenizer_config.json and chat template."""
-        return self._tokenizer.info()
-
-    def check_model(self, name: str) -> None:
-        if name != self.config.model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound unless it is this one's name, or None."""
+        if name not in (None, self.config.model_name):
             sentence = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise NotFound(sentence, param="model", code="model_not_found")
 
     async def _encode(self, text: str, special: bool) -> list[int]:
         if len(text) <= TOKENIZE_INLINE:
-            return self._tokenizer.encode(text, special)
-        return await asyncio.to_thread(self._tokenizer.encode, text, special)
+            return self.tokenizer.encode(text, special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, special)
 
     async def _encode_chat(self, messages: list[Any], special: bool = False) -> list[int]:
         """Chat templates write special tokens themselves."""
         try:
-            text = self._tokenizer.chat([message.for_template() for message in messages])
+            text = self.tokenizer.chat([message.for_template() for message in messages])
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
         return await self._encode(text, special)
@@ -215,7 +210,7 @@ class OpenAIService:
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
                 request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
-                choices.append(Choice(index, request, TextStream.of(self._tokenizer, params)))
+                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params)))
         options = body.stream_options or StreamOptions()
         num_prompt_tokens = sum(map(len, prompts))
         return Choices(
