@@ -62,8 +62,7 @@ class EngineLink:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"{gateway}-{endpoint.generation}".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 10_000)
-        self._socket.setsockopt(zmq.RCVHWM, 10_000)
+        self._socket.set_hwm(10_000)
         self._socket.curve_serverkey = Keys.of("engine", secret).public
         self._socket.curve_publickey, self._socket.curve_secretkey = Keys.of("gateway", secret)
         self._socket.connect(endpoint.address)

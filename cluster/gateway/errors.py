@@ -15,7 +15,7 @@ class ApiError(Exception):
     """An answer that is an error; also raised after the 200 of a stream, where it becomes a last event.
 
     Args:
-        message: one sentence for the client.
+        message: for the client.
         param: the request field that it is about.
         code: a word that programs can test for; the class's own if not given.
         retry_after: seconds after which another try makes sense.
@@ -112,8 +112,8 @@ async def _from_http(request: Request, error: HTTPException) -> Response:
     if isinstance(error.__cause__, ApiError):
         return error.__cause__.response()
     where = f"{request.method} {request.url.path}"
-    sentence = {404: f"there is no {where}", 405: f"{where} is not allowed; use another method"}
-    answer = ApiError(sentence.get(error.status_code, str(error.detail)))
+    messages = {404: f"there is no {where}", 405: f"{where} is not allowed; use another method"}
+    answer = ApiError(messages.get(error.status_code, str(error.detail)))
     answer.status = error.status_code
     answer.type = "invalid_request_error" if error.status_code < 500 else answer.type
     response = answer.response()

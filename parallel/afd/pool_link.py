@@ -5,7 +5,7 @@ so when an F rank is lost, the pool that replaces it is sent those and goes on f
 been folded in. Nobody waits longer than that, and nothing is computed twice on this side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from time import monotonic
@@ -57,12 +57,8 @@ class Layout:
         return Header(self.generation, self.number, block, micro, self.tokens[source][micro])
 
 
-class Again(Protocol):
-    """What finds the next pool: waits for it, opens the step there, and returns the new edges and the new layout."""
-
-    def __call__(self, resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
-        """Raises EdgeLost if none comes."""
-        ...
+Again = Callable[[Resume, EdgeLost], tuple[Sequence[Edge], Layout]]
+"""Waits for the next pool, opens the step there, and returns the new edges and layout. Raises EdgeLost if none comes."""
 
 
 class Pool(Protocol):
