@@ -17,11 +17,7 @@ from typing import Any, Protocol
 
 LOG = logging.getLogger(__name__)
 CLOCKS = {  # what W&B plots each family of figures over; serving, training and drafters have clocks of their own
-    "serve/*": "serve/seconds",
-    "engine/*": "serve/seconds",
-    "afd/*": "serve/seconds",
-    "ranks/*": "serve/seconds",
-    "spec/*": "serve/seconds",
+    **dict.fromkeys(("serve/*", "engine/*", "afd/*", "ranks/*", "spec/*"), "serve/seconds"),
     "train/*": "train/step",
     "drafter/*": "drafter/version",
 }

@@ -2,18 +2,37 @@
 
 import queue
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import ABORT, INPUT, Header, Watch
+from stepladder.parallel.afd.edges import ABORT, INPUT, EdgeLost, Header, first_line
 from stepladder.parallel.afd.wire import PLAIN, Wire
 from stepladder.parallel.residual import Pending
 
 
+@dataclass
+class Watch:
+    """The last header that came, for the error that says what went wrong."""
+
+    name: str
+    last: Header | None = None
+
+    def check(self, expected: Header, got: Header) -> None:
+        if got.flags & ABORT:
+            raise EdgeLost(f"edge {self.name}: the peer gave up at {got}")
+        if got != expected:
+            raise EdgeLost(f"edge {self.name}: expected {expected}, got {got}")
+        self.last = got
+
+    def lost(self, expected: Header, error: Exception) -> EdgeLost:
+        return EdgeLost(f"edge {self.name}: nothing came for {expected}; the last was {self.last}: {first_line(error)}")
+
+
 class LoopbackEdge:
-    """One end; see `Edge`."""
+    """One end, in place of a `GlooEdge`."""
 
     def __init__(
         self,

@@ -22,14 +22,14 @@ def build_app(service: OpenAIService, traces: Traces | None = None) -> FastAPI:
     if traces:
         app.add_middleware(Traced, traces=traces, untraced=OPEN_PATHS)  # sees what the other refuses
     install_handlers(app)
-    _add_generation(app, service)
+    _add_generating(app, service)
     _add_models(app, service)
     _add_tokenizer(app, service)
     _add_operations(app, service)
     return app
 
 
-def _add_generation(app: FastAPI, service: OpenAIService) -> None:
+def _add_generating(app: FastAPI, service: OpenAIService) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
         return Reply(service, http.state.request_id, partial(service.chat, body))

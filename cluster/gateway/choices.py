@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from stepladder.cluster.gateway.logprob_json import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
 from stepladder.cluster.gateway.metrics import SequenceMeter
-from stepladder.cluster.gateway.protocol import StreamOptions
+from stepladder.cluster.gateway.protocol import Generating
 from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
@@ -41,11 +41,6 @@ class Choice:
     start: Start | None = None
     meter: SequenceMeter | None = None
     _begun: bool = False
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of the prompt, found in the prefix cache."""
-        return self.start.cached_tokens if self.start else 0
 
     def take(self, output: Output) -> "Piece":
         """Append an output's tokens, up to a stop string; return what is new."""
@@ -185,27 +180,23 @@ class Choices:
     Attributes:
         id: of the request, without the endpoint's prefix.
         arrived: `time.monotonic()` when the request came in.
-        n: choices per prompt.
+        asked: what the client sent.
         num_prompt_tokens: of all prompts, each counted once.
-        stream: answer with chunks; with these options.
     """
 
     id: str
     arrived: float
-    model: str
+    asked: Generating
     format: Format
     choices: list[Choice]
-    n: int
     num_prompt_tokens: int
-    stream: bool
-    options: StreamOptions
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def usage(self) -> Json:
         generated = sum(choice.num_tokens for choice in self.choices)
         total = self.num_prompt_tokens + generated
-        cached = min(self.num_prompt_tokens, sum(choice.cached_tokens for choice in self.choices))
+        cached = min(self.num_prompt_tokens, sum(choice.start.cached_tokens for choice in self.choices if choice.start))
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": generated,
@@ -234,10 +225,10 @@ class Choices:
         return self._envelope(self.format.chunk_object, []) | {"usage": self.usage}
 
     def _chunk(self, choice: Json) -> Json:
-        chunk = self._envelope(self.format.chunk_object, [choice])
-        if self.options.continuous_usage_stats:
+        chunk, options = self._envelope(self.format.chunk_object, [choice]), self.asked.stream_options
+        if options and options.continuous_usage_stats:
             chunk["usage"] = self.usage
-        elif self.options.include_usage:
+        elif options and options.include_usage:
             chunk["usage"] = None
         return chunk
 
@@ -246,6 +237,6 @@ class Choices:
             "id": self.format.prefix + self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model,
+            "model": self.asked.model,
             "choices": choices,
         }

@@ -74,11 +74,8 @@ class Unavailable(ApiError):
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every error in OpenAI's shape, including FastAPI's 422 (as 400) and unknown routes."""
-
-    @app.exception_handler(ApiError)
-    async def own(_: Request, error: ApiError) -> Response:
-        return error.response()
+    """Answer FastAPI's own errors, such as its 422 (as 400) and unknown routes, in OpenAI's shape, as `Gatekeeper` does
+    with every ApiError."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

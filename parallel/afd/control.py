@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import EdgeLost, disconnect, first_line
+from stepladder.parallel.afd.edges import EdgeLost, GlooPair, first_line
 from stepladder.parallel.afd.pool_link import Resume
-from stepladder.parallel.mesh import gloo_group
 
 MAX_MICRO_BATCHES = 16
 WORDS = 4 + MAX_MICRO_BATCHES
@@ -62,7 +61,7 @@ class Opening(NamedTuple):
         return Opening(*message[: len(Opening._fields)].tolist())
 
 
-class Line:
+class Line(GlooPair):
     """One end of the control messages of a pair. end: 0 on the A rank, 1 on the first F rank.
 
     A message may take as long as a step of the others; a peer that dies closes its socket, and from one that is silent
@@ -72,11 +71,11 @@ class Line:
     """
 
     def __init__(self, store: dist.Store, name: str, end: int, host: str, deadline: timedelta) -> None:
-        self.name, self._peer = name, 1 - end
+        self.name = name
         own = dist.PrefixStore(f"line {name}", store)
         own.set(f"here {end}", "yes")
-        own.wait([f"here {self._peer}"], deadline)
-        self._group = gloo_group(own, end, 2, host, timedelta(days=7))
+        own.wait([f"here {1 - end}"], deadline)
+        super().__init__(own, end, host, timedelta(days=7))
         self._opened: tuple[Any, Tensor] | None = None  # on its way; a handle dropped unwaited loses its message
 
     def announce(self, announcement: Announcement) -> None:
@@ -111,10 +110,6 @@ class Line:
                 events.put((number, None))
 
         threading.Thread(target=run, daemon=True, name=f"line-{self.name}").start()
-
-    def disconnect(self) -> None:
-        """Give the line up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
-        disconnect(self._group, self._peer)
 
     def _receive(self, tag: int) -> Tensor:
         message = torch.empty(WORDS, dtype=torch.int64)

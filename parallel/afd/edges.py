@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,53 +54,29 @@ class Later(NamedTuple):
     wait: Callable[[], Any]
 
 
-class Edge(Protocol):
-    """One end of an edge; `GlooEdge` is."""
-
-    name: str
-
-    def send(self, header: Header, rows: Tensor) -> None:
-        """Start sending `rows` [tokens, hidden]; they are copied and may be overwritten at once."""
-        ...
-
-    def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
-        """Post the receive of the message with this header: [header.tokens, hidden] when it is waited for."""
-        ...
-
-    def settle(self) -> None:
-        """Wait until everything that was sent has been taken."""
-        ...
-
-    def abort(self) -> None:
-        """Tell the peer that this step will not be completed."""
-        ...
-
-
-@dataclass
-class Watch:
-    """The last header that came, for the error that says what went wrong."""
-
-    name: str
-    last: Header | None = None
-
-    def check(self, expected: Header, got: Header) -> None:
-        if got.flags & ABORT:
-            raise EdgeLost(f"edge {self.name}: the peer gave up at {got}")
-        if got != expected:
-            raise EdgeLost(f"edge {self.name}: expected {expected} of generation {expected.generation}, got {got} of "
-                           f"generation {got.generation}")  # fmt: skip
-        self.last = got
-
-    def lost(self, expected: Header, error: Exception) -> EdgeLost:
-        return EdgeLost(f"edge {self.name}: nothing came for {expected}; the last was {self.last}: {first_line(error)}")
-
-
 def first_line(error: Exception) -> str:
     """What an error says, without the stack that some libraries append."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class GlooEdge:
+class GlooPair:
+    """One end of a gloo group of two: 0 on the A rank, 1 on the first or only F rank."""
+
+    def __init__(self, store: dist.Store, end: int, host: str, timeout: timedelta) -> None:
+        self._peer = 1 - end
+        self._group = gloo_group(store, end, 2, host, timeout)
+
+    def disconnect(self) -> None:
+        """Give it up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives.
+
+        Gloo's abort interrupts nobody, but a wait that runs out fails whatever is pending and closes the sockets.
+        """
+        with suppress(RuntimeError):
+            message = torch.empty(1, dtype=torch.uint8)
+            self._group.recv([message], self._peer, DISCONNECT).wait(timedelta(milliseconds=1))
+
+
+class GlooEdge(GlooPair):
     """An end of an edge between CPU ranks. A send blocks its peer's matching receive, never the loop.
 
     Args:
@@ -126,11 +101,12 @@ class GlooEdge:
         send_as: Wire = PLAIN,
         receive_as: Wire = PLAIN,
     ) -> None:
-        self.name, self._peer, self._watch = name, 1 - end, Watch(name)
+        self.name = name
+        self._last: Header | None = None  # that came, for the error that says what went wrong
         self._send_as, self._receive_as = send_as, receive_as
         store = dist.PrefixStore(f"edge {name}", store)
         store.set(f"wires {end}", f"{send_as.name}, {receive_as.name}")
-        self._group = gloo_group(store, end, 2, host, deadline)
+        super().__init__(store, end, host, deadline)
         self._check_wires(store.get(f"wires {self._peer}").decode())
         self._sent: deque[tuple[Any, Tensor, Header]] = deque()
 
@@ -143,48 +119,48 @@ class GlooEdge:
             )
 
     def send(self, header: Header, rows: Tensor) -> None:
+        """Start sending `rows` [tokens, hidden]; they are copied and may be overwritten at once."""
         message = pack(header, rows, self._send_as)
         self._sent.append((_try(lambda: self._group.send([message], self._peer, 0)), message, header))
 
     def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
+        """Post the receive of the message with this header: [header.tokens, hidden] when it is waited for."""
         wire = self._receive_as
         message = torch.empty(HEADER_BYTES + wire.size(header.tokens, hidden, dtype), dtype=torch.uint8)
         work = _try(lambda: self._group.recv([message], self._peer, 0))
 
         def wait() -> Tensor:
             self._complete(work, header)
-            self._watch.check(header, header_of(message))
+            self._check(header, header_of(message))
             return wire.read(message[HEADER_BYTES:], hidden, dtype)
 
         return Later(wait)
 
     def settle(self) -> None:
+        """Wait until everything that was sent has been taken."""
         while self._sent:
             work, _, header = self._sent.popleft()  # a handle that is dropped unwaited loses its message
             self._complete(work, header)
 
     def abort(self) -> None:
-        last = self._watch.last or Header(0, 0, INPUT, 0, 0)
+        """Tell the peer that this step will not be completed."""
+        last = self._last or Header(0, 0, INPUT, 0, 0)
         self.send(last._replace(flags=ABORT, tokens=0), torch.empty(0, 1))
-
-    def disconnect(self) -> None:
-        """Give the edge up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
-        disconnect(self._group, self._peer)
 
     def _complete(self, work: Any, header: Header) -> None:
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._watch.lost(header, error) from None
+            why = f"nothing came for {header}; the last was {self._last}: {first_line(error)}"
+            raise EdgeLost(f"edge {self.name}: {why}") from None
 
-
-def disconnect(group: dist.ProcessGroup, peer: int) -> None:
-    """Close a gloo group of two whoever waits in it: a silent peer would be waited for until the group's timeout.
-
-    Gloo's abort interrupts nobody, but a wait that runs out fails whatever is pending and closes the group's sockets.
-    """
-    with suppress(RuntimeError):
-        group.recv([torch.empty(1, dtype=torch.uint8)], peer, DISCONNECT).wait(timedelta(milliseconds=1))
+    def _check(self, expected: Header, got: Header) -> None:
+        if got.flags & ABORT:
+            raise EdgeLost(f"edge {self.name}: the peer gave up at {got}")
+        if got != expected:
+            raise EdgeLost(f"edge {self.name}: expected {expected} of generation {expected.generation}, got {got} of "
+                           f"generation {got.generation}")  # fmt: skip
+        self._last = got
 
 
 def _try(start: Callable[[], Any]) -> Any:

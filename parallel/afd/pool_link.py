@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Header, Later
+from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Header, Later
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.residual import Block, Done, Fold, Pending, ResidualStream
 from stepladder.parallel.spec import ModelSpec
@@ -57,44 +57,8 @@ class Layout:
         return Header(self.generation, self.number, block, micro, self.tokens[source][micro])
 
 
-Again = Callable[[Resume, EdgeLost], tuple[Sequence[Edge], Layout]]
-"""Waits for the next pool, opens the step there, and returns the new edges and layout. Raises EdgeLost if none comes."""
-
-
-class Pool(Protocol):
-    """What an attention side needs of the FFN side: `Link` and `NoPool` have it."""
-
-    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
-        """Send x_0 of every micro-batch."""
-        ...
-
-    def send(self, block: int, micro: int, rows: Tensor) -> None:
-        """Send this side's contribution to a block."""
-        ...
-
-    def receive(self, block: int, micro: int) -> Pending:
-        """The pool's contribution to a block."""
-        ...
-
-    def settle(self) -> None:
-        """The step is over."""
-        ...
-
-
-class NoPool:
-    """In place of the pool: FFNs that answer with zeros, so that an attention side can be measured alone."""
-
-    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
-        self._zeros = [torch.zeros_like(stream.input(0)) for stream in streams]
-
-    def send(self, block: int, micro: int, rows: Tensor) -> None:
-        pass
-
-    def receive(self, block: int, micro: int) -> Pending:
-        return Done(self._zeros[micro])
-
-    def settle(self) -> None:
-        pass
+Again = Callable[[Resume, EdgeLost], tuple[Sequence[GlooEdge], Layout]]
+"""Waits for the next pool, opens the step there, returns the new edges and layout. Raises EdgeLost if none comes."""
 
 
 class Link:
@@ -112,7 +76,7 @@ class Link:
 
     def __init__(
         self,
-        edges: Sequence[Edge],
+        edges: Sequence[GlooEdge],
         layout: Layout,
         spec: ModelSpec,
         again: Again | None = None,
@@ -125,16 +89,19 @@ class Link:
         self._posted: dict[tuple[int, int], Pending] = {}
 
     def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
+        """Send x_0 of every micro-batch."""
         self._streams, self._blocks = streams, blocks
         for micro, stream in enumerate(streams):
             self._send(INPUT, micro, stream.input(0))
 
     def send(self, block: int, micro: int, rows: Tensor) -> None:
+        """Send this side's contribution to a block."""
         self._mine[block, micro] = rows
         self._mine.pop((block - REMEMBER, micro), None)
         self._send(block, micro, rows)
 
     def receive(self, block: int, micro: int) -> Pending:
+        """The pool's contribution to a block."""
         self._post(block, micro)
         return Later(partial(self._take, block, micro))
 
@@ -224,3 +191,16 @@ class Link:
             self._posted[block, micro] = Later(lambda: reduce(torch.add, [part.wait() for part in parts]))
         else:
             self._posted[block, micro] = Done(torch.empty(0, hidden, dtype=dtype))
+
+
+class NoPool(Link):
+    """In place of the pool: FFNs that answer with zeros, so that an attention side can be measured alone."""
+
+    def __init__(self, tokens: int, spec: ModelSpec) -> None:
+        super().__init__((), Layout(0, 0, ((tokens,),)), spec)
+
+    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
+        self._zeros = torch.zeros_like(streams[0].input(0))
+
+    def receive(self, block: int, micro: int) -> Pending:
+        return Done(self._zeros)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Later
-from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
+from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Later
+from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Link
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
 from stepladder.parallel.model import Transformer
@@ -38,7 +38,7 @@ class AttentionSide(Transformer):
         super().__init__(spec, pools=(ATTENTION,))
 
     def forward(  # type: ignore[override]
-        self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Pool
+        self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Link
     ) -> list[Tensor]:
         """One step: tokens [T] of each micro-batch -> final hidden states [T, h], normalised.
 
@@ -51,9 +51,7 @@ class AttentionSide(Transformer):
         ]
         pool.begin(streams, self.blocks)
 
-        def contribute(
-            number: int, block: Block, micro: int, stream: ResidualStream, context: Any
-        ) -> Sequence[Pending]:
+        def contribute(number: int, block: Block, micro: int, stream: ResidualStream, context: Any) -> list[Pending]:
             parts: list[Pending] = []
             if block.modules:
                 mine = _if_rows(block, stream.input(block.lag), context)
@@ -81,7 +79,7 @@ class FeedForwardSide(Transformer):
         super().__init__(spec, shard, reduce, pools=(FFN,))
         self.busy, self.calls, self.clock = 0.0, 0, Clock()
 
-    def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:  # type: ignore[override]
+    def forward(self, edges: Sequence[GlooEdge | None], layout: Layout) -> set[int]:  # type: ignore[override]
         """One step, with the edges to the A ranks that `layout` names, in its order.
 
         Returns:
@@ -90,9 +88,7 @@ class FeedForwardSide(Transformer):
         """
         sources = _Sources(edges, layout, self.spec, self.clock)
 
-        def contribute(
-            number: int, block: Block, micro: int, stream: ResidualStream, context: Any
-        ) -> Sequence[Pending]:
+        def contribute(number: int, block: Block, micro: int, stream: ResidualStream, context: Any) -> list[Pending]:
             if number < layout.resume.first and block.modules:
                 return [sources.receive(number, micro)]  # computed by the pool before this one
             parts: list[Pending] = []
@@ -121,7 +117,7 @@ class FeedForwardSide(Transformer):
 class _Sources:
     """The A ranks of one step, as one batch: their rows one after the other. Who is lost brings zeros."""
 
-    def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec, clock: Clock) -> None:
+    def __init__(self, edges: Sequence[GlooEdge | None], layout: Layout, spec: ModelSpec, clock: Clock) -> None:
         self._edges, self._layout, self._spec, self._clock = edges, layout, spec, clock
         self.lost = {source for source, edge in enumerate(edges) if edge is None}
 

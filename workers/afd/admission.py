@@ -13,7 +13,7 @@ from typing import Self
 
 import torch.distributed as dist
 
-from stepladder.parallel.afd.edges import Edge, first_line
+from stepladder.parallel.afd.edges import GlooEdge, first_line
 from stepladder.workers.afd.membership import JOINS, join_key, token
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ class Admission:
         connect: Callable[[], dist.Store],
         prefix: str,
         secret: str,
-        receive: Callable[[dist.Store, int], Edge],
+        receive: Callable[[dist.Store, int], GlooEdge],
     ) -> None:
         self._connect, self._prefix, self._secret, self._receive = connect, prefix, secret, receive
-        self._joining: dict[int, Future[Edge]] = {}
+        self._joining: dict[int, Future[GlooEdge]] = {}
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class Admission:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
 
-    def take(self, number: int) -> Edge | None:
+    def take(self, number: int) -> GlooEdge | None:
         """The edge to a rank that joins; None if it has gone again."""
         joining = self._joining.pop(number, None)
         try:
@@ -83,7 +83,7 @@ class Admission:
                 else:
                     log.warning("join %d does not know the deployment's secret; it stays outside", number)
 
-    def _connect_to(self, number: int, joining: Future[Edge]) -> None:
+    def _connect_to(self, number: int, joining: Future[GlooEdge]) -> None:
         """Both ends come, or do not."""
         try:
             joining.set_result(self._receive(self._connect(), number))

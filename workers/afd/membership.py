@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from stepladder.parallel.afd.control import Announcement, Line
-from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge, first_line
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge, first_line
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.wire import Wire
 from stepladder.parallel.clock import Clock
@@ -125,7 +125,7 @@ class Membership:
         with self._clock.waiting:
             edges, layout = self._begin(tuple(tokens))
 
-        def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
+        def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[GlooEdge], Layout]:
             log.warning("%s; waiting for the next pool, which begins at block %d", lost, resume.first)
             self._lose(lost)
             self.resumes, self.resumed_block = self.resumes + 1, resume.first
@@ -155,7 +155,7 @@ class Membership:
                 self._joined.line.announce(Announcement(leaves=True))
             self._joined = None
 
-    def _begin(self, tokens: tuple[int, ...], resume: Resume | None = None) -> tuple[Sequence[Edge], Layout]:
+    def _begin(self, tokens: tuple[int, ...], resume: Resume | None = None) -> tuple[Sequence[GlooEdge], Layout]:
         while True:
             joined = self._join()
             try:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.parallel.afd.control import Announcement, Line, Opening
-from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Resume
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import Wire
@@ -77,7 +77,7 @@ class FeedForwardPool:
         self.side, self._mesh, self._config = side, mesh, config
         self._deadline, self._receive_as = deadline, receive_as
         self._admission = Admission(connect, config.prefix, config.secret, self._receive)
-        self._edges: dict[int, Edge | None] = {}
+        self._edges: dict[int, GlooEdge | None] = {}
         self._members: dict[int, Member] = {}
         self._events: queue.Queue[tuple[int, Member | Announcement | None]] = queue.Queue()
         self.steps = self.resumed = 0
@@ -207,7 +207,7 @@ class FeedForwardPool:
         for place in self.side([self._edges.get(n) for n in chosen], layout):
             self._edges[chosen[place]] = None
 
-    def _receive(self, store: dist.Store, number: int) -> Edge:
+    def _receive(self, store: dist.Store, number: int) -> GlooEdge:
         """In a thread: this rank's end of the edge to a rank that joins, and on the first rank of the line to it."""
         host, rank, deadline = self._config.host, self._mesh.shard.rank, self._deadline
         try:

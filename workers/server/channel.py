@@ -58,14 +58,12 @@ class Channel:
         so that messages were lost. In that case it is forgotten; it will notice the silence and say hello again.
         """
         messages: list[tuple[bytes, ToEngine]] = []
-        if self._socket.poll(int(timeout * 1000)):
-            while True:
-                try:
-                    gateway, body = self._socket.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                if message := self._accept(gateway, body):
-                    messages.append((gateway, message))
+        patience = int(timeout * 1000)
+        while self._socket.poll(patience):
+            gateway, body = self._socket.recv_multipart()
+            if message := self._accept(gateway, body):
+                messages.append((gateway, message))
+            patience = 0
         return messages
 
     def send(
