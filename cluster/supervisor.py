@@ -17,7 +17,7 @@ from stepladder.cluster.config import Deployment
 from stepladder.cluster.gateway_handle import GatewayHandle
 from stepladder.cluster.journal import Journal
 from stepladder.cluster.keeper import Keeper
-from stepladder.cluster.monitor import Monitor
+from stepladder.cluster.monitor import Monitors
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.figures import RankFigures, together
@@ -58,7 +58,7 @@ class Supervisor:
         ValueError: `run_dir` cannot be written.
     """
 
-    def __init__(self, deployment: Deployment, monitor: Monitor, gateway: type | None = None) -> None:
+    def __init__(self, deployment: Deployment, monitor: Monitors, gateway: type | None = None) -> None:
         self.deployment, self._monitor = deployment, monitor
         identity = blake2b(deployment.secret.encode(), digest_size=8).hexdigest()
         agreement = CheckpointAgreement(deployment.model.path)

@@ -36,13 +36,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
-
     def response(self) -> Response:
+        headers = {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
         # ASCII only: the message may quote a lone surrogate of the request, which UTF-8 cannot hold
-        return Response(json.dumps(self.body), self.status, self.headers, "application/json")
+        return Response(json.dumps(self.body), self.status, headers, "application/json")
 
 
 class BadRequest(ApiError):

@@ -72,9 +72,7 @@ class AttentionRank(EngineRank):
         config, afd = self.config, self.config.afd
         config.engine.graphs_on(self._mesh.device)  # refuses what it cannot do
         wire, seconds = wire_to_ffn(afd.wire, self._spec), afd.patience_seconds
-        member = Membership(
-            self._spec, config.host, config.secret, self._timeout, seconds, wire, clock=self._mesh.clock
-        )
+        member = Membership(self._spec, config.host, config.secret, self._timeout, seconds, wire, self._mesh.clock)
         number = fixed_number(afd.schedule, afd.micro_batches, self._spec)
         engine = config.engine
         assert isinstance(self._mesh, SingleRank)
