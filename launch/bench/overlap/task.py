@@ -38,20 +38,6 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A rank process's start. port: of rank 0's store, 0 for rank 0 itself. host: where the others reach this rank."""
-
-    rank: int
-    ranks: int
-    store_host: str
-    port: int
-    host: str
-    device: str
-    threads: int
-    shapes: Shapes
-
-
-@dataclass(frozen=True)
 class Case:
     """One step: `batch` sequences that bring `length` tokens each behind `context` cached ones."""
 

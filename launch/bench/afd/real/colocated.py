@@ -14,14 +14,14 @@ from stepladder.launch.bench.afd.real.task import (
     Decoded,
     Load,
     Modules,
-    Setup,
     Task,
     Transfer,
     micro_sizes,
 )
 from stepladder.launch.bench.overlap.steps import meet
 from stepladder.launch.bench.rig.late import LateGroup
-from stepladder.launch.bench.rig.processes import TIMEOUT, gloo_goes_first, serve
+from stepladder.launch.bench.rig.priority import communication_first
+from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Recorder, Window
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.model import Transformer
@@ -36,13 +36,13 @@ TRIES = 3  # of one measurement of a reduce
 class Rank:
     """A shard for TP and the whole model for replicas. `late` delays a reduce once, the least that any takes."""
 
-    def __init__(self, setup: Setup, store: dist.Store) -> None:
-        self.spec, self.shard, self.record = load_spec(setup.path), Shard(setup.rank, RANKS), Recorder()
-        self.mesh = LateGroup(dist.PrefixStore("colocated", store), self.shard, "cpu", setup.host, TIMEOUT)
-        gloo_goes_first()
+    def __init__(self, start: Start[str], store: dist.Store) -> None:
+        self.spec, self.shard, self.record = load_spec(start.model), Shard(start.rank, RANKS), Recorder()
+        self.mesh = LateGroup(dist.PrefixStore("colocated", store), self.shard, "cpu", start.host, TIMEOUT)
+        communication_first()
         self.models = {TP: Transformer(self.spec, self.shard, self.mesh.all_reduce), REPLICAS: Transformer(self.spec)}
         for model in self.models.values():
-            load_weights(model, setup.path)
+            load_weights(model, start.model)
             pack_weights(model)
         self._plain = {kind: model.blocks for kind, model in self.models.items()}
         self._blocks = {
@@ -119,4 +119,4 @@ class Rank:
 
 
 if __name__ == "__main__":
-    serve(Rank)
+    serve(Rank, Start[str], Task)

@@ -9,25 +9,6 @@ MODULE, REST = "module", "rest"  # kinds of compute: a block's modules; embeddin
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A rank process's start.
-
-    Attributes:
-        rank: 0 is the A rank, 1 the F rank; or the two colocated ones.
-        store_host, port: of rank 0's store; port 0 for rank 0 itself. host: where the other rank reaches this one.
-        core: all that the process may run on.
-        path: of the checkpoint.
-    """
-
-    rank: int
-    store_host: str
-    port: int
-    host: str
-    core: int
-    path: str
-
-
-@dataclass(frozen=True)
 class Load:
     """`batch` sequences, each behind `context` cached tokens, that are decoded for `steps` steps after one that warms
     up. late: seconds by which every message comes late at least, emulated."""

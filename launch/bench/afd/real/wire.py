@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from stepladder.launch.bench.afd.real.priority import ahead_of_gloo
 from stepladder.launch.bench.afd.real.task import Moment
+from stepladder.launch.bench.rig.priority import ahead_of_gloo
 from stepladder.parallel.afd.edges import GlooEdge, Header
 from stepladder.parallel.afd.wire import PLAIN
 from stepladder.parallel.residual import Pending
