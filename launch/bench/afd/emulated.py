@@ -4,8 +4,6 @@ A and F ranks are threads of one process with gloo edges between them; sleeping 
 any number of ranks.
 """
 
-import queue
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepladder.launch.bench.afd.formula import Times
-from stepladder.launch.bench.afd.real.task import MODULE
-from stepladder.launch.bench.overlap.task import Span
-from stepladder.launch.bench.rig.spans import Window, busy, exposed
-from stepladder.parallel.afd.edges import GlooEdge, Header
+from stepladder.launch.bench.rig.late import LateWire
+from stepladder.launch.bench.rig.spans import Recorder, Span, Window, busy, computing, exposed
+from stepladder.parallel.afd.edges import GlooEdge
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.context import WholeSequences
@@ -30,6 +27,7 @@ from stepladder.parallel.residual import Block
 from stepladder.parallel.spec import ModelSpec
 
 ROWS = 4  # of a micro-batch
+DEADLINE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,47 +60,6 @@ class Measured:
     exposed: float
 
 
-class Sleeping:
-    """A module that takes a time and adds nothing. `spans`: when it did."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.spans = seconds, list[Span]()
-
-    def __call__(self, x: Tensor, context: Any) -> Tensor:
-        began = time.perf_counter()
-        time.sleep(self.seconds)
-        self.spans.append(Span(MODULE, "", began, time.perf_counter()))
-        return torch.zeros_like(x)
-
-
-class LateEdge(GlooEdge):
-    """Every message sets out `late` seconds after it was given; several may be on their way at once."""
-
-    def __init__(self, late: float, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._late = late
-        self._leaving: queue.Queue[tuple[float, Header, Tensor] | None] = queue.Queue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def send(self, header: Header, rows: Tensor) -> None:
-        self._leaving.put((time.perf_counter() + self._late, header, rows.clone()))
-
-    def settle(self) -> None:
-        self._leaving.join()
-        super().settle()
-
-    def close(self) -> None:
-        """Nothing more will be sent."""
-        self._leaving.put(None)
-
-    def _run(self) -> None:
-        while (message := self._leaving.get()) is not None:
-            due, header, rows = message
-            time.sleep(max(0.0, due - time.perf_counter()))
-            super().send(header, rows)
-            self._leaving.task_done()
-
-
 class LateReduce:
     """A reduce of the F pool: there `seconds` after it was issued."""
 
@@ -121,35 +78,32 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
     tokens = tuple((ROWS,) * case.micro_batches for _ in range(case.attention))
     layouts = [Layout(0, number, tokens) for number in range(steps + 1)]
 
-    def edges(end: int, mine: int, others: int) -> list[LateEdge]:
+    def edges(end: int, mine: int, others: int) -> list[GlooEdge]:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
-        made: list[LateEdge] = []
-        for other in range(others):
-            a, f = (other, mine) if end else (mine, other)
-            made.append(LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=timedelta(seconds=60)))
-        return made
+        pairs = [(other, mine) if end else (mine, other) for other in range(others)]
+        wire = LateWire(case.times.transfer)
+        return [GlooEdge(store, f"a{a}-f{f}", end, "127.0.0.1", DEADLINE, wire, wire) for a, f in pairs]
 
     def attention(rank: int) -> tuple[list[Window], list[Span]]:
-        side, module = AttentionSide(spec), Sleeping(case.times.attention)
-        side.blocks, mine, windows = _sleeping(side.blocks, module), edges(0, rank, case.ffn), list[Window]()
+        side, record = AttentionSide(spec), Recorder()
+        side.blocks, mine = _sleeping(side.blocks, case.times.attention, record), edges(0, rank, case.ffn)
+        windows = list[Window]()
         for layout in layouts:
             inputs = [torch.zeros(ROWS, dtype=torch.int64)] * case.micro_batches
             began = time.perf_counter()
             link = Link(mine, replace(layout, tokens=layout.tokens[rank : rank + 1]), spec)
             side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, link)
             windows.append((began, time.perf_counter()))
-        _close(mine)
-        return windows[1:], module.spans
+        return windows[1:], record.spans
 
     def ffn(rank: int) -> list[Span]:
-        module = Sleeping(case.times.ffn)
+        record = Recorder()
         side = FeedForwardSide(spec, reduce=lambda partial: LateReduce(partial, case.times.reduce))
-        side.blocks, mine = _sleeping(side.blocks, module), edges(1, rank, case.attention)
+        side.blocks, mine = _sleeping(side.blocks, case.times.ffn, record), edges(1, rank, case.attention)
         for layout in layouts:
             lost = side(mine, layout)
             assert not lost, "an A rank is a thread of this process"
-        _close(mine)
-        return module.spans
+        return record.spans
 
     with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
         ffns = [pool.submit(ffn, rank) for rank in range(case.ffn)]
@@ -165,13 +119,14 @@ def _measured(steps: Sequence[Window], here: Sequence[list[Span]], there: Sequen
     return Measured(seconds, busy(here[0], steps), busy(there[0], steps), exposed([*chain(*here, *there)], steps))
 
 
-def _close(edges: Sequence[LateEdge]) -> None:
-    for edge in edges:
-        edge.close()
+def _sleeping(blocks: Sequence[Block], seconds: float, record: Recorder) -> list[Block]:
+    """The blocks with modules that take a time and add nothing, recorded."""
 
+    def module(x: Tensor, context: Any) -> Tensor:
+        time.sleep(seconds)
+        return torch.zeros_like(x)
 
-def _sleeping(blocks: Sequence[Block], module: Sleeping) -> list[Block]:
-    return [Block(block.lag, [module] if block.modules else [], block.elsewhere) for block in blocks]
+    return [record.block(computing(block, module, block.lag), block.name, block.lag) for block in blocks]
 
 
 def _spec(layers: int, lag: int) -> ModelSpec:

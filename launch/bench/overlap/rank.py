@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from stepladder.launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
 from stepladder.launch.bench.overlap.task import WIRINGS, Answer, Shapes, Task
-from stepladder.launch.bench.overlap.trace import Recorder
 from stepladder.launch.bench.rig.late import LateGroup
 from stepladder.launch.bench.rig.priority import communication_first
 from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
+from stepladder.launch.bench.rig.spans import Recorder
 from stepladder.parallel.mesh import Group, Mesh
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
@@ -73,7 +73,7 @@ def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, task: Task) ->
     answer.spans[wiring] = []
     for _ in range(max(LOOKS, task.rounds // 3)):
         recorder = Recorder(task.late)
-        blocks = [recorder.block(block, f"block {k}") for k, block in enumerate(steps.blocks[wiring])]
+        blocks = [recorder.block(block, f"block {k}", block.lag) for k, block in enumerate(steps.blocks[wiring])]
         meet(mesh)
         mesh.meter.on = True
         steps.run_eagerly(blocks, recorder.reduce(mesh.all_reduce))

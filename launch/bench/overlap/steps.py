@@ -16,7 +16,7 @@ from stepladder.parallel.modules import init_weights
 from stepladder.parallel.pack import pack_weights
 from stepladder.parallel.residual import Block, Done, Reduce
 from stepladder.parallel.spec import ModelSpec
-from stepladder.parallel.wiring import wiring
+from stepladder.parallel.wiring import SEATS, wiring
 
 BLOCK_SIZE = 16
 
@@ -73,13 +73,14 @@ class Steps:
         )
         context = self._context()
         self.model(self._tokens, context)  # sets the context's rotary tables
-        seconds: dict[str, list[float]] = {"attention": [], "ffn": []}
-        for index, block in enumerate(self.blocks[BOUND]):
+        seconds: dict[str, list[float]] = {seat: [] for seat in SEATS}
+        for block in self.blocks[BOUND]:
+            (seat,) = block.seats
             settle(self.mesh)
             began = perf_counter()
             block(x, context)
             settle(self.mesh)
-            seconds[("attention", "ffn")[index % 2]].append(perf_counter() - began)
+            seconds[seat].append(perf_counter() - began)
         return {name: sum(each) / len(each) for name, each in seconds.items()}
 
     def _eager(self, variant: str) -> Callable[[], object]:

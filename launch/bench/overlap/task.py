@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from stepladder.launch.bench.rig.spans import Span
 from stepladder.parallel.spec import ModelSpec
 
 WIRINGS = ("standard", "ladder", "parallel", "ladder-parallel")
@@ -61,17 +62,6 @@ class Task:
     case: Case
     rounds: int
     late: float
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that one rank did, in seconds of the machine's monotonic clock. kind: here compute, wait or
-    reduce; in suite=afd a module or the rest."""
-
-    kind: str
-    name: str
-    begin: float
-    end: float
 
 
 @dataclass(frozen=True)

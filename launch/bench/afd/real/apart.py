@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepladder.launch.bench.afd.real.edge import WatchedEdge
 from stepladder.launch.bench.afd.real.load import Batch, load_spec, with_tables
 from stepladder.launch.bench.afd.real.task import Decoded, Load, Modules, Task, Transfer, micro_sizes
-from stepladder.launch.bench.afd.real.wire import LateWire, WatchedEdge
+from stepladder.launch.bench.rig.late import LateWire
 from stepladder.launch.bench.rig.priority import communication_first
 from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Recorder, Window
@@ -48,9 +49,10 @@ class Rank(ABC, Generic[Side]):
         load_weights(side, start.model)
         pack_weights(side)
         self._plain, self._first = side.blocks, start.rank == 0
-        self._blocks = {lag: self.record.blocks(side.blocks, lag) for lag in (0, 1)}
+        self._blocks = {lag: [self.record.block(b, b.name, lag) for b in side.blocks] for lag in (0, 1)}
         wire, name = self.wire, "a0-f0"
         self.edge = WatchedEdge(store, name, start.rank, start.host, TIMEOUT, send_as=wire, receive_as=wire)
+        self.edge.names = {INPUT: "x_0", **{number: block.name for number, block in enumerate(side.blocks)}}
         self.edge.gloo_first = communication_first()
 
     def __call__(self, task: Task) -> Decoded | Modules | Transfer:

@@ -28,6 +28,7 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import kv_heads_of
 from stepladder.parallel.pack import pack_weights
 from stepladder.parallel.shards import Shard
+from stepladder.parallel.wiring import SEATS
 
 RANKS = 2
 TRIES = 3  # of one measurement of a reduce
@@ -46,7 +47,9 @@ class Rank:
             pack_weights(model)
         self._plain = {kind: model.blocks for kind, model in self.models.items()}
         self._blocks = {
-            (kind, lag): self.record.blocks(plain, lag) for kind, plain in self._plain.items() for lag in (0, 1)
+            (kind, lag): [self.record.block(b, b.name, lag) for b in plain]
+            for kind, plain in self._plain.items()
+            for lag in (0, 1)
         }
 
     def __call__(self, task: Task) -> Decoded | Modules | Transfer:
@@ -93,12 +96,13 @@ class Rank:
         with_tables(context, model)
         x = model.embedding.embed(batch.first)
         model.logits(model.norm(x)).argmax(-1)
-        rest, seconds = perf_counter() - began, [0.0, 0.0]
-        for number, block in enumerate(self._plain[kind]):
-            began = perf_counter()
+        rest, seconds = perf_counter() - began, dict.fromkeys(SEATS, 0.0)
+        for block in self._plain[kind]:
+            (seat,), began = block.seats, perf_counter()
             block(x, context)
-            seconds[number % 2] += perf_counter() - began
-        return Modules(seconds[0] / self.spec.num_layers, seconds[1] / self.spec.num_layers, rest)
+            seconds[seat] += perf_counter() - began
+        attention, ffn = (seconds[seat] / self.spec.num_layers for seat in SEATS)
+        return Modules(attention, ffn, rest)
 
     def _reduces(self, rows: int, count: int) -> float:
         """Seconds from the first issue to the last completion of `count` reduces issued together."""

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from stepladder.launch.bench.overlap.task import Span
+from stepladder.launch.bench.rig.spans import Span
 
 AFD, TP, REPLICAS = "afd", "tp", "replicas"
-MODULE, REST = "module", "rest"  # kinds of compute: a block's modules; embedding, contexts and head
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Moment:
-    """A message was given to the link or could be read: the number of its step, block (-1: x_0), micro-batch, and the
-    time."""
+    """A message was given to the link or could be read: the number of its step, its block's name or "x_0", the number
+    of its micro-batch, and the time."""
 
     step: int
-    block: int
+    block: str
     micro: int
     at: float
 
