@@ -8,9 +8,10 @@ from time import perf_counter, process_time
 import torch
 import torch.distributed as dist
 
-from stepladder.launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
+from stepladder.launch.bench.overlap.steps import Steps, orders, random_model
 from stepladder.launch.bench.overlap.task import WIRINGS, Answer, Shapes, Task
 from stepladder.launch.bench.rig.late import LateGroup
+from stepladder.launch.bench.rig.meeting import meet, settle
 from stepladder.launch.bench.rig.priority import communication_first
 from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Recorder

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
+from stepladder.launch.bench.rig.meeting import meet, settle
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
@@ -103,18 +104,6 @@ class Steps:
     def _context(self) -> PagedSequences:
         starts, lengths = [self.case.context] * self.case.batch, [self.case.length] * self.case.batch
         return PagedSequences(self.cache, starts, lengths, self._tables)
-
-
-def meet(mesh: Mesh) -> None:
-    """A moment that all ranks share."""
-    mesh.all_reduce(torch.zeros(1, device=mesh.device)).wait()
-    settle(mesh)
-
-
-def settle(mesh: Mesh) -> None:
-    """Wait for what this rank has queued on its device."""
-    if mesh.device.type == "cuda":
-        torch.cuda.synchronize(mesh.device)
 
 
 def orders(rounds: int) -> list[list[str]]:

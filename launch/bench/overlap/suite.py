@@ -21,6 +21,7 @@ from stepladder.launch.bench.overlap.figure import draw
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
 from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
 from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig import wire as rig
 from stepladder.launch.bench.rig.hosts import Hosts, Link
 from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
 from stepladder.launch.bench.rig.processes import Ranks, Start
@@ -33,22 +34,8 @@ FEW, OFTEN = 16, 3  # steps of fewer tokens are short, so that noise weighs more
 LONG = 1e-3  # seconds of a reduce that is not mostly the taking of time stamps
 
 
-@dataclass(frozen=True)
-class Wire:
-    """rate: Mbit/s of each host's link, None for as fast as the machine goes. late_ms: added to every reduce,
-    emulated. One of the two at most, so that a case is either measured or emulated."""
-
-    rate: float | None = None
-    late_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        Link(rate=self.rate)
-        if self.late_ms < 0:
-            raise ValueError(f"late_ms of a wire is {self.late_ms}; it must not be negative")
-        if self.rate is not None and self.late_ms:
-            raise ValueError(
-                f"a wire has a rate ({self.rate:g} Mbit/s) and late_ms ({self.late_ms:g}); make it two wires"
-            )
+class Wire(rig.Wire):
+    """late_ms: added to every reduce."""
 
     @property
     def name(self) -> str:

@@ -18,8 +18,8 @@ from stepladder.launch.bench.afd.real.task import (
     Transfer,
     micro_sizes,
 )
-from stepladder.launch.bench.overlap.steps import meet
 from stepladder.launch.bench.rig.late import LateGroup
+from stepladder.launch.bench.rig.meeting import meet
 from stepladder.launch.bench.rig.priority import communication_first
 from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Recorder, Window
