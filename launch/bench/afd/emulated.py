@@ -4,6 +4,8 @@ A and F ranks are threads of one process with gloo edges between them; sleeping 
 any number of ranks.
 """
 
+import queue
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepladder.launch.bench.afd.formula import Times
-from stepladder.launch.bench.rig.late import LateWire
 from stepladder.launch.bench.rig.spans import Recorder, Span, Window, busy, computing, exposed
-from stepladder.parallel.afd.edges import GlooEdge
+from stepladder.parallel.afd.edges import GlooEdge, Header
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.context import WholeSequences
@@ -60,6 +61,39 @@ class Measured:
     exposed: float
 
 
+class LateEdge(GlooEdge):
+    """Every message sets out `late` seconds after it was given; several may be on their way at once.
+
+    A thread of its own sends them. With `rig.late.LateWire` the modules' own would, and a layer take 1% longer.
+    """
+
+    def __init__(self, late: float, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._late = late
+        self._leaving: queue.Queue[tuple[float, Header, Tensor] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def send(self, header: Header, rows: Tensor) -> None:
+        self._leaving.put((time.perf_counter() + self._late, header, rows.clone()))
+
+    def settle(self) -> None:
+        self._leaving.join()
+        super().settle()
+
+    def close(self) -> None:
+        """Nothing more will be sent."""
+        self._leaving.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (message := self._leaving.get()) is not None:
+            due, header, rows = message
+            time.sleep(max(0.0, due - time.perf_counter()))
+            super().send(header, rows)
+            self._leaving.task_done()
+
+
 class LateReduce:
     """A reduce of the F pool: there `seconds` after it was issued."""
 
@@ -78,11 +112,10 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
     tokens = tuple((ROWS,) * case.micro_batches for _ in range(case.attention))
     layouts = [Layout(0, number, tokens) for number in range(steps + 1)]
 
-    def edges(end: int, mine: int, others: int) -> list[GlooEdge]:
+    def edges(end: int, mine: int, others: int) -> list[LateEdge]:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
         pairs = [(other, mine) if end else (mine, other) for other in range(others)]
-        wire = LateWire(case.times.transfer)
-        return [GlooEdge(store, f"a{a}-f{f}", end, "127.0.0.1", DEADLINE, wire, wire) for a, f in pairs]
+        return [LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=DEADLINE) for a, f in pairs]
 
     def attention(rank: int) -> tuple[list[Window], list[Span]]:
         side, record = AttentionSide(spec), Recorder()
@@ -94,6 +127,7 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
             link = Link(mine, replace(layout, tokens=layout.tokens[rank : rank + 1]), spec)
             side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, link)
             windows.append((began, time.perf_counter()))
+        _close(mine)
         return windows[1:], record.spans
 
     def ffn(rank: int) -> list[Span]:
@@ -103,6 +137,7 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         for layout in layouts:
             lost = side(mine, layout)
             assert not lost, "an A rank is a thread of this process"
+        _close(mine)
         return record.spans
 
     with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
@@ -117,6 +152,11 @@ def _measured(steps: Sequence[Window], here: Sequence[list[Span]], there: Sequen
     """Of the steps of the first A rank and the modules of every A and every F rank."""
     seconds = [end - begin for begin, end in steps]
     return Measured(seconds, busy(here[0], steps), busy(there[0], steps), exposed([*chain(*here, *there)], steps))
+
+
+def _close(edges: Sequence[LateEdge]) -> None:
+    for edge in edges:
+        edge.close()
 
 
 def _sleeping(blocks: Sequence[Block], seconds: float, record: Recorder) -> list[Block]:

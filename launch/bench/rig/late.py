@@ -36,9 +36,7 @@ class LateWire:
     """
 
     name = "late"
-
-    def __init__(self, late: float = 0.0) -> None:
-        self.late = late
+    late = 0.0
 
     def size(self, tokens: int, hidden: int, dtype: torch.dtype) -> int:
         return STAMP + PLAIN.size(tokens, hidden, dtype)
