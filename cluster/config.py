@@ -1,12 +1,15 @@
 """A deployment as frozen dataclasses. Hydra builds them once, in launch/; nothing below reads anything else."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from stepladder.parallel.afd.control import MAX_MICRO_BATCHES
 from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.rank import ATTENTION, FFN, WHOLE
 
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -17,6 +20,21 @@ class ModelConfig:
 
     path: str
     name: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that start, live and die together. Whoever places or keeps ranks knows nothing else of the layout.
+
+    Attributes:
+        role: what they are for; a key of `ROLES`.
+        needed: whether serving needs it; the others may be away without anybody noticing.
+    """
+
+    name: str
+    role: str
+    size: int
+    needed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +65,7 @@ class LayoutConfig:
         for name in ("tp", "replicas", "attention", "ffn", "micro_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        choices = {"kind": ("tp", "afd"), "schedule": SCHEDULES, "wire": tuple(WIRES)}
+        choices = {"kind": tuple(LAYOUTS), "schedule": SCHEDULES, "wire": tuple(WIRES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"layout.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -56,29 +74,54 @@ class LayoutConfig:
         self._refuse_what_does_not_apply()
 
     def _refuse_what_does_not_apply(self) -> None:
-        default = {f.name: f.default for f in fields(self)}
-        others = {
-            "tp": ("attention", "ffn", "schedule", "micro_batches", "wire"),
-            "afd": ("tp", "replicas"),
-        }[self.kind]
-        for name in others:
-            if getattr(self, name) != default[name]:
-                hint = "choose layout=afd for it" if self.kind == "tp" else "use layout.attention and layout.ffn"
-                raise ValueError(f"layout.{name} is {getattr(self, name)}, but layout.kind is {self.kind}; {hint}")
+        mine, hint, _ = LAYOUTS[self.kind]
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if name not in ("kind", *mine) and value != option.default:
+                raise ValueError(f"layout.{name} is {value}, but layout.kind is {self.kind}; {hint}")
         if self.schedule == "ladder" and self.micro_batches not in (None, 1):
             raise ValueError(
                 f"layout.micro_batches is {self.micro_batches}, but layout.schedule=ladder has one; use pingpong"
             )
 
-    @property
-    def engines(self) -> int:
-        """Groups of ranks that take requests."""
-        return self.attention if self.kind == "afd" else self.replicas
+    def groups(self) -> list[Group]:
+        """All groups of ranks, engines first."""
+        return LAYOUTS[self.kind].groups(self)
 
     @property
     def ranks(self) -> int:
         """Of the whole deployment."""
-        return self.attention + self.ffn if self.kind == "afd" else self.replicas * self.tp
+        return sum(group.size for group in self.groups())
+
+
+class Layout(NamedTuple):
+    """A kind of layout.
+
+    Attributes:
+        options: of LayoutConfig, those that it has a use for. instead: what to do about another.
+        groups: what it comes to.
+    """
+
+    options: tuple[str, ...]
+    instead: str
+    groups: Callable[[LayoutConfig], list[Group]]
+
+
+def _tp(layout: LayoutConfig) -> list[Group]:
+    return [Group(f"engine-{index}", WHOLE, layout.tp) for index in range(layout.replicas)]
+
+
+def _afd(layout: LayoutConfig) -> list[Group]:
+    engines = [Group(f"engine-{index}", ATTENTION, 1) for index in range(layout.attention)]
+    return [*engines, Group(FFN, FFN, layout.ffn)]
+
+
+LAYOUTS = {
+    "tp": Layout(("tp", "replicas"), "choose layout=afd for it", _tp),
+    "afd": Layout(
+        ("attention", "ffn", "schedule", "micro_batches", "wire"), "use layout.attention and layout.ffn", _afd
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

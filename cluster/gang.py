@@ -14,16 +14,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stepladder.cluster import placement
 from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
-from stepladder.cluster.config import Deployment
+from stepladder.cluster.config import Deployment, Group
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.error_text import error_text
 from stepladder.cluster.processes import kill_process
 from stepladder.cluster.ray_wait import wait_for
 from stepladder.parallel.shards import Shard
-from stepladder.workers.actors import Place, RankActor
+from stepladder.workers.actors import Place, RankActor, Sign
 from stepladder.workers.afd.membership import PoolAddress
 from stepladder.workers.config import AfdConfig
-from stepladder.workers.rank import ATTENTION, FFN, WHOLE, RankConfig
+from stepladder.workers.figures import RankFigures
+from stepladder.workers.notices import Notice
+from stepladder.workers.rank import RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +35,23 @@ class Gang:
     """One generation of one engine's ranks, or of the FFN pool's.
 
     Attributes:
-        name: the engine's or the pool's; generation: which life of it this is.
+        plan: what the layout says of it. generation: which life of it this is.
         agreement: of the model, as the nodes of this deployment have them.
         ranks: rank actors, rank 0 first. places: where each of them runs.
         asked: when (monotonic seconds) it asked the cluster for room that it has not got yet.
         address: where rank 0 takes requests, or where attention ranks join the pool.
+        figures: of every rank, as of its last sign of life.
     """
 
     deployment: Deployment
-    name: str
+    plan: Group
     generation: int
     agreement: CheckpointAgreement
     ranks: list[ActorHandle] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     address: str | None = None
     asked: float | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
+    figures: list[RankFigures] = field(default_factory=list)
 
     ROOM_SECONDS: ClassVar[float] = 5.0  # placing ranks takes less where there is room
 
@@ -63,16 +66,13 @@ class Gang:
         return self.asked is not None and monotonic() - self.asked > self.ROOM_SECONDS
 
     @property
-    def role(self) -> str:
-        if self.deployment.layout.kind == "tp":
-            return WHOLE
-        return FFN if self.name == FFN else ATTENTION
+    def name(self) -> str:
+        return self.plan.name
 
     @property
     def size(self) -> int:
         """How many ranks it has."""
-        layout = self.deployment.layout
-        return {WHOLE: layout.tp, ATTENTION: 1, FFN: layout.ffn}[self.role]
+        return self.plan.size
 
     @property
     def pool(self) -> PoolAddress:
@@ -124,23 +124,24 @@ class Gang:
         self.address = self.places[0].address
         return self.address is not None and self.alive()
 
-    def meet(self, pool: PoolAddress | None) -> None:
-        """An attention gang: tell its ranks which FFN pool there is now."""
+    def tell(self, notice: Notice) -> None:
+        """News for all of its ranks, without waiting for them."""
         for actor in self.ranks:
-            actor.meet.remote(pool)
+            actor.tell.remote(notice)
 
     def alive(self) -> bool:
-        """Whether every rank answers and its loop runs; collects their counters."""
+        """Whether every rank answers and its loop runs; collects their figures."""
+        seconds = self.deployment.cluster.hang_seconds
         try:
-            answers = ray.get([a.ping.remote() for a in self.ranks], timeout=self.deployment.cluster.hang_seconds)
+            signs: list[Sign] = ray.get([a.ping.remote() for a in self.ranks], timeout=seconds)
         except GetTimeoutError:
-            log.error("%s: a rank has not answered for %.0f s", self.group, self.deployment.cluster.hang_seconds)
+            log.error("%s: a rank has not answered for %.0f s", self.group, seconds)
             return False
         except RayError as error:
             log.error("%s: a rank died: %s", self.group, error_text(error))
             return False
-        self.stats = answers[0]
-        return all(answer["loop_runs"] for answer in answers)
+        self.figures = [sign.figures for sign in signs if sign.figures]
+        return all(sign.loop_runs for sign in signs)
 
     def stop(self) -> None:
         """Let the ranks leave their loops, then remove everything."""
@@ -190,7 +191,7 @@ class Gang:
             engine=self.deployment.engine,
             kv=self.deployment.kv,
             generation=self.generation,
-            role=self.role,
+            role=self.plan.role,
             afd=AfdConfig(
                 schedule=self.deployment.layout.schedule,
                 micro_batches=self.deployment.layout.micro_batches,

@@ -1,4 +1,4 @@
-"""Keeps one engine, or the FFN pool, alive: a thread per gang, so that no start delays looking after the others."""
+"""Keeps one group of ranks alive: a thread per gang, so that no start delays looking after the others."""
 
 import logging
 import threading
@@ -7,13 +7,14 @@ from collections.abc import Callable
 from ray.exceptions import RayActorError, RayError
 
 from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
-from stepladder.cluster.config import Deployment
+from stepladder.cluster.config import Deployment, Group
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gang import Gang
 from stepladder.cluster.journal import Journal
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.afd.membership import PoolAddress
+from stepladder.workers.notices import Notice
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +23,12 @@ class Keeper:
     """Starts (or adopts) a gang, pings it, and puts it back under a new generation when it has died.
 
     Args:
-        name: the engine's; its generation lies in the journal under this name.
+        group: what to keep; its generation lies in the journal under its name.
         agreement: what the nodes have of the model; all keepers share it.
         changed: called whenever `endpoint` or `starts` has changed.
 
     Attributes:
-        endpoint: where the engine takes requests, or the pool its members; None while it does not.
+        endpoint: where the gang is to be reached, while it serves.
         starts: how starting it goes.
         restarts: how often it was lost. broke: what ended this keeper's thread, if it was not asked to end.
     """
@@ -35,21 +36,25 @@ class Keeper:
     def __init__(
         self,
         deployment: Deployment,
-        name: str,
+        group: Group,
         journal: Journal,
         agreement: CheckpointAgreement,
         changed: Callable[[], None],
     ) -> None:
-        self._deployment, self.name, self._journal, self._changed = deployment, name, journal, changed
-        self.gang = Gang(deployment, name, journal.get(f"generation of {name}", 0), agreement)
+        self._deployment, self.group, self._journal, self._changed = deployment, group, journal, changed
+        self.gang = Gang(deployment, group, journal.get(f"generation of {self.name}", 0), agreement)
         self.endpoint: Endpoint | None = None
-        self.starts = StartRetry(name, worked=journal.get("served", False))
+        self.starts = StartRetry(self.name, worked=journal.get("served", False) or not group.needed)
         self.restarts = 0
-        self._met: tuple[int, PoolAddress | None] | None = None
-        self._meeting = threading.Lock()
+        self._told: dict[type[Notice], tuple[int, Notice]] = {}  # to which generation
+        self._telling = threading.Lock()
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run_noting, daemon=True, name=f"keeper-{name}")
+        self._thread = threading.Thread(target=self._run_noting, daemon=True, name=f"keeper-{self.name}")
         self.broke: Exception | None = None
+
+    @property
+    def name(self) -> str:
+        return self.group.name
 
     @property
     def pool(self) -> PoolAddress | None:
@@ -57,13 +62,13 @@ class Keeper:
         gang = self.gang  # the keeper's thread may put another in its place
         return gang.pool if self.endpoint and gang.address else None
 
-    def meet(self, pool: PoolAddress | None) -> None:
-        """Of an attention rank's keeper: tell it which pool there is, if it has not been told. From any thread."""
-        with self._meeting:
+    def tell(self, notice: Notice) -> None:
+        """News for the ranks, if they serve and have not been told. From any thread."""
+        with self._telling:
             endpoint, gang = self.endpoint, self.gang
-            if endpoint and self._met != (now := (endpoint.generation, pool)):
-                gang.meet(pool)
-                self._met = now
+            if endpoint and self._told.get(type(notice)) != (now := (endpoint.generation, notice)):
+                gang.tell(notice)
+                self._told[type(notice)] = now
 
     def adopt(self) -> None:
         """After a restart of the controller: take the gang over if it is whole and ours, remove it if not."""
@@ -115,7 +120,7 @@ class Keeper:
         """A new generation."""
         generation = self.gang.generation + 1
         self._journal.set(**{f"generation of {self.name}": generation})
-        self.gang = Gang(self._deployment, self.name, generation, self.gang.agreement)
+        self.gang = Gang(self._deployment, self.group, generation, self.gang.agreement)
         self.gang.start(lambda: not self._ending.is_set())
         if not self.gang.alive():
             raise RayActorError(error_msg=f"{self.gang.group} died as soon as it had started; see its log")

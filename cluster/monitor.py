@@ -20,6 +20,7 @@ CLOCKS = {  # what W&B plots each family of figures over; serving, training and 
     "serve/*": "serve/seconds",
     "engine/*": "serve/seconds",
     "afd/*": "serve/seconds",
+    "ranks/*": "serve/seconds",
     "spec/*": "serve/seconds",
     "train/*": "train/step",
     "drafter/*": "drafter/version",

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,14 +20,14 @@ from stepladder.cluster.keeper import Keeper
 from stepladder.cluster.monitor import Monitor
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
-from stepladder.workers.rank import FFN
+from stepladder.workers.figures import RankFigures, together
+from stepladder.workers.notices import PoolNotice
+from stepladder.workers.rank import ATTENTION, FFN
+from stepladder.workers.roles import ROLES
 
 log = logging.getLogger(__name__)
 
 STARTING = "placing the ranks and loading the model"
-# of what an engine tells: no sense in adding them up
-NO_FIGURES = ("loop_runs", "pool_resumed_block", "micro_batches", "max_model_len", "step_sizes")
-OF_EACH = ("pool_wait_seconds", "micro_batches")  # of what an attention rank tells: watched for each of them
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ class Supervisor:
         self._journal = journal = Journal(Path(deployment.run_dir) / "journal.json", identity)
         self._ending, self._wake = threading.Event(), threading.Event()
         self._driver_heard = self._logged = monotonic()
-        names = [f"engine-{index}" for index in range(deployment.layout.engines)]
-        pools = [FFN] if deployment.layout.kind == "afd" else []
-        self._keepers = [Keeper(deployment, name, journal, agreement, self._changed) for name in [*names, *pools]]
-        self._engines, self._pools = self._keepers[: len(names)], self._keepers[len(names) :]
+        groups = deployment.layout.groups()
+        self._keepers = [Keeper(deployment, group, journal, agreement, self._changed) for group in groups]
+        self._needed = [keeper for keeper in self._keepers if keeper.group.needed]
+        self._engines = [keeper for keeper in self._keepers if ROLES[keeper.group.role].takes_requests]
+        self._others = [keeper for keeper in self._keepers if keeper not in self._engines]
+        self._pools = [keeper for keeper in self._others if keeper.group.role == FFN]
         self._gateway = GatewayHandle(deployment, "gateway-0", journal.get("gateway_life", 0), journal.get("port", 0))
         self._gateway.program = gateway
         self._gateway_starts, self._gateway_restarts = StartRetry("the gateway", worked=journal.get("served", False)), 0
@@ -89,20 +91,11 @@ class Supervisor:
         """The status and more, as plain data.
 
         in_flight: HTTP requests being answered. draining: no more are admitted, by order. engines: by name,
-        generation, whether it serves, restarts and the counters of its last ping; pools: the same of the FFN pool, if
-        there is one. figures: the monitor's newest row.
+        generation, whether it serves, restarts, the figures of rank 0 and how each rank's time was spent; pools: the
+        same of groups without an engine, if there are any. figures: the monitor's newest row.
         """
         engines, pools = (
-            {
-                keeper.name: {
-                    "generation": keeper.gang.generation,
-                    "serves": keeper.endpoint is not None,
-                    "restarts": keeper.restarts,
-                    **keeper.gang.stats,
-                }
-                for keeper in keepers
-            }
-            for keepers in (self._engines, self._pools)
+            {keeper.name: _told_by(keeper) for keeper in keepers} for keepers in (self._engines, self._others)
         )
         in_flight = self._gateway.stats.get("in_flight", 0)
         more = {"in_flight": in_flight, "draining": self._draining, "engines": engines, "figures": self._figures}
@@ -161,12 +154,12 @@ class Supervisor:
 
     def _judge(self, admit: bool) -> None:
         """How the deployment is; one of which a part that has never worked cannot be started has failed."""
-        serving = sum(keeper.endpoint is not None for keeper in self._keepers)
+        serving = sum(keeper.endpoint is not None for keeper in self._needed)
         if over := next((starts.over for starts in self._starts if starts.over), None):
             self._fail(over)
         elif not admit:
             self._set("draining", "by order, no new requests are admitted (`launch.ctl resume` undoes it)")
-        elif serving == len(self._keepers) and self._gateway.stats.get("ready"):
+        elif serving == len(self._needed) and self._gateway.stats.get("ready"):
             self._set("ready", f"serving {self.deployment.model.name} at {self._gateway.url}")
             if not self._journal.get("served"):
                 self._journal.set(served=True)
@@ -175,11 +168,12 @@ class Supervisor:
         else:
             parts = "engines and FFN pool" if self._pools else "engines"
             rest = self._troubles() or ["starting the rest again"]
-            self._set("mending", "; ".join([f"{serving} of {len(self._keepers)} {parts} serve", *rest]) + self._full())
+            self._set("mending", "; ".join([f"{serving} of {len(self._needed)} {parts} serve", *rest]) + self._full())
 
     @property
     def _starts(self) -> list[StartRetry]:
-        return [*(keeper.starts for keeper in self._keepers), self._gateway_starts]
+        """Of all that serving needs."""
+        return [*(keeper.starts for keeper in self._needed), self._gateway_starts]
 
     def _troubles(self) -> list[str]:
         """Why something does not serve, if its last start has failed."""
@@ -188,7 +182,7 @@ class Supervisor:
 
     def _full(self) -> str:
         """Who waits for room, for a person who wonders why it takes so long."""
-        waiting = [f"{keeper.gang.size} of {keeper.name}" for keeper in self._keepers if keeper.gang.waits_for_room]
+        waiting = [f"{keeper.gang.size} of {keeper.name}" for keeper in self._needed if keeper.gang.waits_for_room]
         seconds = f"{self.deployment.cluster.start_seconds:.0f} s"
         return f"; no room in the cluster yet for ranks: {', '.join(waiting)} (up to {seconds})" if waiting else ""
 
@@ -200,7 +194,8 @@ class Supervisor:
     def _introduce(self) -> None:
         for pool in self._pools:
             for keeper in self._engines:
-                keeper.meet(pool.pool)
+                if keeper.group.role == ATTENTION:
+                    keeper.tell(PoolNotice(pool.pool))
 
     def _restart_gateway(self) -> None:
         """If it is due. One that cannot start, since its port is taken for instance, is not left running."""
@@ -276,25 +271,42 @@ class Supervisor:
         self._logged = monotonic()
         self._journal.retry()
         clock = round(time() - self._journal.get("began"), 1)  # goes on over a restart of the controller
-        engines, pools = ({k.name: k.gang.stats for k in keepers} for keepers in (self._engines, self._pools))
-        numbers = figures(engines, pools, self._gateway.take_figures())
+        engines, others = ({k.name: k.gang.figures for k in ks} for ks in (self._engines, self._others))
+        numbers = figures(engines, others, self._gateway.take_figures())
         self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers}
         self._monitor.log(self._figures)
 
 
 def figures(
-    engines: Mapping[str, dict[str, Any]], pools: Mapping[str, dict[str, Any]], gateway: dict[str, Any]
+    engines: Mapping[str, Sequence[RankFigures]], others: Mapping[str, Sequence[RankFigures]], gateway: dict[str, Any]
 ) -> dict[str, float]:
-    """What is watched over time, in W&B's namespaces. Counters of several engines are added up under engine/; afd/NAME/
-    has those of the FFN pool, and of each attention rank what it tells of the pool."""
-    counters = engines.values()
-    names = dict.fromkeys(key for engine in counters for key in engine if key not in NO_FIGURES)
-    total = {key: float(sum(engine.get(key, 0) for engine in counters)) for key in names}
-    total["kv_usage"] = total.get("kv_usage", 0.0) / max(1, len(engines))
-    numbers = {f"engine/{key}": value for key, value in total.items()}
-    numbers |= {f"afd/{name}/{key}": float(c[key]) for name, c in engines.items() for key in OF_EACH if key in c}
-    numbers |= {f"afd/{name}/{key}": float(c[key]) for name, c in pools.items() for key in c if key not in NO_FIGURES}
+    """What is watched over time, in W&B's namespaces, from the figures of each group's ranks, rank 0 first.
+
+    engine/ has what the engines have together; afd/NAME/ the figures of a group without an engine, and of each engine
+    those that are watched one by one; ranks/NAME/RANK/ how the time of every rank was spent.
+    """
+    first = {name: ranks[0] for name, ranks in engines.items() if ranks}
+    numbers = {f"engine/{key}": value for key, value in together(first).items()}
+    for name, one in first.items():
+        watched = {key for key, how in one.declared().items() if how.each}
+        numbers |= {f"afd/{name}/{key}": float(value) for key, value in one.values().items() if key in watched}
+    for name, ranks in others.items():
+        numbers |= {f"afd/{name}/{key}": value for key, value in together({name: ranks[0]} if ranks else {}).items()}
+    for name, ranks in {**engines, **others}.items():
+        for index, rank in enumerate(ranks):
+            numbers |= {f"ranks/{name}/{index}/{key}_seconds": value for key, value in rank.clock._asdict().items()}
     numbers |= {key: float(value) for key, value in gateway.items() if value is not None}
-    if seconds := total.get("reduce_seconds", 0.0):
-        numbers["engine/reduce_hidden_share"] = 1 - total["exposed_seconds"] / seconds
+    if seconds := numbers.get("engine/reduce_seconds", 0.0):
+        numbers["engine/reduce_hidden_share"] = 1 - numbers["engine/exposed_seconds"] / seconds
     return numbers
+
+
+def _told_by(keeper: Keeper) -> dict[str, Any]:
+    """One group in a report."""
+    ranks = keeper.gang.figures
+    times = [
+        {"host": place.host, "pid": place.pid, **rank.clock._asdict()}
+        for place, rank in zip(keeper.gang.places, ranks, strict=False)
+    ]
+    life = {"generation": keeper.gang.generation, "serves": keeper.endpoint is not None, "restarts": keeper.restarts}
+    return {**life, **(ranks[0].values() if ranks else {}), "needed": keeper.group.needed, "ranks": times}

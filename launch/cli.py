@@ -23,7 +23,7 @@ def main() -> None:
     elif name == "--version":
         print(stepladder.__version__)
     elif name not in COMMANDS:
-        sys.exit(f"stepladder: there is no command {name!r}\n{USAGE}")
+        sys.exit(f"stepladder: there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     else:
         sys.argv = [f"stepladder {name}", *sys.argv[2:]]
         runpy.run_module(f"stepladder.launch.{name}", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Look after a running deployment: `python -m launch.ctl status|logs|drain|resume|stop [name=...] [option=value]`.
+"""Look after a running deployment: `stepladder ctl status|logs|drain|resume|stop [name=...] [option=value]`.
 
 It speaks to the Ray cluster of RAY_ADDRESS (host:port of its head; without it, the one on this machine). Exit codes:
 0 done, and for `status` ready; 1 no such deployment or cluster; 2 wrong usage; 3 `status`: it is not ready; 4 `drain`
@@ -61,7 +61,7 @@ class WaitOptions:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command, by default the command line's, and return the exit code."""
     usage = "; ".join(f"{c}: {', '.join(f.name + '=' for f in fields(kind))}" for c, (kind, _) in COMMANDS.items())
-    parser = argparse.ArgumentParser("python -m launch.ctl", description=__doc__, epilog=f"options of {usage}")
+    parser = argparse.ArgumentParser("stepladder ctl", description=__doc__, epilog=f"options of {usage}")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("options", nargs="*", metavar="option=value")
@@ -205,6 +205,8 @@ def describe(report: dict[str, Any]) -> str:
     tables = [_parts("engine", report["engines"], ENGINE_COLUMNS)]
     if pools := report.get("pools"):
         tables.append(_parts("pool", pools, POOL_COLUMNS))
+    if clocks := _clocks(report["engines"] | report.get("pools", {})):
+        tables.append(clocks)
     return "\n".join(
         [
             f"{report['name']}  {report['phase']}: {report['detail']}",
@@ -216,6 +218,7 @@ def describe(report: dict[str, Any]) -> str:
     )
 
 
+SPLIT = ("busy", "waiting", "idle")
 Columns = dict[str, tuple[str, str]]  # heading -> counter, and how to print it
 ENGINE_COLUMNS: Columns = {
     "running": ("running", ""),
@@ -234,6 +237,16 @@ def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str
         told = (format(numbers[key], spec) if key in numbers else None for key, spec in columns.values())
         rows.append([name, *life, *told])
     return table(rows)
+
+
+def _clocks(groups: dict[str, dict[str, Any]]) -> str:
+    """How the time of every rank was spent, since its loop began; empty while none has told."""
+    rows: list[list[object]] = []
+    for name, numbers in groups.items():
+        for index, rank in enumerate(numbers.get("ranks", ())):
+            whole = sum(rank[key] for key in SPLIT) or 1.0
+            rows.append([f"{name}/{index}", rank["host"], *(f"{rank[key] / whole:.0%}" for key in SPLIT)])
+    return table([["rank", "host", "busy", "waiting for peers", "idle"], *rows]) if rows else ""
 
 
 def _wait(left: Callable[[], str | None], seconds: float, done: str) -> int:

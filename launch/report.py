@@ -90,7 +90,7 @@ def publish(report: Report, words: Sequence[str], run_dir: Path) -> None:
     """Write the report (and a picture, if that is possible) below `run_dir`, and print it, the summary last."""
     run_dir.mkdir(parents=True, exist_ok=True)
     shown = ["api_key=***" if word.startswith("api_key=") else word for word in words]
-    command = shlex.join(["python", "-m", "stepladder.launch.bench", *shown])
+    command = shlex.join(["python", "-m", "launch.bench", *shown])
     write_json(run_dir / f"{report.suite}.json", report.to_json(command))
     details = {f"{report.suite}-{name}.json": detail for name, detail in report.details.items()}
     for name, detail in details.items():

@@ -4,6 +4,7 @@ Groups are objects, made from a store; there is no default group and no global s
 several ranks as threads of one test, live in one process.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepladder.parallel.clock import Clock
 from stepladder.parallel.meter import ReduceMeter
 from stepladder.parallel.residual import Done, Pending
 from stepladder.parallel.shards import Shard
@@ -21,22 +23,24 @@ RUN_LOOPS = 2  # threads of a gloo group that run collectives: two reduces are i
 class _Reducing:
     """An all-reduce under way on `tensor`."""
 
-    def __init__(self, work: dist.Work, tensor: Tensor) -> None:
-        self.work, self.tensor = work, tensor
+    def __init__(self, work: dist.Work, tensor: Tensor, waiting: AbstractContextManager) -> None:
+        self.work, self.tensor, self._waiting = work, tensor, waiting
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        with self._waiting:
+            self.work.wait()
         return self.tensor
 
 
 class _Ordered:
     """A gathering of all ranks' partial sums under way; added up in the ranks' order, whatever their size."""
 
-    def __init__(self, work: dist.Work, parts: list[Tensor]) -> None:
-        self.work, self.parts = work, parts
+    def __init__(self, work: dist.Work, parts: list[Tensor], waiting: AbstractContextManager) -> None:
+        self.work, self.parts, self._waiting = work, parts, waiting
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        with self._waiting:
+            self.work.wait()
         total = self.parts[0]
         for part in self.parts[1:]:
             total = total + part
@@ -49,6 +53,7 @@ class Mesh(Protocol):
     shard: Shard
     device: torch.device
     meter: ReduceMeter
+    clock: Clock
 
     def all_reduce(self, partial: Tensor) -> Pending:
         """Start the sum of `partial` over the ranks, in place. Every rank calls in the same order."""
@@ -59,7 +64,7 @@ class Mesh(Protocol):
         ...
 
     def broadcast(self, values: list[int] | None) -> list[int]:
-        """Rank 0's integers, on every rank; the others pass None and wait."""
+        """Rank 0's integers, on every rank; the others pass None and wait, on their own clock's account."""
         ...
 
     def share(self, tensor: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class SingleRank:
     """A group of one: nothing to do."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.shard, self.device, self.meter = Shard(0, 1), torch.device(device), ReduceMeter()
+        self.shard, self.device, self.meter, self.clock = Shard(0, 1), torch.device(device), ReduceMeter(), Clock()
 
     def all_reduce(self, partial: Tensor) -> Pending:
         return Done(partial)
@@ -119,7 +124,9 @@ class Group:
         ordered: bool = False,
     ) -> None:
         self._ordered = ordered and shard.size > 2
-        self.shard, self.device, self.meter = shard, torch.device(device), ReduceMeter()
+        self.shard, self.device, self.meter, self.clock = shard, torch.device(device), ReduceMeter(), Clock()
+        # on CUDA `wait` lets the device wait, not this thread
+        self._waiting = nullcontext() if self.device.type == "cuda" else self.clock.waiting
         self._control = gloo_group(dist.PrefixStore("control", store), shard.rank, shard.size, host, timeout)
         self._tensors = self._control
         if self.device.type == "cuda":
@@ -129,16 +136,17 @@ class Group:
         pending: _Reducing | _Ordered
         if self._ordered:
             parts = [torch.empty_like(partial) for _ in range(self.shard.size)]
-            pending = _Ordered(self._tensors.allgather([parts], [partial.contiguous()]), parts)
+            pending = _Ordered(self._tensors.allgather([parts], [partial.contiguous()]), parts, self._waiting)
         else:
-            pending = _Reducing(self._tensors.allreduce([partial]), partial)
+            pending = _Reducing(self._tensors.allreduce([partial]), partial, self._waiting)
         return self.meter.watch(pending, pending.work) if self.meter.on else pending
 
     def gather(self, columns: Tensor) -> Tensor | None:
         options = dist.GatherOptions()
         options.rootRank = 0
         parts = [torch.empty_like(columns) for _ in range(self.shard.size)] if self.shard.rank == 0 else []
-        self._tensors.gather([parts] if parts else [], [columns.contiguous()], options).wait()
+        with self._waiting:
+            self._tensors.gather([parts] if parts else [], [columns.contiguous()], options).wait()
         return torch.cat(parts, dim=-1) if parts else None
 
     def broadcast(self, values: list[int] | None) -> list[int]:
@@ -157,7 +165,8 @@ class Group:
         return first[1:].tolist() + rest.tolist()
 
     def share(self, tensor: Tensor) -> Tensor:
-        self._tensors.broadcast(tensor, 0).wait()
+        with self._waiting:
+            self._tensors.broadcast(tensor, 0).wait()
         return tensor
 
     def close(self) -> None:

@@ -11,11 +11,10 @@ import torch
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers import assembly
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
-from stepladder.workers.graphs import CudaCapture
+from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import kv_size
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
@@ -69,7 +68,8 @@ class LLM:
     """A model in this process, on one device.
 
     Args:
-        path: a Hugging Face directory; `parallel/families.py` lists what is served.
+        path: a Hugging Face directory; `parallel/families.py` lists what is served. "launch/demo_model" is the bundled
+            model, wherever Stepladder is installed.
         device: "cuda" or "cpu"; CUDA where there is one.
         kv_tokens: how many tokens the KV cache holds.
         kv: the cache in full, in place of `kv_tokens`; without a number of tokens it is measured how many fit.
@@ -95,15 +95,13 @@ class LLM:
         engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
         if engine.threads:
             torch.set_num_threads(engine.threads)
+        path = resolve(path)
         spec = engine.of(ModelSpec.load(path))
         self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
         self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        capture = CudaCapture(mesh.device) if engine.graphs_on(mesh.device) else None
-        executor = Executor(spec, str(path), mesh, batch_invariant=engine.batch_invariant, capture=capture)
-        limits = engine.limits(spec, kv, kv_size(executor, engine, kv, mesh.device), mesh.device)
-        executor.allocate(limits.num_blocks, limits.block_size)
-        self.engine = Engine(limits, executor)
+        executor = assembly.load(spec, path, mesh, engine)
+        self.engine = assembly.begin(executor, engine, kv, kv_size(executor, engine, kv, mesh.device))
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 

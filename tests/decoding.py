@@ -8,9 +8,9 @@ import torch
 
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams, StepPlan
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.graphs import Capture
 from stepladder.workers.scheduler import SchedulerConfig
 
@@ -43,8 +43,8 @@ def compare(spec: ModelSpec, path: Path, capture: Capture, bound: float) -> Call
     """On each rank: the same steps with and without a recording; returns how many shapes were recorded."""
 
     def rank_main(mesh: Mesh) -> int:
-        plain = Executor(spec, str(path), mesh, BLOCKS, SIZE)
-        replaying = Executor(spec, str(path), mesh, BLOCKS, SIZE, capture=capture)
+        plain = whole_executor(spec, str(path), mesh, BLOCKS, SIZE)
+        replaying = whole_executor(spec, str(path), mesh, BLOCKS, SIZE, capture=capture)
         for plan in plans(3):
             want, got = plain._forward(plan), replaying._forward(plan)
             assert (want is None) == (got is None) == (mesh.shard.rank > 0 or not plan.rows)
@@ -56,8 +56,8 @@ def compare(spec: ModelSpec, path: Path, capture: Capture, bound: float) -> Call
             theirs = theirs[:, :BLOCKS]
             assert (theirs - mine).abs().max() <= bound * mine.abs().max()
             assert torch.equal(theirs.eq(0), mine.eq(0)), "a slot was written that belongs to no token"
-        assert replaying._graphs is not None
-        return len(replaying._graphs._recorded)
+        assert replaying.forward.graphs is not None
+        return len(replaying.forward.graphs._recorded)
 
     return rank_main
 

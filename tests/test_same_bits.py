@@ -22,9 +22,9 @@ from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.pack import pack_weights
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.text.stream import Tokenizer
 from tests.ranks import run_ranks
@@ -90,11 +90,11 @@ def whole(tp: int) -> dict[str, Any]:
     spec, asked = ModelSpec.load(MODEL), requests()
     if tp == 1:
         return serve(
-            Engine(LIMITS, Executor(spec, str(MODEL), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)), asked
+            Engine(LIMITS, whole_executor(spec, str(MODEL), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)), asked
         )
 
     def rank_main(mesh: Mesh) -> dict[str, Any] | None:
-        executor = Executor(spec, str(MODEL), mesh, LIMITS.num_blocks, LIMITS.block_size)
+        executor = whole_executor(spec, str(MODEL), mesh, LIMITS.num_blocks, LIMITS.block_size)
         if mesh.shard.rank:
             executor.follow()
             return None

@@ -5,15 +5,16 @@ import os
 import threading
 from dataclasses import replace
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import ray
 
 from stepladder.parallel.checkpoint import fingerprints
-from stepladder.workers.afd.membership import PoolAddress
+from stepladder.workers.figures import RankFigures
+from stepladder.workers.notices import Notice
 from stepladder.workers.rank import Rank, RankConfig, resolve
-from stepladder.workers.roles import AttentionRank, rank_of
+from stepladder.workers.roles import rank_of
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,13 @@ class Place(NamedTuple):
     def here(rank: int | None = None, address: str | None = None) -> "Place":
         node, host = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         return Place(node, host, os.getpid(), psutil.Process().create_time(), rank, address)
+
+
+class Sign(NamedTuple):
+    """Of life. figures: once the loop runs."""
+
+    loop_runs: bool
+    figures: RankFigures | None
 
 
 @ray.remote(num_cpus=0, concurrency_groups={"ctl": 2})
@@ -79,16 +87,16 @@ class RankActor:
         self._loop.start()
 
     @ray.method(concurrency_group="ctl")
-    def ping(self) -> dict[str, Any]:
-        """A sign of life for both sides: whether the loop runs, and its counters."""
+    def ping(self) -> Sign:
+        """A sign of life for both sides: whether the loop runs, and how this rank is."""
         self._heard = monotonic()
-        return {"loop_runs": self._running, **(self._rank.stats() if self._rank and self._running else {})}
+        return Sign(self._running, self._rank.stats() if self._rank and self._running else None)
 
     @ray.method(concurrency_group="ctl")
-    def meet(self, pool: PoolAddress | None) -> None:
-        """An attention rank: which FFN pool there is now."""
-        assert isinstance(self._rank, AttentionRank)
-        self._rank.meet(pool)
+    def tell(self, notice: Notice) -> None:
+        """News for the loop, which goes on meanwhile."""
+        assert self._rank
+        self._rank.tell(notice)
 
     @ray.method(concurrency_group="ctl")
     def stop(self) -> None:

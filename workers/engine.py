@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from stepladder.workers.core import Output, Request, Sequence, StepPlan, StepResult
+from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's buckets
@@ -41,17 +42,17 @@ class EngineStats:
             STEP_TOKENS[i] tokens that no earlier one counts, the last one all others.
     """
 
-    max_model_len: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    step_tokens: int = 0
+    max_model_len: int = limit()
+    steps: int = counter("engine_steps", "Steps run.")
+    prompt_tokens: int = counter()
+    generation_tokens: int = counter()
+    preemptions: int = counter("num_preemptions", "Sequences that gave their KV blocks back and were recomputed.")
+    running: int = gauge("num_requests_running", "Sequences in the running batch.")
+    waiting: int = gauge("num_requests_waiting", "Sequences that wait for a place.")
+    kv_usage: float = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", default=0.0, across="mean")
+    prefix_cache_queries: int = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+    prefix_cache_hits: int = counter("prefix_cache_hits", "Prompt tokens found there.")
+    step_tokens: int = counter()
     step_sizes: list[int] = field(default_factory=_no_steps)
 
     def count_step(self, tokens: int) -> None:

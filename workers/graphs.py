@@ -84,7 +84,7 @@ class DecodeGraphs:
         return batch * width * self._cache.block_size <= MOST_POSITIONS
 
     def run(self, tokens: Tensor, plan: StepPlan) -> Tensor:
-        """This rank's logits [B, padded vocabulary / ranks] for a plan that fits, to be used before the next run.
+        """Final hidden states [B, hidden] of a plan that fits, to be used before the next run.
 
         Args:
             tokens: [B] int64, the plan's, all of them known.
@@ -110,7 +110,7 @@ class DecodeGraphs:
 
         def step() -> Tensor:
             context = DecodeSequences(self._cache, table[:, 0], table[:, 1:])
-            return self._model.logits(self._model(tokens, context))
+            return self._model(tokens, context)
 
         return _Recorded(tokens, table, self._capture(step))
 

@@ -1,10 +1,14 @@
-"""One rank of a tensor-parallel group, from an empty process to a running loop. No Ray: `actors.py` wraps it."""
+"""A rank: one process of a group, from empty to a running loop. No Ray: `actors.py` wraps it.
+
+What kinds of ranks there are stands in `roles.py`.
+"""
 
 import os
-from dataclasses import asdict, dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,12 +17,8 @@ from stepladder.parallel.mesh import Mesh, join
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
-from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
-from stepladder.workers.graphs import CudaCapture
-from stepladder.workers.server.channel import Channel
-from stepladder.workers.server.engine_server import EngineServer
-from stepladder.workers.sizing import kv_size
+from stepladder.workers.figures import RankFigures
+from stepladder.workers.notices import Notice
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -35,7 +35,7 @@ class RankConfig:
         ranks_here: how many ranks of the deployment share this machine.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
-        role: which modules of each layer the group has; "whole", "attention" or "ffn".
+        role: what the group is for; a key of `ROLES`.
     """
 
     model: str
@@ -53,14 +53,15 @@ class RankConfig:
     afd: AfdConfig = field(default_factory=AfdConfig)
 
 
-class Rank:
+class Rank(ABC):
     """Steps of a rank's life, in order: `open_store` (rank 0), `load`, `begin`, `run`.
 
-    This one holds a slice of every layer; `roles.py` has those that hold only attention or only FFNs.
+    Attributes:
+        takes_requests: whether its group has an engine, so that gateways are told its address.
     """
 
+    takes_requests: ClassVar[bool] = False
     _store: dist.TCPStore
-    _executor: Executor
     _names: dist.Store
     _mesh: Mesh
     _spec: ModelSpec
@@ -71,8 +72,16 @@ class Rank:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(config.engine.threads or max(1, cores // config.ranks_here))
         self._stopping = False
-        self._engine: Engine | None = None
-        self._channel: Channel | None = None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether reduces of its group add up in the ranks' order."""
+        return self.config.engine.batch_invariant
+
+    @property
+    def address(self) -> str | None:
+        """Where rank 0 of this group is to be reached, once it has begun; None on the others."""
+        return None
 
     def open_store(self) -> int:
         """On rank 0: open the rendezvous on a free port and return it."""
@@ -85,53 +94,45 @@ class Rank:
         Raises:
             ValueError: the checkpoint or the limits are not usable; the sentence says why.
         """
-        config, engine = self.config, self.config.engine
-        path = resolve(config.model)
-        self._spec = engine.of(ModelSpec.load(path))
+        path = resolve(self.config.model)
+        self._spec = self.config.engine.of(ModelSpec.load(path))
         self._join(store_host, store_port)
         self._take_device()
-        self._executor = self._build(path)
-        return kv_size(self._executor, engine, config.kv, self._mesh.device, config.ranks_here)
+        return self._load(path)
 
+    @abstractmethod
+    def _load(self, path: str) -> int:
+        """Read the weights; see `load`."""
+
+    @abstractmethod
     def begin(self, kv_tokens: int) -> str | None:
-        """Allocate the KV cache, of equal size on every rank; rank 0 returns the address where its engine listens.
+        """The last step before the loop, with what all ranks of the group have agreed on; returns `address`.
 
         Raises:
             ValueError: the limits contradict each other or the model.
         """
-        config = self.config
-        limits = config.engine.limits(self._spec, config.kv, kv_tokens, self._mesh.device)
-        self._executor.allocate(limits.num_blocks, limits.block_size)
-        if config.shard.rank:
-            return None
-        self._engine = Engine(limits, self._executor)
-        self._channel = Channel(config.host, config.secret)
-        return self.address
 
     def run(self) -> None:
         """Until `stop`, or until the group breaks (then it raises)."""
         self._take_device()
-        if self._engine is None or self._channel is None:
-            self._executor.follow()
-            return
-        self._serve(EngineServer(self._engine, self._channel, self.config.engine.max_queued_tokens))
-        self._executor.stop()
-        self._channel.close()
+        self._mesh.clock.restart()
+        self._run()
 
-    @property
-    def address(self) -> str | None:
-        """Where rank 0's engine listens, once loaded."""
-        return self._channel.address if self._channel else None
+    @abstractmethod
+    def _run(self) -> None:
+        """See `run`."""
+
+    def tell(self, notice: Notice) -> None:
+        """News from outside, from any thread; the loop heeds it when it can."""
+        raise AssertionError(f"ranks of role {self.config.role} do not listen to {notice}")
 
     def stop(self) -> None:
         """Ask the loop to end; on rank 0 it sends the others home."""
         self._stopping = True
 
-    def stats(self) -> dict[str, Any]:
-        """Counters since start: all-reduce times of this rank, and on rank 0 the engine's."""
-        meter = self._mesh.meter
-        numbers: dict[str, Any] = {"reduce_seconds": meter.total, "exposed_seconds": meter.exposed}
-        return numbers | (asdict(self._engine.stats) if self._engine else {})
+    @abstractmethod
+    def stats(self) -> RankFigures:
+        """How this rank is, from any thread."""
 
     def _join(self, store_host: str, store_port: int) -> None:
         """This rank's group; its names in the store have the group's prefix."""
@@ -139,16 +140,7 @@ class Rank:
         if config.shard.rank:
             self._store = dist.TCPStore(store_host, store_port, None, False, timeout=self._timeout)
         self._names = dist.PrefixStore(config.prefix, self._store)
-        ordered = config.engine.batch_invariant or config.role == FFN  # F sums as A does, in the ranks' order
-        self._mesh = join(self._names, config.shard, config.device, config.host, self._timeout, ordered)
-
-    def _build(self, path: str) -> Executor:
-        engine, device = self.config.engine, self._mesh.device
-        capture = CudaCapture(device) if engine.graphs_on(device) else None
-        return Executor(self._spec, path, self._mesh, batch_invariant=engine.batch_invariant, capture=capture)
-
-    def _serve(self, service: EngineServer) -> None:
-        service.run(lambda: self._stopping)
+        self._mesh = join(self._names, config.shard, config.device, config.host, self._timeout, self.ordered)
 
     def _take_device(self) -> None:
         """Make this rank's GPU the current one, which is a property of a thread: `run` has another than `load`."""

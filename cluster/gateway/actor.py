@@ -5,12 +5,12 @@ import logging
 import os
 from contextlib import closing
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from time import monotonic
 from typing import Any
 
 import uvicorn
 
+from stepladder import __version__
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.api import build_app
@@ -52,7 +52,7 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         model_name=deployment.model.name,
         max_model_len=deployment.engine.model_len(spec, deployment.kv, deployment.kv.tokens),
         vocab_size=spec.vocab_size,
-        version=version("stepladder"),
+        version=__version__,
         api_key=deployment.gateway.api_key,
         tokenizer_info=deployment.gateway.tokenizer_info,
         defaults=replace(SamplingParams(), **recommended.sampling),

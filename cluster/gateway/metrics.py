@@ -5,7 +5,7 @@ engine (queue, prefill) come from there as durations. Names and buckets:
 https://docs.vllm.ai/en/latest/design/metrics.html.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, product
 from time import monotonic
 from typing import Any
@@ -16,7 +16,8 @@ from prometheus_client.registry import Collector
 
 from stepladder.cluster.gateway.latency_window import LatencyWindow
 from stepladder.workers.core import Start
-from stepladder.workers.engine import STEP_TOKENS
+from stepladder.workers.engine import STEP_TOKENS, EngineStats
+from stepladder.workers.figures import COUNTER, GAUGE, declared
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _BETWEEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -38,18 +39,6 @@ _HISTOGRAMS = {
     "request_max_num_generation_tokens": ("Generated tokens of the longest of a prompt's n sequences.", _TOKENS),
     "request_params_max_tokens": ("The parameter max_tokens of a sequence.", _TOKENS),
     "request_params_n": ("The parameter n of a prompt.", (1, 2, 5, 10, 20)),
-}
-# field of EngineStats -> metric
-_ENGINE_GAUGES = {
-    "running": ("num_requests_running", "Sequences in the running batch."),
-    "waiting": ("num_requests_waiting", "Sequences that wait for a place."),
-    "kv_usage": ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1."),
-}
-_ENGINE_COUNTERS = {
-    "preemptions": ("num_preemptions", "Sequences that gave their KV blocks back and were recomputed."),
-    "steps": ("engine_steps", "Steps run."),
-    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
-    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found there."),
 }
 
 
@@ -100,15 +89,8 @@ class Metrics:
             ["model_name"],
             registry=self.registry,
         ).labels(model_name)
-        labels = ["model_name", "engine"]
-        self._gauges = {
-            field: Gauge(f"stepladder:{name}", text, labels, registry=self.registry)
-            for field, (name, text) in _ENGINE_GAUGES.items()
-        }
-        self._counters = {
-            field: Counter(f"stepladder:{name}", text, labels, registry=self.registry)
-            for field, (name, text) in _ENGINE_COUNTERS.items()
-        }
+        self._gauges: dict[str, Gauge] = self._of_engines(Gauge, GAUGE)
+        self._counters: dict[str, Counter] = self._of_engines(Counter, COUNTER)
         self._step_sizes = StepSizes(model_name)
         self.registry.register(self._step_sizes)
         self._engines: set[str] = set()
@@ -151,6 +133,14 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def _of_engines(self, make: Callable[..., Any], kind: str) -> dict[str, Any]:
+        """A metric for every figure of an engine that is declared as one of this kind."""
+        return {
+            one.name: make(f"stepladder:{how.metric}", how.text, ["model_name", "engine"], registry=self.registry)
+            for one, how in declared(EngineStats)
+            if how.kind == kind and how.metric
+        }
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"stepladder:{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)

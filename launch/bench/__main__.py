@@ -5,6 +5,7 @@ exit code is 0 whether the goals hold or not, and 143 after SIGTERM.
 """
 
 import logging
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable
@@ -14,23 +15,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from stepladder.launch.bench import engine, fp8
-from stepladder.launch.bench.afd import suite as afd
-from stepladder.launch.bench.failures import suite as failures
-from stepladder.launch.bench.overlap import suite as overlap
-from stepladder.launch.bench.serve import suite as serve
 from stepladder.launch.build import build, plain
 from stepladder.launch.report import Report, publish
-from stepladder.launch.where import CONF
+from stepladder.launch.where import CONF, FOLDER
 
-SUITES: dict[str, tuple[type, Callable[[Any], Report]]] = {
-    "afd": (afd.AfdBench, afd.run),
-    "engine": (engine.EngineBench, engine.run),
-    "failures": (failures.FailuresBench, failures.run),
-    "fp8": (fp8.Fp8Bench, fp8.run),
-    "overlap": (overlap.OverlapBench, overlap.run),
-    "serve": (serve.ServeBench, serve.run),
-}
+SUITES = sorted(path.stem for path in Path(CONF, "suite").glob("*.yaml"))
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -65,7 +54,8 @@ def suite_of(config: DictConfig) -> tuple[Any, Callable[[Any], Report]]:
     name = values.get("name")
     if name not in SUITES:
         raise ValueError(f"name is {name!r}; the suites are {', '.join(SUITES)}")
-    kind, run = SUITES[name]
+    home = f"{name}.suite" if (FOLDER / "bench" / name).is_dir() else name
+    kind, run = pkgutil.resolve_name(f"stepladder.launch.bench.{home}:SUITE")
     return build(kind, values | {"run_dir": str(Path(values["run_dir"]).absolute())}), run
 
 

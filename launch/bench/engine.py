@@ -227,3 +227,6 @@ def _import_transformers() -> Any:
         raise ValueError("suite=engine needs transformers; pip install 'stepladder[test,bench]'") from None
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+SUITE = EngineBench, run

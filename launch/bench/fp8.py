@@ -156,3 +156,6 @@ def report(model: str, spec: ModelSpec, found: Difference, num_bytes: int) -> Re
     emulated = f"A and F (wiring {spec.residual}, lag {lag}) are threads of one process; rows are really quantised"
     summary = {"bits per byte change, %": Goal(change, "no bar", math.isfinite(change))}
     return Report("fp8", rows, summary, emulated)
+
+
+SUITE = Fp8Bench, run

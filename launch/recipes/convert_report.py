@@ -17,7 +17,7 @@ def publish(costs: Mapping[str, float], batch_tokens: int, tolerance: float, run
     """Write convert.json and (with matplotlib) convert.png below `run_dir`, and print the summary."""
     curve = curve_of(costs, batch_tokens)
     report = report_of(costs[BEFORE], curve, costs[WRITTEN], tolerance)
-    command = shlex.join(["python", "-m", "stepladder.launch.train", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "launch.train", *sys.argv[1:]])
     write_json(run_dir / "convert.json", report.to_json(command))
     drawn = picture(costs[BEFORE], curve, tolerance, run_dir / "convert.png")
     rows = [[row.case, f"{row.value:.4f}", f"{row.value / costs[BEFORE]:.3f}"] for row in report.rows if row.value]

@@ -22,7 +22,7 @@ Result = Mapping[str, Any]
 def publish(results: Sequence[Result], corpus: Corpus, run_dir: Path) -> None:
     """Write twins.json and (with matplotlib) twins.png below `run_dir`, and print the summary."""
     report = report_of(results, primed_xz_bits_per_byte(corpus.train, corpus.held_out))
-    command = shlex.join(["python", "-m", "stepladder.launch.train", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "launch.train", *sys.argv[1:]])
     runs = [{key: value for key, value in result.items() if key != "directory"} for result in results]
     write_json(run_dir / "twins.json", report.to_json(command) | {"runs": runs})
     drawn = picture(results, report, run_dir / "twins.png")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Header
+from stepladder.parallel.clock import Clock
 from stepladder.parallel.residual import Block, Done, Fold, Pending, ResidualStream
 from stepladder.parallel.spec import ModelSpec
 
@@ -105,13 +106,22 @@ class Link:
     Args:
         edges, layout: of this step; `layout.tokens` has one row, this rank's.
         spec: the model's; rows have its hidden size and dtype.
+        clock: of this rank.
         again: finds the next pool when an edge is lost; without it, or when it finds none, EdgeLost goes through.
 
     Attributes:
         waited: seconds that this side has waited for F. resumes: how often the step had to begin again.
     """
 
-    def __init__(self, edges: Sequence[Edge], layout: Layout, spec: ModelSpec, again: Again | None = None) -> None:
+    def __init__(
+        self,
+        edges: Sequence[Edge],
+        layout: Layout,
+        spec: ModelSpec,
+        again: Again | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or Clock()
         self.edges, self.layout, self._spec, self._again = edges, layout, spec, again
         self.waited, self.resumes = 0.0, 0
         self._mine: dict[tuple[int, int], Tensor] = {}
@@ -134,12 +144,13 @@ class Link:
     def take(self, block: int, micro: int) -> Tensor:
         """Wait for the pool's contribution to a block, whichever pool it is that computes it."""
         began = monotonic()
-        while True:
-            try:
-                rows = self._posted[block, micro].wait()
-                break
-            except EdgeLost as error:
-                self._mend(error.with_traceback(None))  # which would keep the old sockets open
+        with self._clock.waiting:
+            while True:
+                try:
+                    rows = self._posted[block, micro].wait()
+                    break
+                except EdgeLost as error:
+                    self._mend(error.with_traceback(None))  # which would keep the old sockets open
         del self._posted[block, micro]
         self.waited += monotonic() - began
         return rows

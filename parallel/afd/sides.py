@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost
 from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
+from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.residual import Block, Done, Pending, Reduce, ResidualStream, run_blocks
@@ -73,12 +74,12 @@ class FeedForwardSide(Transformer):
     The rows of A rank i go back as partial sums, which A adds up in the order of the F ranks; so does `reduce`.
 
     Attributes:
-        busy: seconds inside its FFNs since it began. calls: of them.
+        busy: seconds inside its FFNs since it began. calls: of them. clock: of this rank.
     """
 
     def __init__(self, spec: ModelSpec, shard: Shard = ALONE, reduce: Reduce = Done) -> None:
         super().__init__(spec, shard, reduce, pools=(FFN,))
-        self.busy, self.calls = 0.0, 0
+        self.busy, self.calls, self.clock = 0.0, 0, Clock()
 
     def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:  # type: ignore[override]
         """One step, with the edges to the A ranks that `layout` names, in its order.
@@ -87,7 +88,7 @@ class FeedForwardSide(Transformer):
             The places in `layout` of A ranks that were lost on the way (or before: None among the edges). Their rows
             went on as zeros, and nobody waited for them.
         """
-        sources = _Sources(edges, layout, self.spec)
+        sources = _Sources(edges, layout, self.spec, self.clock)
 
         def contribute(
             number: int, block: Block, micro: int, stream: ResidualStream, context: Any
@@ -120,8 +121,8 @@ class FeedForwardSide(Transformer):
 class _Sources:
     """The A ranks of one step, as one batch: their rows one after the other. Who is lost brings zeros."""
 
-    def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec) -> None:
-        self._edges, self._layout, self._spec = edges, layout, spec
+    def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec, clock: Clock) -> None:
+        self._edges, self._layout, self._spec, self.clock = edges, layout, spec, clock
         self.lost = {source for source, edge in enumerate(edges) if edge is None}
 
     def receive(self, block: int, micro: int) -> Pending:
@@ -168,7 +169,9 @@ class _Rows:
         self._sources, self._parts, self._counts = sources, parts, counts
 
     def wait(self) -> Tensor:
-        return torch.cat([self._rows(source, part) for source, part in enumerate(self._parts)])
+        with self._sources.clock.waiting:
+            parts = [self._rows(source, part) for source, part in enumerate(self._parts)]
+        return torch.cat(parts)
 
     def _rows(self, source: int, part: Pending) -> Tensor:
         with self._sources.noting(source):

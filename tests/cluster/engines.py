@@ -11,9 +11,9 @@ from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.router import Router
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Output, Request, SamplingParams, Start
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.scheduler import SchedulerConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
@@ -32,7 +32,9 @@ class Served:
     ) -> None:
         spec = ModelSpec.load(model)
         config = SchedulerConfig(max_sequences=2, max_model_len=256, num_blocks=64, block_size=16)
-        self.engine = Engine(config, Executor(spec, str(model), SingleRank(), config.num_blocks, config.block_size))
+        self.engine = Engine(
+            config, whole_executor(spec, str(model), SingleRank(), config.num_blocks, config.block_size)
+        )
         self.channel = Channel("127.0.0.1", SECRET)
         self.endpoint = Endpoint(name, 1, self.channel.address)
         self._stopping, self._gates = False, list[threading.Event]()

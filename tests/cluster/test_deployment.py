@@ -140,7 +140,8 @@ def test_a_killed_gateway_is_back_and_a_retry_continues(job: Job, undisturbed: l
 
     def generated() -> int:
         actors = [job.actor(f"tests/{job.generation}/engine-0/{rank}") for rank in range(2)]
-        return max(answer.get("generation_tokens", 0) for answer in ray.get([a.ping.remote() for a in actors]))
+        figures = [sign.figures for sign in ray.get([a.ping.remote() for a in actors])]
+        return max(one.values().get("generation_tokens", 0) for one in figures if one)
 
     before, url = generated(), job.status().url
     (gateway,) = job.cluster.processes("ray::GatewayActor")
@@ -188,7 +189,7 @@ def test_ctl_prints_logs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert ctl.main(["logs", "name=tests", "actor=controller", "lines=5"]) == ctl.OK
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 10 and all(line.startswith("controller | ") for line in lines)
-    assert any("INFO cluster." in line for line in lines)
+    assert any("INFO stepladder.cluster." in line for line in lines)
 
 
 def test_ctl_drains_and_resumes(job: Job, undisturbed: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from stepladder.cluster.gateway.openai_service import ServiceConfig
 from stepladder.cluster.supervisor import figures
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.engine import EngineStats
+from stepladder.workers.engine_rank import EngineFigures
 from stepladder.workers.params import SamplingParams
 from tests.cluster.engines import Served, routed, served, within
 from tests.cluster.serving import serve
@@ -97,7 +97,7 @@ def test_what_the_models_makers_recommend_is_the_default(random_model: Path, tmp
 
 
 def test_figures_of_the_monitor_do_not_add_up_limits() -> None:
-    stats = asdict(EngineStats(max_model_len=100, steps=3))
+    stats = [EngineFigures(engine=EngineStats(max_model_len=100, steps=3))]
     numbers = figures({"engine-0": stats, "engine-1": stats}, {}, {})
     assert numbers["engine/steps"] == 6
     assert not {"engine/max_model_len", "engine/step_sizes"} & numbers.keys()

@@ -15,6 +15,9 @@ from stepladder.cluster.keeper import Keeper
 from stepladder.cluster.monitor import JsonlMonitor
 from stepladder.cluster.start_retry import MAX_PAUSE, StartRetry
 from stepladder.cluster.supervisor import Supervisor, figures
+from stepladder.parallel.clock import Split
+from stepladder.workers.afd.ranks import AttentionFigures, PoolFigures
+from stepladder.workers.engine import EngineStats
 from tests.cluster.serving import eventually
 from tests.cluster.test_sentence import remote
 
@@ -230,10 +233,15 @@ def test_serving_goes_on_while_the_disk_is_full(tmp_path: Path, caplog: pytest.L
 
 
 def test_figures_of_the_pool_and_of_each_attention_rank() -> None:
-    engine = {"loop_runs": True, "steps": 3, "kv_usage": 0.5, "pool_wait_seconds": 1.5, "micro_batches": 2}
-    engines = {"engine-0": engine, "engine-1": engine | {"pool_wait_seconds": 0.5}}
-    pool = {"loop_runs": True, "steps": 7, "resumed_steps": 1, "busy_seconds": 0.25}
-    assert figures(engines, {"ffn": pool}, {"serve/tokens_per_s": 9, "serve/ttft_ms_p50": None}) == {
+    engine = EngineStats(steps=3, kv_usage=0.5)
+    engines = {
+        "engine-0": [AttentionFigures(engine=engine, pool_wait_seconds=1.5, micro_batches=2)],
+        "engine-1": [AttentionFigures(engine=engine, pool_wait_seconds=0.5, micro_batches=2)],
+    }
+    pool = PoolFigures(Split(2.0, 1.0, 0.5), steps=7, resumed_steps=1, busy_seconds=0.25)
+    found = figures(engines, {"ffn": [pool]}, {"serve/tokens_per_s": 9, "serve/ttft_ms_p50": None})
+    clocks = {key: found.pop(key) for key in list(found) if key.startswith("ranks/")}
+    assert {key: value for key, value in found.items() if value} == {
         "engine/steps": 6.0,
         "engine/kv_usage": 0.5,
         "engine/pool_wait_seconds": 2.0,
@@ -246,3 +254,16 @@ def test_figures_of_the_pool_and_of_each_attention_rank() -> None:
         "afd/ffn/busy_seconds": 0.25,
         "serve/tokens_per_s": 9.0,
     }
+    assert {key for key, value in found.items() if not value} == {
+        f"engine/{name}"
+        for name in (
+            *("reduce_seconds", "exposed_seconds", "pool_resumes", "prompt_tokens", "generation_tokens"),
+            *("preemptions", "running", "waiting", "prefix_cache_queries", "prefix_cache_hits", "step_tokens"),
+        )
+    }
+    assert {key: value for key, value in clocks.items() if "ffn" in key} == {
+        "ranks/ffn/0/busy_seconds": 2.0,
+        "ranks/ffn/0/waiting_seconds": 1.0,
+        "ranks/ffn/0/idle_seconds": 0.5,
+    }
+    assert len(clocks) == 9

@@ -225,7 +225,8 @@ def test_without_the_packages_the_option_is_one_sentence(monkeypatch: pytest.Mon
 
 
 def test_without_the_option_nothing_is_imported_or_wrapped(server: Server) -> None:
-    program = "import sys, cluster.tracing; print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    program = "import sys, stepladder.cluster.gateway.tracing as _\n"
+    program += "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert [layer.cls for layer in build_app(server.service).user_middleware] == [Gatekeeper]

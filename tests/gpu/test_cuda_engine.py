@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from stepladder.parallel.mesh import SingleRank, join
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams, StepPlan
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
@@ -42,7 +43,9 @@ CUDA = torch.device("cuda")
 
 
 def executor_of(spec: ModelSpec, path: Path, graphs: bool, blocks: int = 30, size: int = SIZE) -> Executor:
-    return Executor(spec, str(path), SingleRank(CUDA), blocks, size, capture=CudaCapture(CUDA) if graphs else None)
+    return whole_executor(
+        spec, str(path), SingleRank(CUDA), blocks, size, capture=CudaCapture(CUDA) if graphs else None
+    )
 
 
 @pytest.mark.parametrize("residual", WIRINGS)
@@ -154,7 +157,7 @@ def _two_ranks(rank: int, port: int, path: Path, prompts: list[list[int]], resul
         spec = replace(ModelSpec.load(path), residual=residual, dtype=torch.float64)
         assert compare(spec, path, CudaCapture(mesh.device), 1e-12)(mesh) > 2
     spec = replace(ModelSpec.load(path), dtype=torch.float64)
-    executor = Executor(spec, str(path), mesh, 30, SIZE, capture=CudaCapture(mesh.device))
+    executor = whole_executor(spec, str(path), mesh, 30, SIZE, capture=CudaCapture(mesh.device))
     if rank:
         executor.follow()
     else:

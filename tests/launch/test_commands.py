@@ -18,6 +18,7 @@ from stepladder.launch import ctl, generate
 from stepladder.launch.bench.__main__ import SUITES, suite_of
 from stepladder.launch.build import build, plain
 from stepladder.launch.serve import deployment_of
+from tests.fresh import SOURCES
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -26,11 +27,15 @@ _ELLIPSIS = re.compile(r"^[\[<.…]")
 
 
 def commands(module: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(file, words after the module) of every such command, lines continued by a backslash or by YAML folded first."""
+    """(file, words behind it) of every command that runs this module, by its name or by `stepladder`.
+
+    Lines continued by a backslash or by YAML are folded first.
+    """
+    spelled = rf"(?:python -m {re.escape(module)}|stepladder {module.removeprefix('launch.')})"
     found = []
     for path in TEXTS:
         for text in _texts(path):
-            for match in re.finditer(rf"python -m {re.escape(module)}\b([^\n`|#\"]*)", text):
+            for match in re.finditer(rf"{spelled}\b([^\n`|#\"]*)", text):
                 words = shlex.split(match[1].split("&&")[0].split(";")[0])
                 found.append((path.name, tuple(words)))
     return found
@@ -139,7 +144,7 @@ def test_the_rayjob_holds_together() -> None:
 
 def test_the_rayjobs_workers_have_room_for_the_ranks() -> None:
     job = next(o for o in yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text()) if o["kind"] == "RayJob")["spec"]
-    words = shlex.split(job["entrypoint"])[3:]
+    words = shlex.split(job["entrypoint"])[2:]
     with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
         layout = deployment_of(compose("serve", words)).layout
     gpus = 0
@@ -151,6 +156,6 @@ def test_the_rayjobs_workers_have_room_for_the_ranks() -> None:
 
 def test_the_image_holds_every_package() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    for package in ("kernels", "parallel", "workers", "cluster", "launch"):
+    for package in SOURCES:
         assert f"COPY {package} {package}" in text
     assert "\nUSER stepladder" in text

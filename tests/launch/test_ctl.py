@@ -54,7 +54,7 @@ def test_words_become_options() -> None:
 
 def test_no_cluster_is_one_sentence() -> None:
     """It must not start one, nor load torch to say so."""
-    code = "import sys; from launch import ctl; ctl.main(['status']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from stepladder.launch import ctl; ctl.main(['status']); sys.exit('torch' in sys.modules)"
     env = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "stepladder: no Ray cluster at 127.0.0.1:1: Connection refused\n")
@@ -79,6 +79,17 @@ def test_a_report_shows_the_pool_too() -> None:
     lines = ctl.describe(REPORT | {"pools": {"ffn": pool}}).splitlines()
     assert lines[-2].split() == ["pool", "generation", "serves", "restarts", "steps", "resumed", "busy", "s"]
     assert lines[-1].split() == ["ffn", "3", "yes", "2", "42", "1", "1.2"]
+
+
+def test_a_report_shows_how_each_rank_spends_its_time() -> None:
+    ranks = [{"host": f"h{i}", "pid": i, "busy": 3.0 - i, "waiting": 1.0 + i, "idle": 4.0} for i in range(2)]
+    engine = REPORT["engines"]["engine-0"] | {"ranks": ranks}
+    lines = ctl.describe(REPORT | {"engines": {"engine-0": engine}}).splitlines()
+    assert lines[-3].split() == ["rank", "host", "busy", "waiting", "for", "peers", "idle"]
+    assert [line.split() for line in lines[-2:]] == [
+        ["engine-0/0", "h0", "38%", "12%", "50%"],
+        ["engine-0/1", "h1", "25%", "25%", "50%"],
+    ]
 
 
 def test_deployments_are_known_by_their_controllers() -> None:

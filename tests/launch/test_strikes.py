@@ -19,6 +19,9 @@ from stepladder.launch.bench.failures.retrying_client import RetryingClient
 from stepladder.launch.bench.failures.rounds import Bench, resumed_blocks
 from stepladder.launch.bench.failures.suite import report
 from stepladder.launch.report import publish
+from stepladder.workers.actors import Sign
+from stepladder.workers.engine import EngineStats
+from stepladder.workers.engine_rank import EngineFigures
 
 CONF = Path(__file__).parents[2] / "launch" / "conf"
 COUNTERS = {"engine-0": {"generation_tokens": 0, "running": 0, "waiting": 0}}
@@ -140,7 +143,11 @@ def test_a_block_is_that_of_an_engine_whose_step_went_on_this_time() -> None:
 
 def test_counters_are_told_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every rank that answers, the one that has the engine counts; F ranks have none."""
-    answers = {"engine-0": [{"reduce_seconds": 0.1}, {"generation_tokens": 5}], "engine-1": [{"generation_tokens": 7}]}
+    first, second = (EngineFigures(engine=EngineStats(generation_tokens=tokens)) for tokens in (5, 7))
+    answers = {
+        "engine-0": [Sign(True, EngineFigures(reduce_seconds=0.1)), Sign(True, first)],
+        "engine-1": [Sign(True, second), Sign(False, None)],
+    }
 
     class Told(DeploymentUnderTest):
         def state(self) -> State:
@@ -151,7 +158,8 @@ def test_counters_are_told_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(victim, "ray", SimpleNamespace(get=lambda refs, timeout: refs))
     told: Any = Told(None, "failures", "")  # type: ignore[arg-type]
-    assert told.engines() == {"engine-0": {"generation_tokens": 5}, "engine-1": {"generation_tokens": 7}}
+    assert told.engines() == {"engine-0": first.values(), "engine-1": second.values()}
+    assert [engine["generation_tokens"] for engine in told.engines().values()] == [5, 7]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.scheduler import SchedulerConfig
 from tests.families import FAMILIES, read_oracle, write_family
 from tests.llama import oracle_greedy, oracle_logits
@@ -75,7 +75,7 @@ def test_greedy_text_equals_generate(tp: int, family: str, families: dict[str, P
     config = SchedulerConfig(max_sequences=3, max_step_tokens=11, max_model_len=128, num_blocks=64, block_size=4)
 
     def rank_main(mesh: Mesh) -> dict[str, list[int]]:
-        executor = Executor(ModelSpec.load(path), str(path), mesh, config.num_blocks, config.block_size)
+        executor = whole_executor(ModelSpec.load(path), str(path), mesh, config.num_blocks, config.block_size)
         if mesh.shard.rank:
             executor.follow()
             return {}

@@ -30,14 +30,15 @@ from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.afd.membership import JOINS, Membership, PoolAddress, edge_name, join_key, token
-from stepladder.workers.afd.pool_forward import AttentionExecutor
+from stepladder.workers.afd.ranks import AttentionRank, FeedForwardRank
+from stepladder.workers.assembly import attention_executor, whole_executor
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.core import Request, SamplingParams, TokenLogprob
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.notices import PoolNotice
 from stepladder.workers.rank import ATTENTION, FFN, RankConfig
-from stepladder.workers.roles import AttentionRank, FeedForwardRank, rank_of
+from stepladder.workers.roles import rank_of
 from tests.llama import write_llama
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ def membership(
 
 
 def engine(spec: ModelSpec, path: Path, member: Membership, micro_batches: int | None) -> Engine:
-    executor = AttentionExecutor(spec, str(path), member, micro_batches, 4)
+    executor = attention_executor(spec, str(path), member, micro_batches, 4)
     executor.allocate(LIMITS.num_blocks, LIMITS.block_size)
     return Engine(replace(LIMITS, cache_salt=spec.wiring_key), executor)
 
@@ -185,7 +186,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def whole(spec: ModelSpec, path: Path, asked: Sequence[Request]) -> dict[str, list[int]]:
-    executor = Executor(spec, str(path), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)
+    executor = whole_executor(spec, str(path), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)
     return run(Engine(replace(LIMITS, cache_salt=spec.wiring_key), executor), asked)
 
 
@@ -243,7 +244,7 @@ def test_a_pool_that_is_killed_under_unequal_micro_batches(residual: str, checkp
             if next(calls) == 20:
                 process.kill()
                 for one in engines:
-                    one.executor.member.meet(second)  # type: ignore[attr-defined]
+                    one.executor.forward.member.meet(second)  # type: ignore[attr-defined]
 
         engines[0].executor.model.modules_of_blocks[1].register_forward_pre_hook(strike)  # type: ignore[attr-defined]
         threads = [threading.Thread(target=serve, args=one, daemon=True) for one in enumerate(engines)]
@@ -251,7 +252,7 @@ def test_a_pool_that_is_killed_under_unequal_micro_batches(residual: str, checkp
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert engines[0].executor.member.resumes == 1  # type: ignore[attr-defined]
+        assert engines[0].executor.forward.member.resumes == 1  # type: ignore[attr-defined]
         for one in engines:
             one.executor.stop()  # type: ignore[attr-defined]
     assert results == {index: whole(spec, checkpoint, mine) for index, mine in enumerate(asked)}
@@ -349,7 +350,7 @@ def test_a_pool_that_is_silent_is_given_up_when_another_is_named(checkpoint: Pat
 
         def name_the_second() -> None:
             for one in engines:
-                one.executor.member.meet(second)  # type: ignore[attr-defined]
+                one.executor.forward.member.meet(second)  # type: ignore[attr-defined]
 
         def rest_then_work() -> dict[str, list[int]]:
             for _ in range(3):
@@ -364,7 +365,7 @@ def test_a_pool_that_is_silent_is_given_up_when_another_is_named(checkpoint: Pat
             assert hit.wait(20)
             results += [threads.submit(run, engines[1], asked[1]), threads.submit(rest_then_work)]
             assert len(wait(results, timeout=0.5).not_done) == len(results)
-            signs, member = threading.Event(), engines[1].executor.member  # type: ignore[attr-defined]
+            signs, member = threading.Event(), engines[1].executor.forward.member  # type: ignore[attr-defined]
             member.sign = signs.set
             member.meet(None)
             assert signs.wait(10), "it waits for a pool that is gone instead of the next one"
@@ -428,7 +429,7 @@ def attention_rank(path: Path, pool: PoolAddress, **afd: object) -> AttentionRan
     rank = rank_of(config)
     assert isinstance(rank, AttentionRank)
     rank.begin(rank.load("127.0.0.1", rank.open_store()))
-    rank.meet(pool)
+    rank.tell(PoolNotice(pool))
     return rank
 
 
@@ -447,7 +448,7 @@ def test_ping_pong_and_the_fp8_wire_as_a_deployment_asks_for_them(tmp_path: Path
     path = write_llama(tmp_path)
     spec = ModelSpec.load(path)
     asked = requests(spec, 4, shift=3)
-    exact = prompt_logprobs(Engine(LIMITS, Executor(spec, str(path), SingleRank(), 64, 4)), asked)
+    exact = prompt_logprobs(Engine(LIMITS, whole_executor(spec, str(path), SingleRank(), 64, 4)), asked)
     pool = PoolOf(path, 1, wire="fp8")
     try:
         rank = attention_rank(path, pool.start(), schedule="pingpong", micro_batches=2, wire="fp8")
@@ -455,7 +456,7 @@ def test_ping_pong_and_the_fp8_wire_as_a_deployment_asks_for_them(tmp_path: Path
         assert mine and rank._channel
         found = within(20, lambda: prompt_logprobs(mine, asked))
         steps, side = pool.ranks[0]._pool.steps, pool.ranks[0]._pool.side
-        assert rank.stats()["micro_batches"] == 2 and side.calls > steps * spec.num_layers
+        assert rank.stats().micro_batches == 2 and side.calls > steps * spec.num_layers
         rank._executor.stop()
         rank._channel.close()
     finally:

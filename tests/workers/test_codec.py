@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepladder.parallel.mesh import Group, Mesh
-from stepladder.workers.codec import decode, encode
+from stepladder.workers.codec import PlanCodec, decode, encode
 from stepladder.workers.core import Sample, SamplingParams, Score, StepPlan
 from tests.ranks import run_ranks
 
@@ -59,3 +59,48 @@ def test_broadcast_around_the_first_message(tp: int) -> None:
         return [mesh.broadcast(m if mesh.shard.rank == 0 else None) for m in messages]
 
     assert run_ranks(tp, rank_main) == [messages] * tp
+
+
+@st.composite
+def successive(draw: st.DrawFn) -> list[StepPlan]:
+    """Sequences that begin, grow, pause, lose their blocks and end, in whatever order."""
+    alive: list[list[int]] = []
+    made: list[StepPlan] = []
+    for _ in range(draw(st.integers(1, 8))):
+        alive = [table for table in alive if draw(st.integers(0, 4))]
+        alive += [draw(st.lists(st.integers(0, 9), max_size=4)) for _ in range(draw(st.integers(0, 2)))]
+        for table in alive:
+            table += draw(st.lists(st.integers(0, 9), max_size=2))
+        chosen = [list(table) for table in alive if draw(st.integers(0, 5))]
+        count = len(chosen)
+        made.append(StepPlan([7] * count, [0] * count, [1] * count, chosen, list(range(count))))
+    return made
+
+
+@given(successive())
+def test_tables_are_rebuilt_from_what_is_new(plans: list[StepPlan]) -> None:
+    sender, receiver = PlanCodec(), PlanCodec()
+    assert [receiver.decode(sender.encode(plan)) for plan in plans] == plans
+
+
+def test_a_long_context_is_sent_once() -> None:
+    """Then two integers a sequence, besides its token, start, length and row; ends and beginnings cost nothing else."""
+    tables = [list(range(1000 * i, 1000 * i + 128)) for i in range(64)]
+
+    def plan(members: list[int]) -> StepPlan:
+        count = len(members)
+        return StepPlan([1] * count, [0] * count, [1] * count, [list(tables[i]) for i in members], list(range(count)))
+
+    sender = PlanCodec()
+    first, second = sender.encode(plan([*range(64)])), sender.encode(plan([*range(64)]))
+    tables[3].append(5)
+    third = sender.encode(plan([i for i in range(64) if i not in (0, 40)]))
+    assert (len(first), len(second), len(third)) == (5 + 64 * (6 + 128), 5 + 64 * 6, 5 + 62 * 6 + 1)
+
+
+def test_an_end_that_has_missed_a_plan_says_so() -> None:
+    sender, receiver = PlanCodec(), PlanCodec()
+    sender.encode(StepPlan([1], [0], [1], [[4]]))
+    missed = sender.encode(StepPlan([1], [1], [1], [[4]]))
+    with pytest.raises(AssertionError, match="plan 1 came, but 0 is the next one"):
+        receiver.decode(missed)

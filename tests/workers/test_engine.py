@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.scheduler import SchedulerConfig
 from tests.llama import oracle_greedy, read_llama, write_llama
 from tests.ranks import run_ranks
@@ -33,7 +33,7 @@ def serve(engine: Engine, requests: list[Request], apart: int = 2) -> dict[str, 
 
 
 def lead_or_follow(mesh: Mesh, path: Path, config: SchedulerConfig, requests: list[Request]) -> dict[str, list[int]]:
-    executor = Executor(ModelSpec.load(path), str(path), mesh, config.num_blocks, config.block_size)
+    executor = whole_executor(ModelSpec.load(path), str(path), mesh, config.num_blocks, config.block_size)
     if mesh.shard.rank:
         executor.follow()
         return {}
@@ -91,11 +91,11 @@ def test_sampled_tokens_do_not_depend_on_batch_chunks_ranks_preemption_or_replay
     wide = SchedulerConfig(max_sequences=1, max_step_tokens=64, max_model_len=64, num_blocks=16, block_size=4)
     narrow = SchedulerConfig(max_sequences=4, max_step_tokens=5, max_model_len=64, num_blocks=20, block_size=4)
     spec = ModelSpec.load(untied)
-    alone = serve(Engine(wide, Executor(spec, str(untied), SingleRank(), 16, 4)), requests)
-    crowded = Engine(narrow, Executor(spec, str(untied), SingleRank(), 20, 4))
+    alone = serve(Engine(wide, whole_executor(spec, str(untied), SingleRank(), 16, 4)), requests)
+    crowded = Engine(narrow, whole_executor(spec, str(untied), SingleRank(), 20, 4))
     assert serve(crowded, requests, apart=1) == alone
     assert crowded.stats.preemptions > 0
-    ahead = Engine(replace(narrow, lookahead=1), Executor(spec, str(untied), SingleRank(), 20, 4))
+    ahead = Engine(replace(narrow, lookahead=1), whole_executor(spec, str(untied), SingleRank(), 20, 4))
     assert serve(ahead, requests, apart=1) == alone
     assert ahead.stats.preemptions > 0
     replays = [Request(id=r.id, prompt=r.prompt, params=r.params, output=tuple(alone[r.id][:7])) for r in requests]
@@ -106,7 +106,7 @@ def test_sampled_tokens_do_not_depend_on_batch_chunks_ranks_preemption_or_replay
 
 def test_stats_count_what_happened(untied: Path) -> None:
     config = SchedulerConfig(max_sequences=2, max_step_tokens=8, max_model_len=64, num_blocks=16, block_size=4)
-    engine = Engine(config, Executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
+    engine = Engine(config, whole_executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
     for index in range(3):
         params = SamplingParams(max_tokens=4, temperature=0.0)
         engine.add(Request(id=str(index), prompt=(1, 2, 3), params=params))
@@ -124,7 +124,7 @@ def test_stats_count_what_happened(untied: Path) -> None:
 
 def test_abort_frees_everything(untied: Path) -> None:
     config = SchedulerConfig(max_sequences=1, max_step_tokens=4, max_model_len=64, num_blocks=16, block_size=4)
-    engine = Engine(config, Executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
+    engine = Engine(config, whole_executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
     for name in ("running", "waiting"):
         engine.add(Request(id=name, prompt=(1,) * 9, params=SamplingParams()))
     engine.step()
@@ -138,7 +138,7 @@ def test_what_is_under_way_when_all_is_aborted_is_run_out(untied: Path) -> None:
     config = SchedulerConfig(
         max_sequences=2, max_step_tokens=4, max_model_len=64, num_blocks=16, block_size=4, lookahead=1
     )
-    engine = Engine(config, Executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
+    engine = Engine(config, whole_executor(ModelSpec.load(untied), str(untied), SingleRank(), 16, 4))
     engine.add(Request(id="a", prompt=(1,) * 3, params=SamplingParams()))
     assert [len(o.tokens) for o in engine.step()] == [1] and engine.abort("a")
     assert engine.scheduler.blocks.num_free == 16 and not engine.scheduler.has_work

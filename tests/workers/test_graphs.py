@@ -13,10 +13,10 @@ from torch import Tensor
 
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import StepPlan
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.graphs import MOST_POSITIONS, Capture, DecodeGraphs
 from stepladder.workers.sampler import Drawn
 from tests.decoding import BLOCKS, CONFIG, SIZE, WIRINGS, compare, requests, serve
@@ -55,8 +55,8 @@ def test_a_recording_freezes_what_was_read_on_the_host() -> None:
 
 
 def test_which_steps_fit(untied: Path) -> None:
-    executor = Executor(ModelSpec.load(untied), str(untied), SingleRank(), BLOCKS, SIZE, capture=call)
-    graphs = executor._graphs
+    executor = whole_executor(ModelSpec.load(untied), str(untied), SingleRank(), BLOCKS, SIZE, capture=call)
+    graphs = executor.forward.graphs
     assert isinstance(graphs, DecodeGraphs)
     assert graphs.fits(StepPlan([5, 6], [9, 0], [1, 1], [[0, 1, 2], [3]], [0, 1]))
     assert not graphs.fits(StepPlan([5, 6, 7], [9, 0], [1, 2], [[0, 1, 2], [3]], [0, 2])), "a prefill"
@@ -72,18 +72,18 @@ def test_texts_are_the_same_with_recordings_and_lookahead(untied: Path, prompts:
     made, spec = requests(prompts), ModelSpec.load(untied)
 
     def rank_main(mesh: Mesh) -> tuple[dict[str, list[int]], int]:
-        executor = Executor(spec, str(untied), mesh, 30, SIZE, capture=call)
-        assert executor._graphs is not None
+        executor = whole_executor(spec, str(untied), mesh, 30, SIZE, capture=call)
+        assert executor.forward.graphs is not None
         if mesh.shard.rank:
             executor.follow()
-            return {}, len(executor._graphs._recorded)
+            return {}, len(executor.forward.graphs._recorded)
         engine = Engine(replace(CONFIG, lookahead=1), executor)
         tokens = serve(engine, made)
         executor.stop()
         assert engine.stats.preemptions > 0
-        return tokens, len(executor._graphs._recorded)
+        return tokens, len(executor.forward.graphs._recorded)
 
-    wanted = serve(Engine(CONFIG, Executor(spec, str(untied), SingleRank(), 30, SIZE)), made)
+    wanted = serve(Engine(CONFIG, whole_executor(spec, str(untied), SingleRank(), 30, SIZE)), made)
     ranks = run_ranks(tp, rank_main)
     assert ranks[0][0] == wanted
     assert len({recorded for _, recorded in ranks}) == 1 and ranks[0][1] > 3
@@ -91,7 +91,7 @@ def test_texts_are_the_same_with_recordings_and_lookahead(untied: Path, prompts:
 
 @pytest.mark.parametrize("capture", [None, call])
 def test_queueing_a_step_waits_for_nothing(untied: Path, prompts: list[list[int]], capture: Capture | None) -> None:
-    executor = Executor(ModelSpec.load(untied), str(untied), SingleRank(), 30, SIZE, capture=capture)
+    executor = whole_executor(ModelSpec.load(untied), str(untied), SingleRank(), 30, SIZE, capture=capture)
 
     class Strict:
         def submit(self, plan: StepPlan) -> Drawn:

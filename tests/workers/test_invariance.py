@@ -11,6 +11,7 @@ import torch
 from stepladder.kernels.linear import can_pack
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
@@ -31,7 +32,7 @@ def executor(directory: Path, request: pytest.FixtureRequest) -> Executor:
     if not can_pack(torch.empty(1, 1, dtype=request.param)):
         pytest.skip(f"oneDNN packs no {request.param} weights on this machine")
     spec = replace(ModelSpec.load(directory), dtype=request.param)
-    return Executor(spec, str(directory), SingleRank(), 128, 8, batch_invariant=True)
+    return whole_executor(spec, str(directory), SingleRank(), 128, 8, batch_invariant=True)
 
 
 def requests() -> list[Request]:
@@ -102,7 +103,7 @@ def test_company_chunks_preemption_and_replay_change_nothing(executor: Executor)
 def test_plain_rounding_does_depend_on_the_batch(directory: Path) -> None:
     """Otherwise the test above would prove nothing."""
     spec = ModelSpec.load(directory)
-    executor = Executor(spec, str(directory), SingleRank(), 128, 8)
+    executor = whole_executor(spec, str(directory), SingleRank(), 128, 8)
     alone = serve(executor, [requests()[WATCHED]])[1]
     batched = serve(executor, requests(), max_step_tokens=23, max_sequences=16)[1]
     assert any(not torch.equal(row, alone[position]) for position, row in batched.items())
@@ -111,4 +112,4 @@ def test_plain_rounding_does_depend_on_the_batch(directory: Path) -> None:
 def test_it_is_refused_where_it_cannot_be(directory: Path) -> None:
     spec = replace(ModelSpec.load(directory), dtype=torch.float64)
     with pytest.raises(ValueError, match="batch_invariant needs CPU ranks in float32 or bfloat16"):
-        Executor(spec, str(directory), SingleRank(), 8, 8, batch_invariant=True)
+        whole_executor(spec, str(directory), SingleRank(), 8, 8, batch_invariant=True)

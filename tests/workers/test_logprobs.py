@@ -8,6 +8,7 @@ import torch
 
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Output, Request, SamplingParams, Sequence, TokenLogprob
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
@@ -31,7 +32,7 @@ class Received:
 
 def engine(path: Path, config: SchedulerConfig, mesh: Mesh | None = None) -> Engine:
     spec = ModelSpec.load(path)
-    return Engine(config, Executor(spec, str(path), mesh or SingleRank(), config.num_blocks, config.block_size))
+    return Engine(config, whole_executor(spec, str(path), mesh or SingleRank(), config.num_blocks, config.block_size))
 
 
 def serve(engine: Engine, requests: list[Request]) -> dict[str, Received]:

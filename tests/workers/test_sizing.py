@@ -12,9 +12,9 @@ from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import executor as executor_module
 from stepladder.workers import sizing
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import StepPlan
-from stepladder.workers.executor import Executor
 from stepladder.workers.memory import available
 from stepladder.workers.sizing import kv_size
 from tests.ranks import run_ranks
@@ -101,7 +101,7 @@ def test_options_that_cannot_be_are_refused(fields: dict[str, Any], sentence: st
 def test_the_warm_up_has_a_prefill_and_the_largest_decode_and_samples(
     untied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor, draw = Executor(ModelSpec.load(untied), str(untied), SingleRank()), executor_module.draw
+    executor, draw = whole_executor(ModelSpec.load(untied), str(untied), SingleRank()), executor_module.draw
     steps, drawn = list[tuple[int, int]](), list[int]()
 
     def noted(logits: torch.Tensor, plan: StepPlan) -> Any:
@@ -119,7 +119,7 @@ def test_the_warm_up_has_a_prefill_and_the_largest_decode_and_samples(
 
 def test_all_ranks_warm_up_together(untied: Path) -> None:
     def rank_main(mesh: Mesh) -> int:
-        executor = Executor(ModelSpec.load(untied), str(untied), mesh, batch_invariant=False)
+        executor = whole_executor(ModelSpec.load(untied), str(untied), mesh, batch_invariant=False)
         return kv_size(executor, EngineConfig(max_sequences=3, max_step_tokens=20), KvConfig(), CPU, ranks_here=2)
 
     assert run_ranks(2, rank_main) == [2 * 3 * 256] * 2

@@ -7,9 +7,9 @@ import pytest
 
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Output, Request, SamplingParams, Start
 from stepladder.workers.engine import Engine
-from stepladder.workers.executor import Executor
 from stepladder.workers.scheduler import SchedulerConfig
 from tests.llama import write_llama
 
@@ -22,7 +22,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(model: Path, num_blocks: int = 64, **limits: int) -> Engine:
     fields = {"max_sequences": 2, "max_model_len": 128, "block_size": 4, **limits}
     config = SchedulerConfig(num_blocks=num_blocks, **fields)
-    return Engine(config, Executor(ModelSpec.load(model), str(model), SingleRank(), num_blocks, config.block_size))
+    return Engine(
+        config, whole_executor(ModelSpec.load(model), str(model), SingleRank(), num_blocks, config.block_size)
+    )
 
 
 def request(name: str, max_tokens: int = 8, length: int = 20, output: tuple[int, ...] = ()) -> Request:

@@ -17,6 +17,7 @@ from stepladder.parallel.afd.control import Announcement, Line
 from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.wire import Wire
+from stepladder.parallel.clock import Clock
 from stepladder.parallel.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Membership:
         patience: seconds that a pool which was lost here may stay the one that the controller names. Meanwhile this
             rank tries to join it again: it may have been too busy.
         send_as: how rows travel to F.
-        sign: called now and then while this rank waits for a pool.
+        sign: called now and then while this rank waits for a pool. clock: of this rank.
 
     Attributes:
         resumes: steps that went on with another pool. resumed_block: the first that the last such pool computed.
@@ -90,7 +91,9 @@ class Membership:
         patience: float,
         send_as: Wire,
         sign: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or Clock()
         self._spec, self._host, self._secret = spec, host, secret
         self._deadline, self._patience, self._send_as, self.sign = deadline, patience, send_as, sign
         self._changed = threading.Condition()
@@ -118,7 +121,8 @@ class Membership:
         Raises:
             EdgeLost: the pool is lost to this rank, but to nobody else.
         """
-        edges, layout = self._begin(tuple(tokens))
+        with self._clock.waiting:
+            edges, layout = self._begin(tuple(tokens))
 
         def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
             log.warning("%s; waiting for the next pool, which begins at block %d", lost, resume.first)
@@ -126,9 +130,9 @@ class Membership:
             self.resumes, self.resumed_block = self.resumes + 1, resume.first
             return self._begin(layout.tokens[0], resume)
 
-        return Link(edges, layout, self._spec, again)
+        return Link(edges, layout, self._spec, again, self._clock)
 
-    def rest(self) -> None:
+    def idle(self) -> None:
         """Nothing to do: the others need not wait for this rank. Joins a pool that has come up; never waits for one.
 
         Raises:

@@ -90,24 +90,31 @@ class FeedForwardPool:
     @torch.inference_mode()
     def lead(self, stopping: Callable[[], bool]) -> None:
         """The first rank, until `stopping`."""
-        last_sign = monotonic()
+        last_sign, told_idle, clock = monotonic(), False, self._mesh.clock
         with self._admission:
             while not stopping():
-                self._hear(0.0 if self._next() else IDLE_SECONDS)
+                at_work = any(member.at_work for member in self._members.values())
+                with clock.waiting if at_work else clock.idle:
+                    self._hear(0.0 if self._next() else IDLE_SECONDS)
                 self._drop_silent()
                 if chosen := self._next():
                     self._open(chosen)
-                    last_sign = monotonic()
-                elif monotonic() - last_sign > IDLE_SECONDS:
+                    last_sign, told_idle = monotonic(), False
+                elif monotonic() - last_sign > IDLE_SECONDS or not (at_work or told_idle):
                     self._mesh.broadcast([NOTHING])
-                    last_sign = monotonic()
+                    last_sign, told_idle = monotonic(), not at_work
         self._mesh.broadcast([STOP])
 
     @torch.inference_mode()
     def follow(self) -> None:
         """The other ranks, until the first one stops."""
+        clock, order = self._mesh.clock, [NOTHING]
         with self._admission:
-            while (order := self._mesh.broadcast(None))[0] != STOP:
+            while True:
+                with clock.waiting if order[0] == STEP else clock.idle:
+                    order = self._mesh.broadcast(None)
+                if order[0] == STOP:
+                    return
                 self._obey(order)
 
     def _hear(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Runs StepPlans on an attention rank: the attention half of every layer here, the FFNs in the pool."""
+"""The forward of an attention rank: the attention half of every layer here, the FFNs in a pool of other ranks."""
 
 import logging
 from statistics import median
@@ -9,25 +9,21 @@ from torch import Tensor
 from stepladder.kernels.transfer import upload
 from stepladder.parallel.afd.pool_link import Link, NoPool, Pool
 from stepladder.parallel.afd.sides import AttentionSide
-from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import KVCache, PagedSequences
-from stepladder.parallel.pack import pack_weights
-from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import best_number, split
 from stepladder.workers.core import StepPlan
-from stepladder.workers.sampler import Drawn, draw
 
 log = logging.getLogger(__name__)
 
 PROBES = 5  # steps from which the number of micro-batches is measured
 
 
-class AttentionExecutor:
-    """One attention rank's half of the model and its KV cache; the same three methods as `Executor`, for an engine.
+class PoolForward:
+    """See `Forward`.
 
     Args:
-        spec, path: the checkpoint.
+        model: this rank's half.
         member: of the FFN pool.
         micro_batches: how many a step is split into; None measures, with steps of `probe_sequences` sequences.
         batch_invariant: round every row alike in any batch.
@@ -36,57 +32,48 @@ class AttentionExecutor:
         waited: seconds spent waiting for F.
     """
 
+    spare_blocks = 0
+
     def __init__(
         self,
-        spec: ModelSpec,
-        path: str,
+        model: AttentionSide,
         member: Membership,
         micro_batches: int | None,
         probe_sequences: int,
         batch_invariant: bool = False,
     ) -> None:
-        self.member, self.micro_batches, self._probe_sequences = member, micro_batches, probe_sequences
-        self._batch_invariant = batch_invariant
+        self.model, self.member, self.micro_batches = model, member, micro_batches
+        self._probe_sequences, self._batch_invariant = probe_sequences, batch_invariant
         self.waited = 0.0
-        self.model = AttentionSide(spec).requires_grad_(False)
-        load_weights(self.model, path)
-        pack_weights(self.model, batch_invariant)
 
-    def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Make the KV cache, before the first step."""
-        self.cache = KVCache(self.model.spec, self.model.num_kv_heads, num_blocks, block_size)
+    def begin(self, cache: KVCache) -> None:
+        self._cache = cache
 
-    @torch.inference_mode()
-    def warm_up(self, tokens: int, sequences: int, block_size: int) -> None:
-        """The largest step there can be, so that what the libraries allocate on the way is allocated."""
-        blocks = -(-tokens // block_size)
-        cache = KVCache(self.model.spec, self.model.num_kv_heads, blocks, block_size)
-        hidden = self._run(StepPlan([0] * tokens, [0], [tokens], [list(range(blocks))]), 1, cache, NoPool())
-        self.model.logits(hidden[-min(sequences, tokens) :])
-
-    @torch.inference_mode()
-    def submit(self, plan: StepPlan) -> Drawn:
-        """Run one step; an empty plan tells the pool not to wait for this rank."""
-        if not plan.tokens:
-            self.member.rest()
-            return Drawn(plan, torch.zeros(0, dtype=torch.int64), [], None)
+    def run(self, plan: StepPlan, tokens: Tensor) -> Tensor:
         if self.micro_batches is None:
             self.micro_batches = self._measure()
-        hidden = self._run(plan, self.micro_batches, self.cache)
-        return draw(self.model.logits(hidden[upload(plan.rows, hidden.device)]), plan)
+        hidden = self._step(plan, tokens, self.micro_batches, self._cache)
+        return hidden[upload(plan.rows, hidden.device)]
+
+    def alone(self, plan: StepPlan, tokens: Tensor, cache: KVCache) -> Tensor:
+        """FFNs answer with zeros."""
+        return self._step(plan, tokens, 1, cache, NoPool())
+
+    def idle(self) -> None:
+        """Tell the pool not to wait for this rank."""
+        self.member.idle()
 
     def stop(self) -> None:
         self.member.leave()
 
-    def _run(self, plan: StepPlan, parts: int, cache: KVCache, pool: Pool | None = None) -> Tensor:
+    def _step(self, plan: StepPlan, tokens: Tensor, parts: int, cache: KVCache, pool: Pool | None = None) -> Tensor:
         """Final hidden states of all the plan's tokens [T, h]."""
-        pieces = split(plan, parts)
-        link: Pool | None = pool
+        pieces, link = split(plan, parts), pool
         if link is None:
             link = self.member.open([len(piece.tokens) for piece in pieces])
             pieces += [StepPlan()] * (link.layout.micro_batches - len(pieces))
         contexts = [PagedSequences(cache, p.starts, p.lengths, p.block_tables, self._batch_invariant) for p in pieces]
-        hidden = self.model([upload(p.tokens, cache.device) for p in pieces], contexts, link)
+        hidden = self.model(tokens.split([len(piece.tokens) for piece in pieces]), contexts, link)
         if isinstance(link, Link):
             self.waited += link.waited
         return torch.cat(hidden)
@@ -100,7 +87,7 @@ class AttentionExecutor:
         ffn: list[float] = []
         for _ in range(PROBES):
             before = self.waited
-            self._run(plan, 1, cache)
+            self._step(plan, upload(plan.tokens, cache.device), 1, cache)
             waits.append((self.waited - before) / layers)
             ffn.append(self.member.ffn_seconds)  # of the step before
         busy = median(ffn[1:])

@@ -7,6 +7,7 @@ from itertools import count
 from time import monotonic
 from typing import NamedTuple
 
+from stepladder.parallel.clock import Clock
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import Engine
 from stepladder.workers.server.channel import Channel
@@ -32,6 +33,7 @@ class EngineServer:
             are replays, which have been accepted before.
         idle_seconds: how often an engine gives a sign of life, to its followers (when idle) and to the gateways.
         orphan_seconds: how long a request runs on whose gateway was lost.
+        clock: of this rank.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class EngineServer:
         max_queued_tokens: int = 1 << 20,
         idle_seconds: float = 1.0,
         orphan_seconds: float = 60.0,
+        clock: Clock | None = None,
     ) -> None:
-        self._engine, self._channel = engine, channel
+        self._engine, self._channel, self._clock = engine, channel, clock or Clock()
         self._max_queued_tokens, self._idle_seconds = max_queued_tokens, idle_seconds
         self._clients: dict[str, _Client] = {}  # by the engine's request id
         self._mail: defaultdict[bytes, list[Output]] = defaultdict(list)
@@ -54,7 +57,11 @@ class EngineServer:
     def run(self, stopping: Callable[[], bool]) -> None:
         """Until `stopping`."""
         while not stopping():
-            self._take(timeout=0.0 if self._engine.has_work else self._idle_seconds)
+            if self._engine.has_work:
+                self._take(timeout=0.0)
+            else:
+                with self._clock.idle:
+                    self._take(timeout=self._idle_seconds)
             if self._engine.has_work:
                 self._sort(self._engine.step())
             self._give()

@@ -65,3 +65,6 @@ def _write_trace(traces: Sequence[Traced], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(perfetto(chosen.turns) | {"otherData": {"case": chosen.point.name}}))
     print(f"trace of {chosen.point.name} written to {path}; open it in https://ui.perfetto.dev")
+
+
+SUITE = AfdBench, run

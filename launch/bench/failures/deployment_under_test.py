@@ -69,9 +69,9 @@ class DeploymentUnderTest:
         """The counters of every engine, now; those of its rank 0, which has the engine."""
         groups = [group for group in self.state().generations if group.startswith("engine-")]
         ranks = [(group, actor) for group in groups for actor in self._ranks(group)]
-        answers = ray.get([actor.ping.remote() for _, actor in ranks], timeout=10)
-        told = zip(ranks, answers, strict=True)
-        return {group: answer for (group, _), answer in told if "generation_tokens" in answer}
+        signs = ray.get([actor.ping.remote() for _, actor in ranks], timeout=10)
+        told = [(group, sign.figures.values()) for (group, _), sign in zip(ranks, signs, strict=True) if sign.figures]
+        return {group: values for group, values in told if "generation_tokens" in values}
 
     def census(self) -> dict[str, int]:
         """How many there are of everything that a failure could leave behind."""

@@ -111,3 +111,6 @@ def _summary(name: str, seen: Sequence[Occurrence]) -> dict[str, Goal]:
     if failure.kind in ("controller", "ffn"):
         goals[f"{name}: tokens generated again"] = again
     return goals
+
+
+SUITE = FailuresBench, run

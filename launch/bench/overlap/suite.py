@@ -259,3 +259,6 @@ def _plain(point: Point) -> dict[str, Any]:
         "parts_ms": parts,
         "variants": wirings,
     }
+
+
+SUITE = OverlapBench, run

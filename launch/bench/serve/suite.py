@@ -205,3 +205,6 @@ def _summary(config: ServeBench, results: dict[str, dict[str, Any]]) -> dict[str
             share = round(figures["request_goodput"] * figures["duration"]) / len(figures["errors"])
             summary[f"{name}: share of good requests"] = at_least(share, config.goodput_share)
     return summary
+
+
+SUITE = ServeBench, run

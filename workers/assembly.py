@@ -1,0 +1,90 @@
+"""The one place where an executor and its engine are put together: of a server's rank, of `LLM`, of a bench, of a test.
+
+An engine comes to be in two steps, since the ranks of a group agree on the size of the cache between them:
+`load` (weights, executor), then `begin` (cache, engine).
+"""
+
+from pathlib import Path
+
+import torch
+
+from stepladder.parallel.afd.sides import AttentionSide
+from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.model import Transformer
+from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.afd.membership import Membership
+from stepladder.workers.afd.pool_forward import PoolForward
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.engine import Engine
+from stepladder.workers.executor import Executor
+from stepladder.workers.forward import WholeForward
+from stepladder.workers.graphs import Capture, CudaCapture
+
+
+def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig) -> Executor:
+    """This rank's shard of the whole model, as an engine's options want it; without a cache yet.
+
+    Raises:
+        ValueError: the checkpoint or an option is unusable.
+    """
+    capture = CudaCapture(mesh.device) if config.graphs_on(mesh.device) else None
+    return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture)
+
+
+def begin(executor: Executor, config: EngineConfig, kv: KvConfig, kv_tokens: int) -> Engine:
+    """Make the cache of `kv_tokens`, on every rank of the group alike, and the engine, which rank 0 runs.
+
+    Raises:
+        ValueError: the limits contradict each other or the model.
+    """
+    limits = config.limits(executor.model.spec, kv, kv_tokens, executor.mesh.device)
+    executor.allocate(limits.num_blocks, limits.block_size)
+    return Engine(limits, executor)
+
+
+def whole_executor(
+    spec: ModelSpec,
+    path: str,
+    mesh: Mesh,
+    num_blocks: int = 0,
+    block_size: int = 16,
+    measure_every: int = 16,
+    batch_invariant: bool = False,
+    capture: Capture | None = None,
+) -> Executor:
+    """All of the model on one group; arguments as `WholeForward`'s.
+
+    Args:
+        spec, path: the checkpoint.
+        num_blocks, block_size: the KV cache, as in `Executor.allocate`; without blocks that is called later.
+    """
+    with torch.device(mesh.device):
+        model = Transformer(spec, mesh.shard, mesh.all_reduce).requires_grad_(False)
+    _fill(model, path, batch_invariant)
+    executor = Executor(WholeForward(model, mesh, measure_every, batch_invariant, capture), mesh)
+    if num_blocks:
+        executor.allocate(num_blocks, block_size)
+    return executor
+
+
+def attention_executor(
+    spec: ModelSpec,
+    path: str,
+    member: Membership,
+    micro_batches: int | None,
+    probe_sequences: int,
+    batch_invariant: bool = False,
+    mesh: SingleRank | None = None,
+) -> Executor:
+    """The attention half of the model on one rank, FFNs in a pool; arguments as `PoolForward`'s."""
+    model = AttentionSide(spec).requires_grad_(False)
+    _fill(model, path, batch_invariant)
+    forward = PoolForward(model, member, micro_batches, probe_sequences, batch_invariant)
+    return Executor(forward, mesh or SingleRank())
+
+
+def _fill(model: Transformer, path: str | Path, batch_invariant: bool) -> None:
+    load_weights(model, path)
+    pack_weights(model, batch_invariant)
