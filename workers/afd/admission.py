@@ -81,7 +81,7 @@ class Admission:
                     self._joining[number] = Future()
                     threading.Thread(target=self._connect_to, args=(number, self._joining[number]), daemon=True).start()
                 else:
-                    log.warning("join %d does not know the deployment's secret; it stays outside", number)
+                    log.warning("join %d does not know the deployment's secret; it is not admitted", number)
 
     def _connect_to(self, number: int, joining: Future[GlooEdge]) -> None:
         """Both ends come, or do not."""
