@@ -64,43 +64,26 @@ class Again(Protocol):
         ...
 
 
-class Pool(Protocol):
-    """What an attention side needs of the FFN side: `Link` and `NoPool` have it."""
+class Pool:
+    """What an attention side needs of the FFN side. This one has no ranks and answers with zeros, so that an attention
+    side can be measured alone; `Link` leads to a real one."""
 
     def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
         """Send x_0 of every micro-batch."""
-        ...
-
-    def send(self, block: int, micro: int, rows: Tensor) -> None:
-        """Send this side's contribution to a block."""
-        ...
-
-    def receive(self, block: int, micro: int) -> Pending:
-        """The pool's contribution to a block."""
-        ...
-
-    def settle(self) -> None:
-        """The step is over."""
-        ...
-
-
-class NoPool:
-    """In place of the pool: FFNs that answer with zeros, so that an attention side can be measured alone."""
-
-    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
         self._zeros = [torch.zeros_like(stream.input(0)) for stream in streams]
 
     def send(self, block: int, micro: int, rows: Tensor) -> None:
-        pass
+        """Send this side's contribution to a block."""
 
     def receive(self, block: int, micro: int) -> Pending:
+        """The pool's contribution to a block."""
         return Done(self._zeros[micro])
 
     def settle(self) -> None:
-        pass
+        """The step is over."""
 
 
-class Link:
+class Link(Pool):
     """The pool as it really is: edges to every F rank, in their order.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stepladder.kernels.transfer import upload
-from stepladder.parallel.afd.pool_link import Link, NoPool, Pool
+from stepladder.parallel.afd.pool_link import Link, Pool
 from stepladder.parallel.afd.sides import AttentionSide
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.workers.afd.membership import Membership
@@ -55,7 +55,7 @@ class PoolForward(Forward):
 
     def alone(self, plan: StepPlan, tokens: Tensor, cache: KVCache) -> Tensor:
         """FFNs answer with zeros."""
-        return self._step(plan, tokens, 1, cache, NoPool())
+        return self._step(plan, tokens, 1, cache, Pool())
 
     def idle(self) -> None:
         """Tell the pool not to wait for this rank."""
