@@ -5,10 +5,6 @@ Everything goes the way a user's own deployment would: `ray job submit`, HTTP, `
 """
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,6 +14,7 @@ from typing import Any
 
 import requests
 
+from stepladder.launch.deployed import SERVE, deployed, say
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.launch.where import JOB_FOLDER
 
@@ -70,52 +67,20 @@ def main() -> None:
     runs: dict[str, Run] = {}
     with PrivateRay() as ray:
         for name, options in LAYOUTS.items():
-            with submitted(ray, name, options, run_dir / name) as url:
+            job = f"stepladder-demo-{name}"
+            words = ["model=demo", "cluster=local", *options, f"run_dir={run_dir / name}", "monitor.every_seconds=1.0"]
+            say(" ".join(["ray job submit", *JOB_FOLDER, "--", *SERVE, *words]))
+            with deployed(ray, job, words) as url:
                 say(f"serving at {url}")
                 timings = [stream(url, prompt, quiet=bool(runs)) for prompt in PROMPTS]
                 tokens = sum(timing.tokens for timing in timings)
                 runs[name] = Run(timings, figures_after(tokens, run_dir / name / "metrics.jsonl"))
+                say(f"ray job stop {job}")
     show(runs)
     offline = next(iter(sorted(run_dir.glob("*/wandb/*run-*"))), None)
     say(f"W&B runs:   {offline.parent if offline else 'none'} and beside it")
     say(f"JSONL logs: {run_dir}/*/metrics.jsonl")
     say("everything is shut down")
-
-
-@contextmanager
-def submitted(ray: PrivateRay, name: str, options: list[str], run_dir: Path) -> Iterator[str]:
-    """The demo deployment as a Ray job; yields its URL once it is ready, stops the job in the end."""
-    command = ["python", "-m", "stepladder.launch.serve", "model=demo", "cluster=local", *options, f"run_dir={run_dir}"]
-    command += ["monitor.every_seconds=1.0"]
-    say(" ".join(["ray job submit", *JOB_FOLDER, "--", *command]))
-    job = f"stepladder-demo-{name}"
-    ray.submit(job, *command)
-    try:
-        yield ready(ray, job)
-    finally:
-        say(f"ray job stop {job}")
-        ray.job("stop", job)
-
-
-def ready(ray: PrivateRay, job: str) -> str:
-    """Follow the job's log until it says where it serves.
-
-    Raises:
-        SystemExit: the job ended before; the message is its log.
-    """
-    log = subprocess.Popen(ray.job_command("logs", "--follow", job), env=ray.env, stdout=subprocess.PIPE, text=True)
-    assert log.stdout
-    try:
-        for line in log.stdout:
-            if line.startswith("STEPLADDER_READY "):
-                return line.split()[1]
-            if line.startswith("stepladder"):
-                say(line.strip())
-    finally:
-        log.kill()
-        log.wait()
-        log.stdout.close()
-    sys.exit(f"the job ended before it was ready:\n{ray.job('logs', job)}")
 
 
 def stream(url: str, prompt: str, quiet: bool) -> Timing:
@@ -178,7 +143,10 @@ def show(runs: dict[str, Run]) -> None:
         "TTFT, median": [f"{median(t.ttft for t in run.timings) * 1e3:.1f} ms" for run in runs.values()],
         "TPOT, median": [f"{tpot * 1e3:.1f} ms" for tpot in tpots],
         "tokens/s, one stream": [f"{1 / tpot:.0f}" for tpot in tpots],
-        "communication": [_hidden(runs["tp"].figures), _waited(runs["afd"].waited)],
+        "communication": [
+            _share(runs["tp"].figures.get("engine/reduce_hidden_share"), "{:.0%} of all-reduce time hidden"),
+            _share(runs["afd"].waited, "attention waits for FFNs {:.0%} of the time"),
+        ],
         "texts": ["", "the same" if same else "not the same (rounding)"],
     }
     print()
@@ -187,17 +155,8 @@ def show(runs: dict[str, Run]) -> None:
     print("  (one machine, both ranks on its CPU, messages over gloo)\n")
 
 
-def _hidden(figures: dict[str, float]) -> str:
-    share = figures.get("engine/reduce_hidden_share")
-    return "not measured" if share is None else f"{share:.0%} of all-reduce time hidden"
-
-
-def _waited(share: float | None) -> str:
-    return "not measured" if share is None else f"attention waits for FFNs {share:.0%} of the time"
-
-
-def say(text: str) -> None:
-    print(f"\033[36m▸\033[0m {text}", flush=True)
+def _share(share: float | None, sentence: str) -> str:
+    return "not measured" if share is None else sentence.format(share)
 
 
 if __name__ == "__main__":

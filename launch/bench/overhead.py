@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import requests
 
+from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
 
 ENGINE = "ray::RankActor"
 IDLE_SECONDS = 15.0
@@ -31,16 +31,13 @@ def cpu_seconds_of_serving(model: Path, streams: int, tokens: int) -> Costs:
     """One rank, float32, `streams` concurrent streaming requests of `tokens` tokens each, three rounds."""
     with PrivateRay() as ray, TemporaryDirectory() as run_dir:
         idle_per_second = _idle(ray)
-        command = ["python", "-m", "stepladder.launch.serve", "model=path", f"model.path={model}", "model.name=random"]
-        command += ["layout.tp=1", f"run_dir={run_dir}", "monitor=jsonl", "name=overhead"]
-        ray.submit("overhead", *command)
-        url = ready(ray, "overhead")
-        _stream(url, streams, tokens)
-        before, began = _cpu(ray), time.monotonic()
-        total = sum(_stream(url, streams, tokens) for _ in range(3))
-        used, seconds = _since(before, _cpu(ray)), time.monotonic() - began
-        engines = {p.pid for p in ray.processes(ENGINE)}
-        ray.job("stop", "overhead")
+        options = ["model=path", f"model.path={model}", "model.name=random", "layout.tp=1", f"run_dir={run_dir}"]
+        with deployed(ray, "overhead", [*options, "monitor=jsonl", "name=overhead"]) as url:
+            _stream(url, streams, tokens)
+            before, began = _cpu(ray), time.monotonic()
+            total = sum(_stream(url, streams, tokens) for _ in range(3))
+            used, seconds = _since(before, _cpu(ray)), time.monotonic() - began
+            engines = {p.pid for p in ray.processes(ENGINE)}
     engine, idle = sum(used[pid] for pid in engines), idle_per_second * seconds
     return Costs(engine / total, (sum(used.values()) - engine - idle) / total, idle / total)
 

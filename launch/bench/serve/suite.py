@@ -18,8 +18,8 @@ from stepladder.launch.bench.serve.client import Timing, stream
 from stepladder.launch.bench.serve.load import Case, apply
 from stepladder.launch.bench.serve.measures import SLOS, result
 from stepladder.launch.bench.serve.prompts import Prompt, PromptConfig, prompts
+from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 
 READ_BUFFER = 1 << 20  # bytes; of a line that holds one event
@@ -88,20 +88,9 @@ def endpoint(config: ServeBench) -> Iterator[str]:
     if config.base_url is not None:
         yield config.base_url.rstrip("/").removesuffix("/v1")
         return
-    command = [
-        "python",
-        "-m",
-        "stepladder.launch.serve",
-        "name=bench",
-        f"run_dir={config.run_dir}/serve",
-        *shlex.split(config.deploy),
-    ]
-    with PrivateRay(num_cpus=config.ray_cpus) as ray:
-        ray.submit("bench", *command)
-        try:
-            yield ready(ray, "bench")
-        finally:
-            ray.job("stop", "bench")
+    options = ["name=bench", f"run_dir={config.run_dir}/serve", *shlex.split(config.deploy)]
+    with PrivateRay(num_cpus=config.ray_cpus) as ray, deployed(ray, "bench", options) as url:
+        yield url
 
 
 async def _run_cases(config: ServeBench, url: str) -> dict[str, dict[str, Any]]:
