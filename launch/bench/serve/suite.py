@@ -14,15 +14,13 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from stepladder.launch.bench.serve.client import Timing, stream
+from stepladder.launch.bench.serve.client import Timing, session, stream
 from stepladder.launch.bench.serve.load import Case, apply
 from stepladder.launch.bench.serve.measures import SLOS, result
 from stepladder.launch.bench.serve.prompts import Prompt, PromptConfig, prompts
 from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
-
-READ_BUFFER = 1 << 20  # bytes; of a line that holds one event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +94,8 @@ def endpoint(config: ServeBench) -> Iterator[str]:
 async def _run_cases(config: ServeBench, url: str) -> dict[str, dict[str, Any]]:
     limits = aiohttp.ClientTimeout(total=config.timeout_seconds)
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    connector = aiohttp.TCPConnector(limit=0)  # the cases alone limit how many are under way
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=limits, headers=headers, read_bufsize=READ_BUFFER
-    ) as session:
-        client = Client(config, url, session)
+    async with session(timeout=limits, headers=headers) as opened:
+        client = Client(config, url, opened)
         await client.prepare()
         return {name: await client.run(name, case) for name, case in config.cases.items()}
 
