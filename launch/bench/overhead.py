@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 import aiohttp
 import psutil
 
-from stepladder.launch.bench.serve.client import session, stream
 from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.streaming import session, stream
 
 ENGINE = "ray::RankActor"
 IDLE_SECONDS = 15.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from stepladder.launch.bench.serve.client import Timing, session, stream
+from stepladder.launch.streaming import Timing, session, stream
 
 PAUSE_SECONDS = 0.1  # between two tries
 PASSING = (429, 503)  # statuses that another try may not meet
@@ -67,4 +67,4 @@ class RetryingClient:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=self.seconds, sock_read=self.seconds)
         async with session(timeout=limits, headers={"X-Request-Id": self.request_id}) as opened:
             url = f"{self.url}/v1/completions"
-            return await stream(opened, url, self.body, on_text=lambda: self.arrivals.append(monotonic()))
+            return await stream(opened, url, self.body, show=lambda _: self.arrivals.append(monotonic()))

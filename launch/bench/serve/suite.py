@@ -14,13 +14,13 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from stepladder.launch.bench.serve.client import Timing, session, stream
 from stepladder.launch.bench.serve.load import Case, apply
 from stepladder.launch.bench.serve.measures import SLOS, result
 from stepladder.launch.bench.serve.prompts import Prompt, PromptConfig, prompts
 from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
+from stepladder.launch.streaming import Timing, session, stream
 
 
 @dataclass(frozen=True, kw_only=True)

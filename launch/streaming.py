@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 READ_BUFFER = 1 << 20  # bytes; of a line that holds one event
+Show = Callable[[str], object]
 
 
 @dataclass
@@ -39,22 +40,26 @@ class Timing:
     def success(self) -> bool:
         return not self.error
 
+    @property
+    def tpot(self) -> float:
+        """Seconds per output token after the first; 0 for a single one."""
+        return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
+
 
 def session(**options: Any) -> aiohttp.ClientSession:
     """One that does not itself limit how many requests are under way; `options` are aiohttp's."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=READ_BUFFER, **options)
 
 
-async def stream(
-    session: aiohttp.ClientSession,
-    url: str,
-    body: Mapping[str, Any],
-    on_text: Callable[[], None] = lambda: None,
-) -> Timing:
+def no_show(text: str) -> None:
+    """Nothing is done with a stream's text as it comes."""
+
+
+async def stream(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], show: Show = no_show) -> Timing:
     """Send `body` and read the answer to its end; what goes wrong is in the timing's `error`.
 
     Args:
-        on_text: called as each chunk with text comes.
+        show: gets the text of each chunk as it comes.
     """
     timing = Timing(start_time=perf_counter())
     wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -64,13 +69,13 @@ async def stream(
             if response.status != 200:
                 timing.error = f"HTTP {response.status}: {_message(await response.text())}"
             else:
-                await _read(response, timing, on_text)
+                await _read(response, timing, show)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         timing.error = f"{type(error).__name__}: {error}"
     return timing
 
 
-async def _read(response: aiohttp.ClientResponse, timing: Timing, on_text: Callable[[], None]) -> None:
+async def _read(response: aiohttp.ClientResponse, timing: Timing, show: Show) -> None:
     last_text, finished, done = 0.0, False, False
     async for line in response.content:
         if not line.startswith(b"data:"):
@@ -90,7 +95,7 @@ async def _read(response: aiohttp.ClientResponse, timing: Timing, on_text: Calla
             if text:
                 timing.ttft = timing.ttft or now - timing.start_time
                 last_text = now
-                on_text()
+                show(text)
             timing.text += text
             timing.latency = now - timing.start_time
             finished = finished or choice.get("finish_reason") is not None
