@@ -24,8 +24,7 @@ from stepladder.workers.actors import Place, RankActor, Sign
 from stepladder.workers.afd.membership import PoolAddress
 from stepladder.workers.config import AfdConfig
 from stepladder.workers.figures import RankFigures
-from stepladder.workers.notices import Notice
-from stepladder.workers.rank import RankConfig
+from stepladder.workers.rank import Notice, RankConfig
 
 log = logging.getLogger(__name__)
 

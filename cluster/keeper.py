@@ -14,7 +14,7 @@ from stepladder.cluster.journal import Journal
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.afd.membership import PoolAddress
-from stepladder.workers.notices import Notice
+from stepladder.workers.rank import Notice
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from stepladder.cluster.keeper import Keeper
 from stepladder.cluster.monitor import Monitor
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
+from stepladder.workers.afd.membership import PoolNotice
 from stepladder.workers.figures import RankFigures, together
-from stepladder.workers.notices import PoolNotice
 from stepladder.workers.rank import ATTENTION, FFN
 from stepladder.workers.roles import ROLES
 

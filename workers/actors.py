@@ -12,8 +12,7 @@ import ray
 
 from stepladder.parallel.checkpoint import fingerprints
 from stepladder.workers.figures import RankFigures
-from stepladder.workers.notices import Notice
-from stepladder.workers.rank import Rank, RankConfig, resolve
+from stepladder.workers.rank import Notice, Rank, RankConfig, resolve
 from stepladder.workers.roles import rank_of
 
 log = logging.getLogger(__name__)

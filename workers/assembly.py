@@ -61,8 +61,8 @@ def whole_executor(
         num_blocks, block_size: the KV cache, as in `Executor.allocate`; without blocks that is called later.
     """
     with torch.device(mesh.device):
-        model = Transformer(spec, mesh.shard, mesh.all_reduce).requires_grad_(False)
-    _fill(model, path, batch_invariant)
+        model = Transformer(spec, mesh.shard, mesh.all_reduce)
+    fill(model, path, batch_invariant)
     executor = Executor(WholeForward(model, mesh, measure_every, batch_invariant, capture), mesh)
     if num_blocks:
         executor.allocate(num_blocks, block_size)
@@ -79,12 +79,12 @@ def attention_executor(
     mesh: SingleRank | None = None,
 ) -> Executor:
     """The attention half of the model on one rank, FFNs in a pool; arguments as `PoolForward`'s."""
-    model = AttentionSide(spec).requires_grad_(False)
-    _fill(model, path, batch_invariant)
+    fill(model := AttentionSide(spec), path, batch_invariant)
     forward = PoolForward(model, member, micro_batches, probe_sequences, batch_invariant)
     return Executor(forward, mesh or SingleRank())
 
 
-def _fill(model: Transformer, path: str | Path, batch_invariant: bool) -> None:
-    load_weights(model, path)
+def fill(model: Transformer, path: str | Path, batch_invariant: bool) -> None:
+    """Weights for inference, laid out for this machine."""
+    load_weights(model.requires_grad_(False), path)
     pack_weights(model, batch_invariant)

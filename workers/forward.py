@@ -1,7 +1,7 @@
 """From a plan's tokens to hidden states: what differs between executors. Here with all of the model on one group of
 ranks; `afd/pool_forward.py` has only attention and leaves the FFNs to a pool."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from torch import Tensor
 
@@ -13,41 +13,37 @@ from stepladder.workers.core import StepPlan
 from stepladder.workers.graphs import Capture, DecodeGraphs
 
 
-class Forward(Protocol):
+class Forward(ABC):
     """What an executor asks of a model. Every rank of a group makes the same calls.
 
     Attributes:
         spare_blocks: cache blocks that it needs besides those of the sequences; they are the last ones.
     """
 
-    spare_blocks: int
-
-    @property
-    def model(self) -> Transformer: ...
+    model: Transformer
+    spare_blocks = 0
 
     def begin(self, cache: KVCache) -> None:
         """From now on `run` writes to and reads from this cache."""
-        ...
+        self._cache = cache
 
+    @abstractmethod
     def run(self, plan: StepPlan, tokens: Tensor) -> Tensor:
         """One step with the plan's tokens [T], all of them known: final hidden states of its rows [R, hidden]."""
-        ...
 
+    @abstractmethod
     def alone(self, plan: StepPlan, tokens: Tensor, cache: KVCache) -> Tensor:
         """The same with a cache that is not the engine's, and with no help of other groups: to measure what a step
         takes. Final hidden states of all tokens [T, hidden]."""
-        ...
 
-    def idle(self) -> None:
+    def idle(self) -> None:  # noqa: B027
         """There is nothing to do; called about once a second."""
-        ...
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027
         """There will be no more steps."""
-        ...
 
 
-class WholeForward:
+class WholeForward(Forward):
     """All of the model on one group.
 
     Args:
@@ -74,7 +70,7 @@ class WholeForward:
         self.graphs: DecodeGraphs | None = None
 
     def begin(self, cache: KVCache) -> None:
-        self._cache = cache
+        super().begin(cache)
         self.graphs = DecodeGraphs(self.model, cache, self._capture) if self._capture else None
 
     def run(self, plan: StepPlan, tokens: Tensor) -> Tensor:
@@ -89,9 +85,3 @@ class WholeForward:
     def alone(self, plan: StepPlan, tokens: Tensor, cache: KVCache) -> Tensor:
         context = PagedSequences(cache, plan.starts, plan.lengths, plan.block_tables, self._batch_invariant)
         return self.model(tokens, context)
-
-    def idle(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from stepladder.parallel.mesh import Mesh, join
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.afd.membership import PoolNotice
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
-from stepladder.workers.notices import Notice
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
+Notice = PoolNotice  # what a running rank can be told; one type per kind of news
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,23 +19,20 @@ from stepladder.launch.bench.afd.real.task import (
     AFD,
     LADDER,
     LAG0,
-    MODULE,
     REPLICAS,
-    REST,
     TP,
     Case,
     Decoded,
     Load,
     Modules,
     Moment,
-    Span,
     Transfer,
     micro_sizes,
 )
 from stepladder.launch.bench.afd.real.trace import LANES, perfetto
 from stepladder.launch.bench.afd.suite import AfdBench, run
 from stepladder.launch.bench.rig import netns
-from stepladder.launch.bench.rig.spans import busy, covered, exposed
+from stepladder.launch.bench.rig.spans import MODULE, REST, Span, busy, covered, exposed
 from stepladder.launch.report import publish
 
 EMULATED = {"times": [[2, 2, 1, 0]], "ratios": [[2, 1]], "layers": [2, 4], "steps": 1}
@@ -207,7 +204,8 @@ def test_micro_batches_of_a_batch() -> None:
 
 def test_a_trace_has_a_lane_for_each_side_and_direction() -> None:
     """The last step only; a message from the moment it was sent to the one it could be read."""
-    sent = [Moment(step, block, 0, 10.0 * step + block) for step in (0, 1) for block in (0, 2)]
+    blocks = {"attention 0": 0.0, "attention 1": 2.0}
+    sent = [Moment(step, name, 0, 10.0 * step + at) for step in (0, 1) for name, at in blocks.items()]
     came = [Moment(m.step, m.block, m.micro, m.at + 0.5) for m in reversed(sent)]
     compute = [Span(MODULE, "attention 0", 1.0, 2.0), Span(MODULE, "attention 0", 11.0, 12.0)]
     a, f = Decoded([(0.0, 9.0), (10.0, 19.0)], compute, [], sent, []), Decoded([], compute[1:], [], [], came)

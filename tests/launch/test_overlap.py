@@ -7,10 +7,11 @@ import pytest
 
 from stepladder.launch.bench.overlap.bound import Parts, shortest_step
 from stepladder.launch.bench.overlap.suite import OverlapBench, Wire, run
-from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Shapes, Span
+from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Shapes
 from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
 from stepladder.launch.bench.rig import netns
 from stepladder.launch.bench.rig.paired import paired_ratio
+from stepladder.launch.bench.rig.spans import MODULE, REDUCE, WAIT, Span
 from stepladder.launch.report import publish
 
 C, A, LAYERS = 4.0, 3.0, 50
@@ -80,9 +81,9 @@ def test_a_paired_ratio_ignores_what_both_sides_share() -> None:
 
 def test_a_trace_tells_what_ran_under_what() -> None:
     """Blocks at 0..4, 4..8, 10..12; the reduce of the first is half under the second, that of the second is not."""
-    blocks = [Span("compute", f"block {k}", *at) for k, at in enumerate([(0, 4), (4, 8), (10, 12)])]
-    reduces = [Span("reduce", f"reduce {k}", *at) for k, at in enumerate([(-2, 0), (4, 6), (8, 10), (12, 13)])]
-    waits = [Span("wait", f"reduce {k}", *at) for k, at in [(0, (-2, 0)), (2, (8, 10)), (3, (12, 13))]]
+    blocks = [Span(MODULE, f"block {k}", *at) for k, at in enumerate([(0, 4), (4, 8), (10, 12)])]
+    reduces = [Span(REDUCE, f"reduce {k}", *at) for k, at in enumerate([(-2, 0), (4, 6), (8, 10), (12, 13)])]
+    waits = [Span(WAIT, f"reduce {k}", *at) for k, at in [(0, (-2, 0)), (2, (8, 10)), (3, (12, 13))]]
     assert hidden_share([*blocks, *reduces, *waits]) == pytest.approx(2 / 7)
     assert under_the_next_block([*blocks, *reduces]) == 0.5
     events = perfetto({"ladder": [[*blocks, *reduces, *waits]]})["traceEvents"]

@@ -35,6 +35,12 @@ class PoolAddress(NamedTuple):
     size: int
 
 
+class PoolNotice(NamedTuple):
+    """What attention ranks are told: the FFN pool that there is now; None while there is none."""
+
+    pool: PoolAddress | None
+
+
 @dataclass(frozen=True)
 class _Joined:
     """This rank's ends of everything between it and one life of the pool."""

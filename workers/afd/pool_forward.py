@@ -13,14 +13,15 @@ from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import best_number, split
 from stepladder.workers.core import StepPlan
+from stepladder.workers.forward import Forward
 
 log = logging.getLogger(__name__)
 
 PROBES = 5  # steps from which the number of micro-batches is measured
 
 
-class PoolForward:
-    """See `Forward`.
+class PoolForward(Forward):
+    """See there.
 
     Args:
         model: this rank's half.
@@ -32,7 +33,7 @@ class PoolForward:
         waited: seconds spent waiting for F.
     """
 
-    spare_blocks = 0
+    model: AttentionSide
 
     def __init__(
         self,
@@ -45,9 +46,6 @@ class PoolForward:
         self.model, self.member, self.micro_batches = model, member, micro_batches
         self._probe_sequences, self._batch_invariant = probe_sequences, batch_invariant
         self.waited = 0.0
-
-    def begin(self, cache: KVCache) -> None:
-        self._cache = cache
 
     def run(self, plan: StepPlan, tokens: Tensor) -> Tensor:
         if self.micro_batches is None:

@@ -8,19 +8,16 @@ import torch.distributed as dist
 
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import wire_to_ffn
-from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.mesh import SingleRank
-from stepladder.parallel.pack import pack_weights
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import fixed_number
 from stepladder.workers.afd.pool import FeedForwardPool
 from stepladder.workers.afd.pool_forward import PoolForward
-from stepladder.workers.assembly import attention_executor
+from stepladder.workers.assembly import attention_executor, fill
 from stepladder.workers.engine_rank import EngineFigures, EngineRank
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter, gauge, limit
-from stepladder.workers.notices import Notice
-from stepladder.workers.rank import Rank
+from stepladder.workers.rank import Notice, Rank
 from stepladder.workers.server.engine_server import EngineServer
 
 UNBOUNDED = 1 << 40  # tokens of KV cache that an FFN rank has room for: it needs none
@@ -98,10 +95,9 @@ class FeedForwardRank(Rank):
     def _load(self, path: str) -> int:
         config = self.config
         self._store.set_timeout(self._timeout)
-        side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce).requires_grad_(False)
+        side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce)
         side.clock = self._mesh.clock
-        load_weights(side, path)
-        pack_weights(side, config.engine.batch_invariant)
+        fill(side, path, config.engine.batch_invariant)
         self._pool = FeedForwardPool(
             side,
             self._mesh,

@@ -19,9 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepladder.launch.bench.afd.formula import Times
-from stepladder.launch.bench.afd.real.task import MODULE
-from stepladder.launch.bench.overlap.task import Span
-from stepladder.launch.bench.rig.spans import Window, busy, exposed
+from stepladder.launch.bench.rig.spans import Recorder, Span, Window, busy, computing, exposed
 from stepladder.parallel.afd.edges import GlooEdge, Header
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
@@ -30,6 +28,7 @@ from stepladder.parallel.residual import Block
 from stepladder.parallel.spec import ModelSpec
 
 ROWS = 4  # of a micro-batch
+DEADLINE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +61,18 @@ class Measured:
     exposed: float
 
 
-class Sleeping:
-    """A module that takes a time and adds nothing. `spans`: when it did."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.spans = seconds, list[Span]()
-
-    def __call__(self, x: Tensor, context: Any) -> Tensor:
-        began = time.perf_counter()
-        time.sleep(self.seconds)
-        self.spans.append(Span(MODULE, "", began, time.perf_counter()))
-        return torch.zeros_like(x)
-
-
 class LateEdge(GlooEdge):
-    """Every message sets out `late` seconds after it was given; several may be on their way at once."""
+    """Every message sets out `late` seconds after it was given; several may be on their way at once.
+
+    A thread of its own sends them. With `rig.late.LateWire` the modules' own would, and a layer take 1% longer.
+    """
 
     def __init__(self, late: float, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._late = late
         self._leaving: queue.Queue[tuple[float, Header, Tensor] | None] = queue.Queue()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def send(self, header: Header, rows: Tensor) -> None:
         self._leaving.put((time.perf_counter() + self._late, header, rows.clone()))
@@ -94,6 +84,7 @@ class LateEdge(GlooEdge):
     def close(self) -> None:
         """Nothing more will be sent."""
         self._leaving.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         while (message := self._leaving.get()) is not None:
@@ -123,15 +114,13 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
 
     def edges(end: int, mine: int, others: int) -> list[LateEdge]:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
-        made: list[LateEdge] = []
-        for other in range(others):
-            a, f = (other, mine) if end else (mine, other)
-            made.append(LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=timedelta(seconds=60)))
-        return made
+        pairs = [(other, mine) if end else (mine, other) for other in range(others)]
+        return [LateEdge(case.times.transfer, store, f"a{a}-f{f}", end, deadline=DEADLINE) for a, f in pairs]
 
     def attention(rank: int) -> tuple[list[Window], list[Span]]:
-        side, module = AttentionSide(spec), Sleeping(case.times.attention)
-        side.blocks, mine, windows = _sleeping(side.blocks, module), edges(0, rank, case.ffn), list[Window]()
+        side, record = AttentionSide(spec), Recorder()
+        side.blocks, mine = _sleeping(side.blocks, case.times.attention, record), edges(0, rank, case.ffn)
+        windows = list[Window]()
         for layout in layouts:
             inputs = [torch.zeros(ROWS, dtype=torch.int64)] * case.micro_batches
             began = time.perf_counter()
@@ -139,17 +128,17 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
             side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, link)
             windows.append((began, time.perf_counter()))
         _close(mine)
-        return windows[1:], module.spans
+        return windows[1:], record.spans
 
     def ffn(rank: int) -> list[Span]:
-        module = Sleeping(case.times.ffn)
+        record = Recorder()
         side = FeedForwardSide(spec, reduce=lambda partial: LateReduce(partial, case.times.reduce))
-        side.blocks, mine = _sleeping(side.blocks, module), edges(1, rank, case.attention)
+        side.blocks, mine = _sleeping(side.blocks, case.times.ffn, record), edges(1, rank, case.attention)
         for layout in layouts:
             lost = side(mine, layout)
             assert not lost, "an A rank is a thread of this process"
         _close(mine)
-        return module.spans
+        return record.spans
 
     with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
         ffns = [pool.submit(ffn, rank) for rank in range(case.ffn)]
@@ -170,8 +159,14 @@ def _close(edges: Sequence[LateEdge]) -> None:
         edge.close()
 
 
-def _sleeping(blocks: Sequence[Block], module: Sleeping) -> list[Block]:
-    return [Block(block.lag, [module] if block.modules else [], block.elsewhere) for block in blocks]
+def _sleeping(blocks: Sequence[Block], seconds: float, record: Recorder) -> list[Block]:
+    """The blocks with modules that take a time and add nothing, recorded."""
+
+    def module(x: Tensor, context: Any) -> Tensor:
+        time.sleep(seconds)
+        return torch.zeros_like(x)
+
+    return [record.block(computing(block, module, block.lag), block.name, block.lag) for block in blocks]
 
 
 def _spec(layers: int, lag: int) -> ModelSpec:

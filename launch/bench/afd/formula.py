@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from math import ceil
 
+from stepladder.parallel.wiring import ATTENTION, FFN, SEATS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
@@ -39,25 +41,19 @@ def pipeline(times: Times, lag: int, micro_batches: int, layers: int) -> float:
     A block begins when its pool is free and has every contribution but the `lag` newest; the other pool has it
     `transfer` later. Per layer more it grows by `per_layer`.
     """
-    seconds, free, arrived = (times.attention, times.ffn), [0.0, 0.0], [0.0, 0.0]
-    here: list[list[list[float]]] = [
-        [[0.0] for _ in range(micro_batches)] for _ in range(2)
-    ]  # [pool][micro], x_0 first
-
-    def send(pool: int, micro: int, end: float) -> None:
-        arrived[pool] = max(end + times.transfer, arrived[pool] + times.spacing)
-        here[1 - pool][micro].append(arrived[pool])
-
-    here[1] = [[times.transfer + micro * times.spacing] for micro in range(micro_batches)]
-    free[1] = arrived[0] = here[1][-1][0]  # the F rank begins when it has x_0 of every micro-batch
-    for block in range(2 * layers):
-        pool = block % 2
+    seconds, other = {ATTENTION: times.attention, FFN: times.ffn}, {ATTENTION: FFN, FFN: ATTENTION}
+    sent = [times.transfer + micro * times.spacing for micro in range(micro_batches)]
+    here = {ATTENTION: [[0.0] for _ in sent], FFN: [[x] for x in sent]}  # [pool][micro], x_0 first
+    arrived = {ATTENTION: sent[-1], FFN: 0.0}  # what each has sent
+    free = {ATTENTION: 0.0, FFN: sent[-1]}  # the F rank begins when it has x_0 of every micro-batch
+    for block, pool in enumerate(SEATS * layers):
         for micro in range(micro_batches):
             needed = max(here[pool][micro][: 1 + max(0, block - lag)])
             free[pool] = max(free[pool], needed) + seconds[pool]
-            here[pool][micro].append(free[pool] + (times.reduce if pool else 0.0))
-            send(pool, micro, free[pool])
-    return max(max(contributions) for contributions in here[0])
+            here[pool][micro].append(free[pool] + (times.reduce if pool == FFN else 0.0))
+            arrived[pool] = max(free[pool] + times.transfer, arrived[pool] + times.spacing)
+            here[other[pool]][micro].append(arrived[pool])
+    return max(max(contributions) for contributions in here[ATTENTION])
 
 
 def micro_batches(times: Times) -> int:

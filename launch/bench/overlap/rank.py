@@ -1,41 +1,35 @@
-"""One rank of the overlap suite: a process that reads a setup and tasks as JSON lines and answers each with a line."""
+"""One rank process of the overlap suite: what it loads, and what one case takes on it."""
 
-import sys
-from datetime import timedelta
+import atexit
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter, process_time
 
-import msgspec
 import torch
 import torch.distributed as dist
 
-from stepladder.launch.bench.overlap.steps import Steps, meet, orders, random_model, settle
-from stepladder.launch.bench.overlap.task import WIRINGS, Answer, Setup, Task
-from stepladder.launch.bench.overlap.trace import Recorder
+from stepladder.launch.bench.overlap.steps import Steps, orders, random_model
+from stepladder.launch.bench.overlap.task import WIRINGS, Answer, Shapes, Task
 from stepladder.launch.bench.rig.late import LateGroup
+from stepladder.launch.bench.rig.meeting import meet, settle
 from stepladder.launch.bench.rig.priority import communication_first
+from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
+from stepladder.launch.bench.rig.spans import Recorder
 from stepladder.parallel.mesh import Group, Mesh
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
 
 LOOKS = 4  # steps of each wiring with counters on and a trace; more where a case has many rounds, as short steps do
-TIMEOUT = timedelta(seconds=120)
 
 
-def main() -> None:
-    setup = msgspec.json.decode(sys.stdin.readline(), type=Setup)
-    torch.set_num_threads(setup.threads)
-    store = dist.TCPStore(setup.store_host, setup.port, None, setup.rank == 0, wait_for_workers=False)
-    _say(store.port)
-    shard = Shard(setup.rank, setup.ranks)
-    kind = LateGroup if setup.device == "cpu" else Group
-    mesh = kind(dist.PrefixStore("overlap", store), shard, setup.device, setup.host, TIMEOUT)
-    if setup.device == "cpu" and not communication_first():
-        print("gloo's threads may not go first here (CAP_SYS_NICE); overlap will be worse", file=sys.stderr)
-    with torch.inference_mode():
-        model = random_model(setup.shapes.spec(), mesh)
-        for line in sys.stdin:
-            _say(measure(model, mesh, msgspec.json.decode(line, type=Task)))
-    mesh.close()
+def rank_of(start: Start[Shapes], store: dist.Store) -> Callable[[Task], Answer]:
+    kind = LateGroup if start.device == "cpu" else Group
+    shard = Shard(start.rank, start.ranks)
+    mesh = kind(dist.PrefixStore("overlap", store), shard, start.device, start.host, TIMEOUT)
+    atexit.register(mesh.close)
+    if start.device == "cpu":
+        communication_first()
+    return partial(measure, random_model(start.model.spec(), mesh), mesh)
 
 
 def measure(model: Transformer, mesh: Group, task: Task) -> Answer:
@@ -80,7 +74,7 @@ def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, task: Task) ->
     answer.spans[wiring] = []
     for _ in range(max(LOOKS, task.rounds // 3)):
         recorder = Recorder(task.late)
-        blocks = [recorder.block(block, f"block {k}") for k, block in enumerate(steps.blocks[wiring])]
+        blocks = [recorder.block(block, f"block {k}", block.lag) for k, block in enumerate(steps.blocks[wiring])]
         meet(mesh)
         mesh.meter.on = True
         steps.run_eagerly(blocks, recorder.reduce(mesh.all_reduce))
@@ -89,9 +83,5 @@ def _look(answer: Answer, wiring: str, steps: Steps, mesh: Group, task: Task) ->
     answer.hidden[wiring] = mesh.meter.hidden_share or 0.0
 
 
-def _say(value: object) -> None:
-    print(msgspec.json.encode(value).decode(), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(rank_of, Start[Shapes], Task)

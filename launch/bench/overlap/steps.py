@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
+from stepladder.launch.bench.rig.meeting import meet, settle
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
@@ -16,7 +17,7 @@ from stepladder.parallel.modules import init_weights
 from stepladder.parallel.pack import pack_weights
 from stepladder.parallel.residual import Block, Done, Reduce
 from stepladder.parallel.spec import ModelSpec
-from stepladder.parallel.wiring import wiring
+from stepladder.parallel.wiring import SEATS, wiring
 
 BLOCK_SIZE = 16
 
@@ -73,13 +74,14 @@ class Steps:
         )
         context = self._context()
         self.model(self._tokens, context)  # sets the context's rotary tables
-        seconds: dict[str, list[float]] = {"attention": [], "ffn": []}
-        for index, block in enumerate(self.blocks[BOUND]):
+        seconds: dict[str, list[float]] = {seat: [] for seat in SEATS}
+        for block in self.blocks[BOUND]:
+            (seat,) = block.seats
             settle(self.mesh)
             began = perf_counter()
             block(x, context)
             settle(self.mesh)
-            seconds[("attention", "ffn")[index % 2]].append(perf_counter() - began)
+            seconds[seat].append(perf_counter() - began)
         return {name: sum(each) / len(each) for name, each in seconds.items()}
 
     def _eager(self, variant: str) -> Callable[[], object]:
@@ -102,18 +104,6 @@ class Steps:
     def _context(self) -> PagedSequences:
         starts, lengths = [self.case.context] * self.case.batch, [self.case.length] * self.case.batch
         return PagedSequences(self.cache, starts, lengths, self._tables)
-
-
-def meet(mesh: Mesh) -> None:
-    """A moment that all ranks share."""
-    mesh.all_reduce(torch.zeros(1, device=mesh.device)).wait()
-    settle(mesh)
-
-
-def settle(mesh: Mesh) -> None:
-    """Wait for what this rank has queued on its device."""
-    if mesh.device.type == "cuda":
-        torch.cuda.synchronize(mesh.device)
 
 
 def orders(rounds: int) -> list[list[str]]:

@@ -18,36 +18,24 @@ from tqdm import tqdm
 
 from stepladder.launch.bench.overlap.bound import Parts, shortest_step
 from stepladder.launch.bench.overlap.figure import draw
-from stepladder.launch.bench.overlap.ranks import Ranks
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
 from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
 from stepladder.launch.bench.rig import netns
+from stepladder.launch.bench.rig import wire as rig
 from stepladder.launch.bench.rig.hosts import Hosts, Link
 from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
+from stepladder.launch.bench.rig.processes import Ranks, Start
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 
 RANKS = 2
+PROCESS = "stepladder.launch.bench.overlap.rank"
 NEAR = (0.7, 1.4)  # a reduce takes about one module's compute
 FEW, OFTEN = 16, 3  # steps of fewer tokens are short, so that noise weighs more: so many times the rounds
 LONG = 1e-3  # seconds of a reduce that is not mostly the taking of time stamps
 
 
-@dataclass(frozen=True)
-class Wire:
-    """rate: Mbit/s of each host's link, None for as fast as the machine goes. late_ms: added to every reduce,
-    emulated. One of the two at most, so that a case is either measured or emulated."""
-
-    rate: float | None = None
-    late_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        Link(rate=self.rate)
-        if self.late_ms < 0:
-            raise ValueError(f"late_ms of a wire is {self.late_ms}; it must not be negative")
-        if self.rate is not None and self.late_ms:
-            raise ValueError(
-                f"a wire has a rate ({self.rate:g} Mbit/s) and late_ms ({self.late_ms:g}); make it two wires"
-            )
+class Wire(rig.Wire):
+    """late_ms: added to every reduce."""
 
     @property
     def name(self) -> str:
@@ -99,6 +87,11 @@ class OverlapBench:
     def cases(self) -> list[Case]:
         return [*(Case(batch, 1, self.context) for batch in self.batches), Case(1, self.prefill, 0)]
 
+    @property
+    def starts(self) -> list[Start[Shapes]]:
+        devices = [f"cuda:{rank}" if self.cuda else "cpu" for rank in range(RANKS)]
+        return [Start(self.shapes, device, self.threads) for device in devices]
+
     def task(self, case: Case, wire: Wire) -> Task:
         return Task(case, self.rounds * (OFTEN if case.tokens < FEW else 1), wire.late_ms / 1e3)
 
@@ -149,16 +142,14 @@ def run(config: OverlapBench) -> Report:
     points = []
     with ExitStack() as stack:
         hosts = None if config.cuda else stack.enter_context(_hosts())
-        ranks = stack.enter_context(
-            Ranks(RANKS, config.shapes, "cuda" if config.cuda else "cpu", config.threads, hosts)
-        )
+        ranks = stack.enter_context(Ranks(PROCESS, config.starts, hosts))
         bar = stack.enter_context(tqdm(total=len(wires) * len(config.cases), unit="case"))
         for wire in wires:
             for host in hosts or ():
                 host.shape(Link(rate=wire.rate))
             for case in config.cases:
                 bar.set_postfix_str(f"{wire.name}, {case.name}")
-                points.append(_point(wire, case, ranks.measure(config.task(case, wire)), config))
+                points.append(_point(wire, case, ranks.ask(config.task(case, wire), Answer), config))
                 bar.update()
     if config.trace:
         _write_trace(points, Path(config.trace).absolute())

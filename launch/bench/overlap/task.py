@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from stepladder.launch.bench.rig.spans import Span
 from stepladder.parallel.spec import ModelSpec
 
 WIRINGS = ("standard", "ladder", "parallel", "ladder-parallel")
@@ -38,20 +39,6 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A rank process's start. port: of rank 0's store, 0 for rank 0 itself. host: where the others reach this rank."""
-
-    rank: int
-    ranks: int
-    store_host: str
-    port: int
-    host: str
-    device: str
-    threads: int
-    shapes: Shapes
-
-
-@dataclass(frozen=True)
 class Case:
     """One step: `batch` sequences that bring `length` tokens each behind `context` cached ones."""
 
@@ -75,17 +62,6 @@ class Task:
     case: Case
     rounds: int
     late: float
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that one rank did, in seconds of the machine's monotonic clock. kind: here compute, wait or
-    reduce; in suite=afd a module or the rest."""
-
-    kind: str
-    name: str
-    begin: float
-    end: float
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What suites of `launch.bench` share: hosts of network namespaces, pairs of processes, links, spans."""
+"""What suites of `launch.bench` share: hosts of network namespaces, rank processes, links, spans."""

@@ -1,7 +1,9 @@
 """Which of a rank's threads run first, where there are no more cores than ranks."""
 
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from time import monotonic
@@ -20,23 +22,47 @@ def communication_first(seconds: float = 5.0) -> bool:
     its own and, in the real-time class alone, would starve it. Takes CAP_SYS_NICE (or root).
 
     Returns:
-        False where it is not allowed, or the threads cannot be told.
+        Whether they do. Where it is not allowed, or the threads cannot be told, stderr says what that means.
     """
-    deadline = monotonic() + seconds
-    while len(found := _gloo_threads()) < 1 + RUN_LOOPS:  # a thread gives itself its name a moment after it has started
-        if monotonic() > deadline:
-            return False
-        Event().wait(0.001)
+    found = _gloo_threads(seconds)
     try:
         for thread in found:
             os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
     except PermissionError:
-        return False
-    return True
+        found = []
+    if not found:
+        print("gloo's threads may not go first here (CAP_SYS_NICE); overlap will be worse", file=sys.stderr)
+    return bool(found)
 
 
-def _gloo_threads() -> list[int]:
-    """The thread that reads and writes the sockets, and those that run collectives."""
+@contextmanager
+def ahead_of_gloo(needed: bool) -> Iterator[None]:
+    """The calling thread runs before gloo's, which `communication_first` put into the real-time class.
+
+    A send or a receive takes a lock that gloo's thread only ever tries to take. If that thread interrupted the holder
+    on the holder's own core, it would try until the kernel stopped it, for a second.
+    """
+    if not needed:
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _gloo_threads(seconds: float) -> list[int]:
+    """The thread that reads and writes the sockets, and those that run collectives; none if they do not come up."""
+    deadline = monotonic() + seconds
+    while len(found := _named_by_gloo()) < 1 + RUN_LOOPS:  # a thread names itself a moment after it has started
+        if monotonic() > deadline:
+            return []
+        Event().wait(0.001)
+    return found
+
+
+def _named_by_gloo() -> list[int]:
     found = []
     for thread in Path("/proc/self/task").glob("*"):
         with suppress(FileNotFoundError):

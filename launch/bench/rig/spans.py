@@ -1,25 +1,41 @@
-"""When ranks computed: recorded on them, and what share of a step that was."""
+"""What a rank did and when, from its own time stamps, and what share of a step that was."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
-from stepladder.launch.bench.afd.real.task import MODULE, REST
-from stepladder.launch.bench.overlap.task import Span
-from stepladder.parallel.residual import Block
+from stepladder.parallel.residual import Block, Pending, Reduce
 
+MODULE, REST = "module", "rest"  # kinds of compute: a block's modules; embedding, contexts and head
+WAIT, REDUCE, MESSAGE = "wait", "reduce", "message"  # kinds of communication
 Window = tuple[float, float]
 
 
-class Recorder:
-    """`spans` are in the order in which they ended."""
+@dataclass(frozen=True)
+class Span:
+    """Something that one rank did, in seconds of the machine's monotonic clock."""
 
-    def __init__(self) -> None:
+    kind: str
+    name: str
+    begin: float
+    end: float
+
+
+class Recorder:
+    """Wraps blocks and reduces of a CPU rank; `spans` are in the order in which they ended.
+
+    Args:
+        late: seconds that the group adds to every reduce.
+    """
+
+    def __init__(self, late: float = 0.0) -> None:
         self.spans: list[Span] = []
+        self._late, self._reduces = late, 0
 
     def take(self) -> list[Span]:
         """All spans since the last call."""
@@ -32,22 +48,51 @@ class Recorder:
         yield
         self.spans.append(Span(REST, name, began, perf_counter()))
 
-    def blocks(self, blocks: Sequence[Block], lag: int) -> list[Block]:
-        """These blocks, attention and FFN in turn, with this lag; those that have modules here are recorded."""
-        names = [f"{module} {layer}" for layer in range(len(blocks) // 2) for module in ("attention", "ffn")]
-        return [
-            Block(lag, [self._recorded(block, name)] if block.modules else (), block.elsewhere)
-            for block, name in zip(blocks, names, strict=True)
-        ]
+    def block(self, block: Block, name: str, lag: int) -> Block:
+        """The block with this lag; recorded under this name if it has modules here."""
 
-    def _recorded(self, block: Block, name: str) -> Any:
         def compute(x: Tensor, context: Any) -> Tensor:
             began = perf_counter()
             result = block(x, context)
             self.spans.append(Span(MODULE, name, began, perf_counter()))
             return result
 
-        return compute
+        return computing(block, compute, lag)
+
+    def reduce(self, reduce: Reduce) -> Reduce:
+        def started(partial: Tensor) -> Pending:
+            name, self._reduces = f"reduce {self._reduces}", self._reduces + 1
+            pending = reduce(partial)
+            return _Recorded(self, name, perf_counter(), pending)
+
+        return started
+
+    def waited(self, name: str, issued: float, asked: float, landed: float) -> None:
+        returned = perf_counter()
+        done = min(landed + self._late, returned)
+        self.spans += [Span(WAIT, name, asked, returned), Span(REDUCE, name, issued, done)]
+
+
+class _Recorded:
+    def __init__(self, recorder: Recorder, name: str, issued: float, pending: Any) -> None:
+        self._recorder, self._name, self._issued, self._pending = recorder, name, issued, pending
+        self._landed = issued
+        self._stamped = pending.work.get_future().then(self._stamp)
+
+    def wait(self) -> Tensor:
+        asked = perf_counter()
+        tensor = self._pending.wait()
+        self._stamped.wait()
+        self._recorder.waited(self._name, self._issued, asked, self._landed)
+        return tensor
+
+    def _stamp(self, future: Any) -> None:
+        self._landed = perf_counter()
+
+
+def computing(block: Block, module: Any, lag: int) -> Block:
+    """The block with this lag and this module in place of those that it has here, if any."""
+    return Block(lag, [module] if block.modules else (), block.elsewhere, block.layer, block.seats)
 
 
 def busy(spans: Iterable[Span], windows: Sequence[Window]) -> float:

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepladder.launch.bench.afd.real.edge import WatchedEdge
 from stepladder.launch.bench.afd.real.load import Batch, load_spec, with_tables
-from stepladder.launch.bench.afd.real.task import Decoded, Load, Modules, Setup, Task, Transfer, micro_sizes
-from stepladder.launch.bench.afd.real.wire import LateWire, WatchedEdge
-from stepladder.launch.bench.rig.processes import TIMEOUT, Answering, gloo_goes_first, serve
+from stepladder.launch.bench.afd.real.task import Decoded, Load, Modules, Task, Transfer, micro_sizes
+from stepladder.launch.bench.rig.late import LateWire
+from stepladder.launch.bench.rig.priority import communication_first
+from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Recorder, Window
 from stepladder.parallel.afd.edges import INPUT
 from stepladder.parallel.afd.pool_link import Layout, Link
@@ -41,16 +43,17 @@ def feed_forward_step(side: FeedForwardSide, edge: WatchedEdge, layout: Layout) 
 class Rank(ABC, Generic[Side]):
     """What both ranks do alike."""
 
-    def __init__(self, side: Side, setup: Setup, store: dist.Store) -> None:
+    def __init__(self, side: Side, start: Start[str], store: dist.Store) -> None:
         self.side: Side = side
         self.spec, self.record, self.wire = side.spec, Recorder(), LateWire()
-        load_weights(side, setup.path)
+        load_weights(side, start.model)
         pack_weights(side)
-        self._plain, self._first = side.blocks, setup.rank == 0
-        self._blocks = {lag: self.record.blocks(side.blocks, lag) for lag in (0, 1)}
+        self._plain, self._first = side.blocks, start.rank == 0
+        self._blocks = {lag: [self.record.block(b, b.name, lag) for b in side.blocks] for lag in (0, 1)}
         wire, name = self.wire, "a0-f0"
-        self.edge = WatchedEdge(store, name, setup.rank, setup.host, TIMEOUT, send_as=wire, receive_as=wire)
-        self.edge.gloo_first = gloo_goes_first()
+        self.edge = WatchedEdge(store, name, start.rank, start.host, TIMEOUT, send_as=wire, receive_as=wire)
+        self.edge.names = {INPUT: "x_0", **{number: block.name for number, block in enumerate(side.blocks)}}
+        self.edge.gloo_first = communication_first()
 
     def __call__(self, task: Task) -> Decoded | Modules | Transfer:
         self.wire.late = task.load.late
@@ -153,12 +156,12 @@ def layout(number: int, sizes: Sequence[int]) -> Layout:
     return Layout(0, number, (tuple(sizes),))
 
 
-def rank_of(setup: Setup, store: dist.Store) -> Answering:
-    spec = load_spec(setup.path)
-    if setup.rank == 0:
-        return AttentionRank(AttentionSide(spec), setup, store)
-    return FeedForwardRank(FeedForwardSide(spec), setup, store)
+def rank_of(start: Start[str], store: dist.Store) -> Rank:
+    spec = load_spec(start.model)
+    if start.rank == 0:
+        return AttentionRank(AttentionSide(spec), start, store)
+    return FeedForwardRank(FeedForwardSide(spec), start, store)
 
 
 if __name__ == "__main__":
-    serve(rank_of)
+    serve(rank_of, Start[str], Task)

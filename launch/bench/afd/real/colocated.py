@@ -14,20 +14,21 @@ from stepladder.launch.bench.afd.real.task import (
     Decoded,
     Load,
     Modules,
-    Setup,
     Task,
     Transfer,
     micro_sizes,
 )
-from stepladder.launch.bench.overlap.steps import meet
 from stepladder.launch.bench.rig.late import LateGroup
-from stepladder.launch.bench.rig.processes import TIMEOUT, gloo_goes_first, serve
+from stepladder.launch.bench.rig.meeting import meet
+from stepladder.launch.bench.rig.priority import communication_first
+from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Recorder, Window
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import kv_heads_of
 from stepladder.parallel.pack import pack_weights
 from stepladder.parallel.shards import Shard
+from stepladder.parallel.wiring import SEATS
 
 RANKS = 2
 TRIES = 3  # of one measurement of a reduce
@@ -36,17 +37,19 @@ TRIES = 3  # of one measurement of a reduce
 class Rank:
     """A shard for TP and the whole model for replicas. `late` delays a reduce once, the least that any takes."""
 
-    def __init__(self, setup: Setup, store: dist.Store) -> None:
-        self.spec, self.shard, self.record = load_spec(setup.path), Shard(setup.rank, RANKS), Recorder()
-        self.mesh = LateGroup(dist.PrefixStore("colocated", store), self.shard, "cpu", setup.host, TIMEOUT)
-        gloo_goes_first()
+    def __init__(self, start: Start[str], store: dist.Store) -> None:
+        self.spec, self.shard, self.record = load_spec(start.model), Shard(start.rank, RANKS), Recorder()
+        self.mesh = LateGroup(dist.PrefixStore("colocated", store), self.shard, "cpu", start.host, TIMEOUT)
+        communication_first()
         self.models = {TP: Transformer(self.spec, self.shard, self.mesh.all_reduce), REPLICAS: Transformer(self.spec)}
         for model in self.models.values():
-            load_weights(model, setup.path)
+            load_weights(model, start.model)
             pack_weights(model)
         self._plain = {kind: model.blocks for kind, model in self.models.items()}
         self._blocks = {
-            (kind, lag): self.record.blocks(plain, lag) for kind, plain in self._plain.items() for lag in (0, 1)
+            (kind, lag): [self.record.block(b, b.name, lag) for b in plain]
+            for kind, plain in self._plain.items()
+            for lag in (0, 1)
         }
 
     def __call__(self, task: Task) -> Decoded | Modules | Transfer:
@@ -93,12 +96,13 @@ class Rank:
         with_tables(context, model)
         x = model.embedding.embed(batch.first)
         model.logits(model.norm(x)).argmax(-1)
-        rest, seconds = perf_counter() - began, [0.0, 0.0]
-        for number, block in enumerate(self._plain[kind]):
-            began = perf_counter()
+        rest, seconds = perf_counter() - began, dict.fromkeys(SEATS, 0.0)
+        for block in self._plain[kind]:
+            (seat,), began = block.seats, perf_counter()
             block(x, context)
-            seconds[number % 2] += perf_counter() - began
-        return Modules(seconds[0] / self.spec.num_layers, seconds[1] / self.spec.num_layers, rest)
+            seconds[seat] += perf_counter() - began
+        attention, ffn = (seconds[seat] / self.spec.num_layers for seat in SEATS)
+        return Modules(attention, ffn, rest)
 
     def _reduces(self, rows: int, count: int) -> float:
         """Seconds from the first issue to the last completion of `count` reduces issued together."""
@@ -119,4 +123,4 @@ class Rank:
 
 
 if __name__ == "__main__":
-    serve(Rank)
+    serve(Rank, Start[str], Task)

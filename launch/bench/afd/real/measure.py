@@ -8,9 +8,9 @@ from statistics import median
 from typing import TypeVar
 
 from stepladder.launch.bench.afd.real.model import Wire
-from stepladder.launch.bench.afd.real.pair import Pair
 from stepladder.launch.bench.afd.real.point import Point, Turn, cases, modules_task, tokens_task, transfer_task
 from stepladder.launch.bench.afd.real.task import AFD, REPLICAS, Case, Decoded, Load, Modules, Task, Transfer
+from stepladder.launch.bench.rig.processes import Ranks
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -21,12 +21,12 @@ class Measuring:
     """Measures points of one model; every round is also written to a file as soon as it is over.
 
     Args:
-        apart, colocated: the two pairs of rank processes, which never work at the same time.
+        apart, colocated: the rank processes of each kind of case, which never work at the same time.
         rounds: of a point, besides one that warms up.
         journal: gets a JSON line for every round.
     """
 
-    def __init__(self, model: str, layers: int, apart: Pair, colocated: Pair, rounds: int, journal: Path) -> None:
+    def __init__(self, model: str, layers: int, apart: Ranks, colocated: Ranks, rounds: int, journal: Path) -> None:
         self._model, self._layers, self._apart, self._colocated = model, layers, apart, colocated
         self._rounds, self._journal, self._draw = rounds, journal, random.Random(0)
 
@@ -60,7 +60,7 @@ class Measuring:
         answers = pair.ask(task, Modules) if task.together else [pair.ask(task, Modules, [r])[0] for r in ranks]
         return Modules(*(max(getattr(a, name) for a in answers) for name in ("attention", "ffn", "rest")))
 
-    def _pair(self, case: Case) -> Pair:
+    def _pair(self, case: Case) -> Ranks:
         return self._apart if case.kind == AFD else self._colocated
 
     def _note(self, wire: Wire, load: Load, turned: Mapping[Case, Turn]) -> None:

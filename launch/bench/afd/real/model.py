@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepladder.launch.bench.afd.real.task import Load
-from stepladder.launch.bench.rig.hosts import Link
+from stepladder.launch.bench.rig import wire as rig
 from stepladder.parallel.checkpoint import save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
@@ -33,20 +33,8 @@ class Shapes:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wire:
-    """rate: Mbit/s of each host's link, null for as fast as the machine goes. late_ms: by which a message comes late at
-    least, emulated."""
-
-    rate: float | None = None
-    late_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rate is not None and self.late_ms:
-            raise ValueError(f"a wire has rate {self.rate:g} and late_ms {self.late_ms:g}; it can have one of them")
-        if self.late_ms < 0:
-            raise ValueError(f"late_ms of a wire is {self.late_ms:g}; it must be at least 0")
-        Link(rate=self.rate)  # refuses a rate that no link can have, before anything is measured
+class Wire(rig.Wire):
+    """late_ms: by which a message comes late at least."""
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ Real models decode greedily in two processes with gloo between them, no Ray and 
 to four micro-batches of the same batch; tensor parallelism over the same link; two replicas with half of it each.
 """
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -14,13 +15,13 @@ from tqdm import tqdm
 
 from stepladder.launch.bench.afd.real.measure import Measuring
 from stepladder.launch.bench.afd.real.model import Model, Wire, check_context
-from stepladder.launch.bench.afd.real.pair import Pair, cores
 from stepladder.launch.bench.afd.real.point import Point
 from stepladder.launch.bench.afd.real.task import LADDER, LAG0, Decoded, Load
 from stepladder.launch.bench.rig import netns
 from stepladder.launch.bench.rig.hosts import Hosts, Link
+from stepladder.launch.bench.rig.processes import Ranks, Start
 
-PAIRS = ("stepladder.launch.bench.afd.real.apart", "stepladder.launch.bench.afd.real.colocated")
+PROCESSES = ("stepladder.launch.bench.afd.real.apart", "stepladder.launch.bench.afd.real.colocated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
     if why := netns.unavailable():
         raise ValueError(f"suite=afd needs network namespaces for real models, or parts=[emulated]; {why}")
     options.check_models()
-    cores()
+    on = cores()
     journal.parent.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     traces: list[Traced] = []
@@ -82,7 +83,8 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
         for model in options.models:
             with ExitStack() as stack:
                 path = model.directory(Path(stack.enter_context(TemporaryDirectory())))
-                apart, colocated = (stack.enter_context(Pair(m, path, hosts)) for m in PAIRS)
+                starts = [Start(str(path), core=core) for core in on]
+                apart, colocated = (stack.enter_context(Ranks(process, starts, hosts)) for process in PROCESSES)
                 measuring = Measuring(model.name, model.spec.num_layers, apart, colocated, options.rounds, journal)
                 for wire in model.wires:
                     for host in hosts:
@@ -96,3 +98,15 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
                             traces.append(Traced(points[-1], turns))
                         bar.update()
     return points, traces
+
+
+def cores() -> list[int]:
+    """Two, one for each rank.
+
+    Raises:
+        ValueError: this process may run on fewer.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        raise ValueError(f"suite=afd takes two cores for real models, and this process may run on {len(allowed)} only")
+    return allowed[:2]

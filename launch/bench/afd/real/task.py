@@ -2,29 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from stepladder.launch.bench.overlap.task import Span
+from stepladder.launch.bench.rig.spans import Span
 
 AFD, TP, REPLICAS = "afd", "tp", "replicas"
-MODULE, REST = "module", "rest"  # kinds of compute: a block's modules; embedding, contexts and head
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A rank process's start.
-
-    Attributes:
-        rank: 0 is the A rank, 1 the F rank; or the two colocated ones.
-        store_host, port: of rank 0's store; port 0 for rank 0 itself. host: where the other rank reaches this one.
-        core: all that the process may run on.
-        path: of the checkpoint.
-    """
-
-    rank: int
-    store_host: str
-    port: int
-    host: str
-    core: int
-    path: str
 
 
 @dataclass(frozen=True)
@@ -80,11 +60,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Moment:
-    """A message was given to the link or could be read: the number of its step, block (-1: x_0), micro-batch, and the
-    time."""
+    """A message was given to the link or could be read: the number of its step, its block's name or "x_0", the number
+    of its micro-batch, and the time."""
 
     step: int
-    block: int
+    block: str
     micro: int
     at: float
 

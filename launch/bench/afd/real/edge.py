@@ -1,54 +1,27 @@
-"""An edge whose messages come late and can be watched: the latency of a link that this machine does not have.
+"""An edge whose messages can be watched."""
 
-Emulated, and said so. Messages carry the time at which they were sent, which both ranks read from one clock; a receiver
-that would have a message before it is due waits, without taking CPU.
-"""
-
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from stepladder.launch.bench.afd.real.priority import ahead_of_gloo
 from stepladder.launch.bench.afd.real.task import Moment
+from stepladder.launch.bench.rig.priority import ahead_of_gloo
 from stepladder.parallel.afd.edges import GlooEdge, Header
-from stepladder.parallel.afd.wire import PLAIN
 from stepladder.parallel.residual import Pending
-
-STAMP = 8  # bytes of a float64
-
-
-class LateWire:
-    """The rows in their own dtype behind the time of their sending; read `late` seconds after that at the earliest."""
-
-    name = "late"
-
-    def __init__(self) -> None:
-        self.late = 0.0
-
-    def size(self, tokens: int, hidden: int, dtype: torch.dtype) -> int:
-        return STAMP + PLAIN.size(tokens, hidden, dtype)
-
-    def write(self, rows: Tensor, body: Tensor) -> None:
-        body[:STAMP].view(torch.float64).fill_(time.perf_counter())
-        PLAIN.write(rows, body[STAMP:])
-
-    def read(self, body: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-        due = body[:STAMP].view(torch.float64).item() + self.late
-        time.sleep(max(0.0, due - time.perf_counter()))
-        return PLAIN.read(body[STAMP:], hidden, dtype)
 
 
 class WatchedEdge(GlooEdge):
     """A thread of its own waits for the messages while `watching`, so that it is known when each could be read.
 
-    gloo_first: gloo's thread goes before the one that sends.
+    gloo_first: gloo's thread goes before the one that sends. names: of the blocks, by their numbers in headers.
     """
 
     gloo_first = watching = False
+    names: dict[int, str]
     sent: list[Moment]
     came: list[Moment]
 
@@ -62,7 +35,7 @@ class WatchedEdge(GlooEdge):
 
     def send(self, header: Header, rows: Tensor) -> None:
         if self.watching:
-            self.sent.append(_moment(header))
+            self.sent.append(self._moment(header))
         with ahead_of_gloo(self.gloo_first):
             super().send(header, rows)
 
@@ -73,8 +46,11 @@ class WatchedEdge(GlooEdge):
 
     def _wait(self, pending: Pending, header: Header) -> Tensor:
         rows = pending.wait()
-        self.came.append(_moment(header))
+        self.came.append(self._moment(header))
         return rows
+
+    def _moment(self, header: Header) -> Moment:
+        return Moment(header.step, self.names[header.block], header.micro, perf_counter())
 
 
 class _Watched:
@@ -83,7 +59,3 @@ class _Watched:
 
     def wait(self) -> Tensor:
         return self._future.result()
-
-
-def _moment(header: Header) -> Moment:
-    return Moment(header.step, header.block, header.micro, time.perf_counter())
