@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,16 +21,14 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stepladder import LLM
+from stepladder import LLM, Completion
 from stepladder.cluster.config import ModelConfig
 from stepladder.launch.build import build, plain
 from stepladder.launch.prompts import Line, Options, OutputFile, read_lines
 from stepladder.launch.where import CONF
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.config import EngineConfig, KvConfig
-from stepladder.workers.core import Output, Request
 from stepladder.workers.rank import resolve
-from stepladder.workers.text.stream import TextStream
 
 TERMINATED = 128 + signal.SIGTERM
 DEFAULTS = {"max_tokens": 256}  # where they are not those of SamplingParams
@@ -80,7 +79,7 @@ def generate(config: GenerateConfig, stopping: Callable[[], bool] = lambda: Fals
         missing = [line for line in lines if line.index not in done]
         refused = sum(done.values())
         with tqdm(total=len(lines), initial=len(done), unit="prompt") as bar:
-            for row in _rows(config, missing, stopping) if missing else ():
+            for row in _rows(_load(config), missing, stopping) if missing else ():
                 output.write(row)
                 refused += "error" in row
                 bar.update()
@@ -97,75 +96,41 @@ def options_of(config: GenerateConfig) -> Options:
     return Options(config.model.path, asked, DEFAULTS | recommended)
 
 
-def _rows(config: GenerateConfig, lines: list[Line], stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def _load(config: GenerateConfig) -> LLM:
     options = asdict(config.engine)
     if options.pop("max_queued_tokens") != EngineConfig.max_queued_tokens:
         raise ValueError("engine.max_queued_tokens is for servers; offline, everything is queued")
-    llm = LLM(resolve(config.model.path), config.device, kv=config.kv, **options)
-    return Batch(llm).run(lines, stopping)
+    return LLM(resolve(config.model.path), config.device, kv=config.kv, **options)
 
 
-@dataclass
-class Growing:
-    line: Line
-    prompt: tuple[int, ...]
-    text: TextStream
-    num_tokens: int = 0
+Begun = tuple[Line, int]  # and how many tokens its prompt has
 
 
-class Batch:
-    """Lines through one engine, continuously batched: a new one is taken in as an old one ends."""
+def _rows(llm: LLM, lines: Iterable[Line], stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """A row per line, as each ends; a new one is taken in then. What has not when `stopping` turns true is dropped."""
+    waiting, done = iter(lines), deque[tuple[Begun, Completion]]()
+    room = 2 * llm.engine.config.max_sequences  # one batch runs while the next one waits at the door
+    while not stopping():
+        while llm.under_way < room and (line := next(waiting, None)):
+            try:
+                _begin(llm, line, done)
+            except ValueError as error:
+                yield line.row(error=str(error))
+        if not llm.under_way:
+            return
+        llm.step()
+        while done:
+            (line, prompt_tokens), ended = done.popleft()
+            counts = {"prompt_tokens": prompt_tokens, "completion_tokens": len(ended.tokens)}
+            yield line.row(text=ended.text, finish_reason=ended.finish_reason, **counts)
 
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self._growing: dict[str, Growing] = {}
 
-    def run(self, lines: Iterable[Line], stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """A row per line, as each ends; what has not when `stopping` turns true is dropped."""
-        waiting = iter(lines)
-        room = 2 * self._llm.engine.config.max_sequences  # one batch runs while the next one waits at the door
-        while not stopping():
-            while len(self._growing) < room and (line := next(waiting, None)):
-                if refusal := self._admit(line):
-                    yield line.row(error=refusal)
-            if not self._growing:
-                return
-            for output in self._llm.engine.step():
-                if row := self._take(output):
-                    yield row
-
-    def _admit(self, line: Line) -> str | None:
-        """Queue it; why not, if it cannot be served."""
-        try:
-            prompt, params, request_id = self._encode(line), line.params, str(line.index)
-            if line.open_ended:
-                params = self._llm.engine.config.fit(params, len(prompt))
-            self._llm.engine.add(Request(id=request_id, prompt=prompt, params=params))
-        except ValueError as error:
-            return str(error)
-        self._growing[request_id] = Growing(line, prompt, TextStream.of(self._llm.tokenizer, params))
-        return None
-
-    def _encode(self, line: Line) -> tuple[int, ...]:
-        """Chat templates write special tokens themselves."""
-        tokenizer = self._llm.tokenizer
-        if line.messages is not None:
-            return tuple(tokenizer.encode(tokenizer.chat(line.messages), add_special_tokens=False))
-        return tuple(tokenizer.encode(line.prompt))
-
-    def _take(self, output: Output) -> dict[str, Any] | None:
-        """The line's row if this was its end."""
-        growing = self._growing[output.id]
-        growing.num_tokens += len(output.tokens)
-        growing.text.push(output.tokens[: growing.text.visible(output)], finished=output.finish_reason is not None)
-        if not growing.text.stopped and not output.finish_reason:
-            return None
-        if not output.finish_reason:  # a stop string, which the engine does not know
-            self._llm.engine.abort(output.id)
-        del self._growing[output.id]
-        reason = "stop" if growing.text.stopped else output.finish_reason
-        counts = {"prompt_tokens": len(growing.prompt), "completion_tokens": growing.num_tokens}
-        return growing.line.row(text=growing.text.text, finish_reason=reason, **counts)
+def _begin(llm: LLM, line: Line, done: deque[tuple[Begun, Completion]]) -> None:
+    """Chat templates write special tokens themselves."""
+    prompt = line.prompt if line.messages is None else llm.tokenizer.chat(line.messages)
+    tokens = tuple(llm.tokenizer.encode(prompt, add_special_tokens=line.messages is None))
+    params = llm.engine.config.fit(line.params, len(tokens)) if line.open_ended else line.params
+    llm.begin((line, len(tokens)), prompt, tokens, params, done)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
 from stepladder.cluster.names import CONTROLLER, namespace
+from stepladder.launch.build import check_counts
 
 FILES = ("out", "err")  # `print` and what is logged
 LOOK_SECONDS = 2.0
@@ -38,8 +39,7 @@ class LogOptions:
     dead: bool = False
 
     def __post_init__(self) -> None:
-        if self.lines < 1:
-            raise ValueError(f"lines is {self.lines}; it must be at least 1")
+        check_counts(self, "lines")
 
 
 def logs(options: LogOptions, name: str, _: ActorHandle) -> int:

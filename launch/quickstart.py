@@ -4,21 +4,20 @@ tensor-parallel ranks, then one rank with the attention and one with the FFNs.
 Everything goes the way a user's own deployment would: `ray job submit`, HTTP, `ray job stop`.
 """
 
+import asyncio
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from threading import Event
 from time import monotonic, strftime
-from typing import Any
 
-import requests
+from aiohttp import ClientTimeout
 
+from stepladder.launch.deployed import SERVE, deployed, say
 from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.streaming import Timing, no_show, session, stream
 from stepladder.launch.where import JOB_FOLDER
 
 TOKENS = 96
@@ -29,24 +28,6 @@ PROMPTS = (
     'class Stack:\n    """A last-in, first-out queue."""\n\n    def __init__(self):\n        ',
     "import argparse\nimport sys\n\ndef main():\n    parser = argparse.ArgumentParser()\n    ",
 )
-
-
-@dataclass
-class Timing:
-    """Of one streamed completion, in seconds from sending the request; `arrivals` are those of its chunks."""
-
-    sent: float
-    arrivals: list[float] = field(default_factory=list)
-    tokens: int = 0
-    text: str = ""
-
-    @property
-    def ttft(self) -> float:
-        return self.arrivals[0] - self.sent
-
-    @property
-    def tpot(self) -> float:
-        return (self.arrivals[-1] - self.arrivals[0]) / max(1, self.tokens - 1)
 
 
 @dataclass
@@ -61,7 +42,7 @@ class Run:
         """Of the time in which text was made, the share in which attention waited for the FFNs."""
         if "engine/pool_wait_seconds" not in self.figures:
             return None
-        return self.figures["engine/pool_wait_seconds"] / sum(t.arrivals[-1] - t.sent for t in self.timings)
+        return self.figures["engine/pool_wait_seconds"] / sum(t.latency for t in self.timings)
 
 
 def main() -> None:
@@ -70,11 +51,15 @@ def main() -> None:
     runs: dict[str, Run] = {}
     with PrivateRay() as ray:
         for name, options in LAYOUTS.items():
-            with submitted(ray, name, options, run_dir / name) as url:
+            job = f"stepladder-demo-{name}"
+            words = ["model=demo", "cluster=local", *options, f"run_dir={run_dir / name}", "monitor.every_seconds=1.0"]
+            say(" ".join(["ray job submit", *JOB_FOLDER, "--", *SERVE, *words]))
+            with deployed(ray, job, words) as url:
                 say(f"serving at {url}")
-                timings = [stream(url, prompt, quiet=bool(runs)) for prompt in PROMPTS]
-                tokens = sum(timing.tokens for timing in timings)
+                timings = [asyncio.run(complete(url, prompt, quiet=bool(runs))) for prompt in PROMPTS]
+                tokens = sum(timing.output_tokens for timing in timings)
                 runs[name] = Run(timings, figures_after(tokens, run_dir / name / "metrics.jsonl"))
+                say(f"ray job stop {job}")
     show(runs)
     offline = next(iter(sorted(run_dir.glob("*/wandb/*run-*"))), None)
     say(f"W&B runs:   {offline.parent if offline else 'none'} and beside it")
@@ -82,71 +67,17 @@ def main() -> None:
     say("everything is shut down")
 
 
-@contextmanager
-def submitted(ray: PrivateRay, name: str, options: list[str], run_dir: Path) -> Iterator[str]:
-    """The demo deployment as a Ray job; yields its URL once it is ready, stops the job in the end."""
-    command = ["python", "-m", "stepladder.launch.serve", "model=demo", "cluster=local", *options, f"run_dir={run_dir}"]
-    command += ["monitor.every_seconds=1.0"]
-    say(" ".join(["ray job submit", *JOB_FOLDER, "--", *command]))
-    job = f"stepladder-demo-{name}"
-    ray.submit(job, *command)
-    try:
-        yield ready(ray, job)
-    finally:
-        say(f"ray job stop {job}")
-        ray.job("stop", job)
-
-
-def ready(ray: PrivateRay, job: str) -> str:
-    """Follow the job's log until it says where it serves.
-
-    Raises:
-        SystemExit: the job ended before; the message is its log.
-    """
-    log = subprocess.Popen(ray.job_command("logs", "--follow", job), env=ray.env, stdout=subprocess.PIPE, text=True)
-    assert log.stdout
-    try:
-        for line in log.stdout:
-            if line.startswith("STEPLADDER_READY "):
-                return line.split()[1]
-            if line.startswith("stepladder"):
-                say(line.strip())
-    finally:
-        log.kill()
-        log.wait()
-        log.stdout.close()
-    sys.exit(f"the job ended before it was ready:\n{ray.job('logs', job)}")
-
-
-def stream(url: str, prompt: str, quiet: bool) -> Timing:
-    """One completion, printed as it comes unless `quiet`."""
-    if not quiet:
-        print(f"\n\033[2m{prompt}\033[0m", end="", flush=True)
-    body: dict[str, Any] = {
-        "model": "demo",
-        "prompt": prompt,
-        "max_tokens": TOKENS,
-        "temperature": 0.8,
-        "repetition_penalty": 1.15,
-        "seed": 3,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    timing = Timing(monotonic())
-    with requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=60) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines(chunk_size=1):
-            if not line.startswith(b"data: ") or line == b"data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            if chunk["choices"]:
-                timing.arrivals.append(monotonic())
-                timing.text += chunk["choices"][0]["text"]
-                print("" if quiet else chunk["choices"][0]["text"], end="", flush=True)
-            else:
-                timing.tokens = chunk["usage"]["completion_tokens"]
-    if not quiet:
-        print()
+async def complete(url: str, prompt: str, quiet: bool) -> Timing:
+    """One completion, printed as it comes unless `quiet`. Raises RuntimeError if it fails."""
+    show = no_show if quiet else partial(print, end="", flush=True)
+    show(f"\n\033[2m{prompt}\033[0m")
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "seed": 3}
+    body |= {"temperature": 0.8, "repetition_penalty": 1.15}
+    async with session(timeout=ClientTimeout(sock_connect=60, sock_read=60)) as opened:
+        timing = await stream(opened, f"{url}/v1/completions", body, show)
+    show("\n")
+    if timing.error:
+        raise RuntimeError(f"a completion failed: {timing.error}")
     return timing
 
 
@@ -178,7 +109,10 @@ def show(runs: dict[str, Run]) -> None:
         "TTFT, median": [f"{median(t.ttft for t in run.timings) * 1e3:.1f} ms" for run in runs.values()],
         "TPOT, median": [f"{tpot * 1e3:.1f} ms" for tpot in tpots],
         "tokens/s, one stream": [f"{1 / tpot:.0f}" for tpot in tpots],
-        "communication": [_hidden(runs["tp"].figures), _waited(runs["afd"].waited)],
+        "communication": [
+            _share(runs["tp"].figures.get("engine/reduce_hidden_share"), "{:.0%} of all-reduce time hidden"),
+            _share(runs["afd"].waited, "attention waits for FFNs {:.0%} of the time"),
+        ],
         "texts": ["", "the same" if same else "not the same (rounding)"],
     }
     print()
@@ -187,17 +121,8 @@ def show(runs: dict[str, Run]) -> None:
     print("  (one machine, both ranks on its CPU, messages over gloo)\n")
 
 
-def _hidden(figures: dict[str, float]) -> str:
-    share = figures.get("engine/reduce_hidden_share")
-    return "not measured" if share is None else f"{share:.0%} of all-reduce time hidden"
-
-
-def _waited(share: float | None) -> str:
-    return "not measured" if share is None else f"attention waits for FFNs {share:.0%} of the time"
-
-
-def say(text: str) -> None:
-    print(f"\033[36m▸\033[0m {text}", flush=True)
+def _share(share: float | None, sentence: str) -> str:
+    return "not measured" if share is None else sentence.format(share)
 
 
 if __name__ == "__main__":

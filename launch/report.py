@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from stepladder.launch.recipes.training import write_json
+from stepladder.launch.json_files import write_json
 from stepladder.launch.table import table
 
 
@@ -64,6 +64,7 @@ class Report:
         emulated: what was not real (link speed, sleeps, virtual ranks); None if everything was.
         details: more results as plain data, each written to a JSON file of its own under its name.
         draw: fills a matplotlib Figure in its own way; None for a panel per metric with a bar per case.
+        titled: whether the picture says above what it is of.
         contents: of the details, in words.
     """
 
@@ -73,6 +74,7 @@ class Report:
     emulated: str | None = None
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     draw: Callable[[Any], None] | None = None
+    titled: bool = True
     contents: str = "details"
 
     def to_json(self, command: str) -> dict[str, Any]:
@@ -87,20 +89,29 @@ class Report:
 
 
 def publish(report: Report, words: Sequence[str], run_dir: Path) -> None:
-    """Write the report (and a picture, if that is possible) below `run_dir`, and print it, the summary last."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Write the report and its details below `run_dir`, and print it, the summary last."""
     shown = ["api_key=***" if word.startswith("api_key=") else word for word in words]
-    command = shlex.join(["python", "-m", "launch.bench", *shown])
-    write_json(run_dir / f"{report.suite}.json", report.to_json(command))
+    drawn = write(report, "launch.bench", shown, run_dir)
     details = {f"{report.suite}-{name}.json": detail for name, detail in report.details.items()}
     for name, detail in details.items():
         write_json(run_dir / name, detail)
-    drawn = picture(report, run_dir / f"{report.suite}.png")
     print(_rows_table(report))
     more = f"; {report.contents} in {', '.join(details)} beside it" if details else ""
     hint = " and .png" if drawn else "; install matplotlib for a picture"
     print(f"\nwritten to {run_dir / report.suite}.json{hint}{more}")
-    print(f"\n{_summary_table(report)}")
+    print(f"\n{summary_table(report)}")
+
+
+def write(report: Report, module: str, words: Sequence[str], run_dir: Path, **more: Any) -> bool:
+    """Write the report, with `more` beside its rows, and a picture of it below `run_dir`; False without matplotlib.
+
+    Args:
+        module, words: the command that made it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", module, *words])
+    write_json(run_dir / f"{report.suite}.json", report.to_json(command) | more)
+    return picture(report, run_dir / f"{report.suite}.png")
 
 
 def machine() -> dict[str, Any]:
@@ -125,7 +136,8 @@ def picture(report: Report, path: Path) -> bool:
         return False
     figure = Figure(layout="constrained")
     (report.draw or partial(_bars, report))(figure)
-    figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
+    if report.titled:
+        figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
     partial_path = path.with_suffix(".partial")
     figure.savefig(partial_path, dpi=120, format="png")
     os.replace(partial_path, path)
@@ -173,8 +185,9 @@ def _with_interval(row: Row) -> str | None:
     return f"{value} ({_short(row.interval[0])} to {_short(row.interval[1])})" if row.interval else value
 
 
-def _summary_table(report: Report) -> str:
-    rows = [[name, _short(g.value), g.goal, "yes" if g.holds else "NO"] for name, g in report.summary.items()]
+def summary_table(report: Report, spec: str = ".4g") -> str:
+    """The goals, with their values in the format `spec`."""
+    rows = [[name, _short(g.value, spec), g.goal, "yes" if g.holds else "NO"] for name, g in report.summary.items()]
     return table([["summary", "value", "goal", "holds"], *rows])
 
 
@@ -187,8 +200,8 @@ def _percent(value: float | None, other: float | None) -> str | None:
     return None if ratio is None else f"{ratio:.0%}"
 
 
-def _short(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4g}"
+def _short(value: float | None, spec: str = ".4g") -> str | None:
+    return None if value is None else format(value, spec)
 
 
 def _cpu_name() -> str:

@@ -6,7 +6,7 @@ several ranks as threads of one test, live in one process.
 
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,91 +15,62 @@ from torch import Tensor
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.meter import ReduceMeter
 from stepladder.parallel.residual import Done, Pending
-from stepladder.parallel.shards import Shard
+from stepladder.parallel.shards import ALONE, Shard
 
 RUN_LOOPS = 2  # threads of a gloo group that run collectives: two reduces are in flight at most
 
 
 class _Reducing:
-    """An all-reduce under way on `tensor`."""
-
-    def __init__(self, work: dist.Work, tensor: Tensor, waiting: AbstractContextManager) -> None:
-        self.work, self.tensor, self._waiting = work, tensor, waiting
-
-    def wait(self) -> Tensor:
-        with self._waiting:
-            self.work.wait()
-        return self.tensor
-
-
-class _Ordered:
-    """A gathering of all ranks' partial sums under way; added up in the ranks' order, whatever their size."""
+    """A sum over the ranks under way: all-reduced in one tensor, or gathered in `parts`, which are then added up in the
+    ranks' order, whatever their size."""
 
     def __init__(self, work: dist.Work, parts: list[Tensor], waiting: AbstractContextManager) -> None:
-        self.work, self.parts, self._waiting = work, parts, waiting
+        self.work, self._parts, self._waiting = work, parts, waiting
 
     def wait(self) -> Tensor:
         with self._waiting:
             self.work.wait()
-        total = self.parts[0]
-        for part in self.parts[1:]:
+        total = self._parts[0]
+        for part in self._parts[1:]:
             total = total + part
         return total
 
 
-class Mesh(Protocol):
-    """What the executor and the model ask of a group; `SingleRank` and `Group` do it."""
+class Mesh:
+    """What the executor and the model ask of a group. This is a group of one, which has nothing to do; `Group` is real.
 
-    shard: Shard
-    device: torch.device
-    meter: ReduceMeter
-    clock: Clock
+    Attributes:
+        shard: this rank's place. meter: of its reduces. clock: of its life.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", shard: Shard = ALONE) -> None:
+        self.shard, self.device, self.meter, self.clock = shard, torch.device(device), ReduceMeter(), Clock()
 
     def all_reduce(self, partial: Tensor) -> Pending:
         """Start the sum of `partial` over the ranks, in place. Every rank calls in the same order."""
-        ...
-
-    def gather(self, columns: Tensor) -> Tensor | None:
-        """Equal [R, C] parts joined to [R, C * ranks] on rank 0; None elsewhere."""
-        ...
-
-    def broadcast(self, values: list[int] | None) -> list[int]:
-        """Rank 0's integers, on every rank; the others pass None and wait, on their own clock's account."""
-        ...
-
-    def share(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, from device to device; the others pass one of its shape to be filled."""
-        ...
-
-    def close(self) -> None:
-        """Leave the group, once; the others' collectives fail. Not while this rank is in a collective itself."""
-        ...
-
-
-class SingleRank:
-    """A group of one: nothing to do."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.shard, self.device, self.meter, self.clock = Shard(0, 1), torch.device(device), ReduceMeter(), Clock()
-
-    def all_reduce(self, partial: Tensor) -> Pending:
         return Done(partial)
 
     def gather(self, columns: Tensor) -> Tensor | None:
+        """Equal [R, C] parts joined to [R, C * ranks] on rank 0; None elsewhere."""
         return columns
 
     def broadcast(self, values: list[int] | None) -> list[int]:
+        """Rank 0's integers, on every rank; the others pass None and wait, on their own clock's account."""
         assert values is not None
         return values
 
     def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, from device to device; the others pass one of its shape to be filled."""
         return tensor
 
     def close(self) -> None:
-        pass
+        """Leave the group, once; the others' collectives fail. Not while this rank is in a collective itself."""
 
 
-class Group:
+SingleRank = Mesh
+
+
+class Group(Mesh):
     """A real group of ranks.
 
     Args:
@@ -123,8 +94,8 @@ class Group:
         timeout: timedelta = timedelta(seconds=30),
         ordered: bool = False,
     ) -> None:
+        super().__init__(device, shard)
         self._ordered = ordered and shard.size > 2
-        self.shard, self.device, self.meter, self.clock = shard, torch.device(device), ReduceMeter(), Clock()
         # on CUDA `wait` lets the device wait, not this thread
         self._waiting = nullcontext() if self.device.type == "cuda" else self.clock.waiting
         self._control = gloo_group(dist.PrefixStore("control", store), shard.rank, shard.size, host, timeout)
@@ -133,12 +104,11 @@ class Group:
             self._tensors = _nccl(dist.PrefixStore("tensors", store), shard, timeout)
 
     def all_reduce(self, partial: Tensor) -> Pending:
-        pending: _Reducing | _Ordered
+        parts, work = [partial], None
         if self._ordered:
             parts = [torch.empty_like(partial) for _ in range(self.shard.size)]
-            pending = _Ordered(self._tensors.allgather([parts], [partial.contiguous()]), parts, self._waiting)
-        else:
-            pending = _Reducing(self._tensors.allreduce([partial]), partial, self._waiting)
+            work = self._tensors.allgather([parts], [partial.contiguous()])
+        pending = _Reducing(work or self._tensors.allreduce([partial]), parts, self._waiting)
         return self.meter.watch(pending, pending.work) if self.meter.on else pending
 
     def gather(self, columns: Tensor) -> Tensor | None:

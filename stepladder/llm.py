@@ -36,15 +36,18 @@ class Completion:
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
+Done = deque[tuple[Any, Completion]]  # what has ended, each behind its key
+
+
 @dataclass(eq=False)
 class _Growing:
-    """A prompt's continuation under way; `done` is its stream's, and gets it at the end."""
+    """A prompt's continuation under way; `done` gets it at the end."""
 
-    index: int
+    key: Any
     prompt: str
     params: SamplingParams
     text: TextStream
-    done: deque[tuple[int, Completion]]
+    done: Done
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -61,7 +64,7 @@ class _Growing:
     def complete(self, reason: FinishReason) -> None:
         logprobs = self.logprobs if self.params.logprobs is not None else None
         completion = Completion(self.prompt, self.text.text, self.tokens, reason, logprobs, self.prompt_logprobs)
-        self.done.append((self.index, completion))
+        self.done.append((self.key, completion))
 
 
 class LLM:
@@ -128,21 +131,34 @@ class LLM:
             for index, prompt in enumerate(prompts):
                 tokens = tuple(self.tokenizer.encode(prompt))
                 wanted = params or self.engine.config.fit(self.defaults, len(tokens))
-                request = Request(id=next(self._ids), prompt=tokens, params=wanted)
-                self.engine.add(request)
-                own.append(request.id)
-                text = TextStream.of(self.tokenizer, wanted)
-                self._growing[request.id] = _Growing(index, prompt, wanted, text, done)
+                own.append(self.begin(index, prompt, tokens, wanted, done))
             for _ in prompts:
                 while not done:
-                    self._step()
+                    self.step()
                 yield done.popleft()
         finally:
             for request_id in own:
                 if self._growing.pop(request_id, None):
                     self.engine.abort(request_id)
 
-    def _step(self) -> None:
+    def begin(self, key: Any, prompt: str, tokens: tuple[int, ...], params: SamplingParams, done: Done) -> str:
+        """Queue one prompt, given as text and as tokens; `step` puts it in `done` at its end. Returns the request's id.
+
+        Raises:
+            ValueError: it is empty or does not fit.
+        """
+        request = Request(id=next(self._ids), prompt=tokens, params=params)
+        self.engine.add(request)
+        self._growing[request.id] = _Growing(key, prompt, params, TextStream.of(self.tokenizer, params), done)
+        return request.id
+
+    @property
+    def under_way(self) -> int:
+        """How many prompts have begun and not ended."""
+        return len(self._growing)
+
+    def step(self) -> None:
+        """One step of all that is under way."""
         for output in self.engine.step():
             if reason := self._growing[output.id].take(output):
                 self._growing.pop(output.id).complete(reason)

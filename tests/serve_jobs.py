@@ -11,8 +11,8 @@ import sys
 import psutil
 import requests
 
+from stepladder.launch.deployed import ready
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
 
 ACTORS = ("ray::ControllerActor", "ray::GatewayActor", "ray::RankActor")
 

@@ -1,35 +1,14 @@
 """How many tokens of KV cache fit beside the model, measured after a step of the largest size."""
 
-from typing import Protocol
-
 import torch
 
-from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.model import Transformer
 from stepladder.workers.config import MEMORY_FRACTION, EngineConfig, KvConfig
+from stepladder.workers.executor import Executor
 from stepladder.workers.memory import available
 
 
-class Model(Protocol):
-    """What decides how large a token is in the cache."""
-
-    spec: ModelSpec
-
-    @property
-    def num_kv_heads(self) -> int: ...
-
-
-class Measurable(Protocol):
-    """An executor before it has a cache."""
-
-    @property
-    def model(self) -> Model: ...
-
-    def warm_up(self, tokens: int, sequences: int, block_size: int) -> None:
-        """The largest step there can be, so that what the libraries allocate on the way is allocated."""
-        ...
-
-
-def kv_size(executor: Measurable, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int = 1) -> int:
+def kv_size(executor: Executor, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int = 1) -> int:
     """Tokens that the cache of this rank is to hold, in whole blocks: as configured, or as many as fit. Every rank
     calls.
 
@@ -44,7 +23,7 @@ def kv_size(executor: Measurable, engine: EngineConfig, kv: KvConfig, device: to
     return _capacity(executor.model, engine, kv, device, ranks_here)
 
 
-def _capacity(model: Model, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int) -> int:
+def _capacity(model: Transformer, engine: EngineConfig, kv: KvConfig, device: torch.device, ranks_here: int) -> int:
     """Tokens that this rank can cache; whole blocks, and no more than its sequences could ever use twice over."""
     spec, size = model.spec, torch.empty((), dtype=model.spec.dtype).element_size()
     per_token = 2 * spec.num_layers * model.num_kv_heads * spec.head_dim * size

@@ -21,6 +21,7 @@ import torch
 from stepladder import LLM
 from stepladder.kernels.linear import can_pack, linear, pack
 from stepladder.launch.bench.overhead import cpu_seconds_of_serving
+from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 from stepladder.launch.where import BUNDLED
 from stepladder.workers.core import Request, SamplingParams, StepPlan
@@ -62,9 +63,7 @@ class EngineBench:
     serving_tokens: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "new_tokens", "prompt_tokens", "sequences", "serving_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "repeats", "new_tokens", "prompt_tokens", "sequences", "serving_tokens")
 
 
 @dataclass(frozen=True)

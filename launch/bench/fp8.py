@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepladder.cluster.config import ModelConfig
+from stepladder.launch.build import check_counts
 from stepladder.launch.recipes.convert import some
 from stepladder.launch.recipes.corpus import standard_library
 from stepladder.launch.recipes.training import Words, size
@@ -47,10 +48,7 @@ class Fp8Bench:
     threads: int
 
     def __post_init__(self) -> None:
-        for name in ("held_out_bytes", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_counts(self, "held_out_bytes", "threads")
 
 
 class Apart:

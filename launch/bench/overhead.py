@@ -1,17 +1,17 @@
 """What serving costs besides the engine: CPU time of every process of a deployment while it answers streams."""
 
+import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+import aiohttp
 import psutil
-import requests
 
+from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
+from stepladder.launch.streaming import session, stream
 
 ENGINE = "ray::RankActor"
 IDLE_SECONDS = 15.0
@@ -31,16 +31,13 @@ def cpu_seconds_of_serving(model: Path, streams: int, tokens: int) -> Costs:
     """One rank, float32, `streams` concurrent streaming requests of `tokens` tokens each, three rounds."""
     with PrivateRay() as ray, TemporaryDirectory() as run_dir:
         idle_per_second = _idle(ray)
-        command = ["python", "-m", "stepladder.launch.serve", "model=path", f"model.path={model}", "model.name=random"]
-        command += ["layout.tp=1", f"run_dir={run_dir}", "monitor=jsonl", "name=overhead"]
-        ray.submit("overhead", *command)
-        url = ready(ray, "overhead")
-        _stream(url, streams, tokens)
-        before, began = _cpu(ray), time.monotonic()
-        total = sum(_stream(url, streams, tokens) for _ in range(3))
-        used, seconds = _since(before, _cpu(ray)), time.monotonic() - began
-        engines = {p.pid for p in ray.processes(ENGINE)}
-        ray.job("stop", "overhead")
+        options = ["model=path", f"model.path={model}", "model.name=random", "layout.tp=1", f"run_dir={run_dir}"]
+        with deployed(ray, "overhead", [*options, "monitor=jsonl", "name=overhead"]) as url:
+            asyncio.run(_stream(url, streams, tokens))
+            before, began = _cpu(ray), time.monotonic()
+            total = sum(asyncio.run(_stream(url, streams, tokens)) for _ in range(3))
+            used, seconds = _since(before, _cpu(ray)), time.monotonic() - began
+            engines = {p.pid for p in ray.processes(ENGINE)}
     engine, idle = sum(used[pid] for pid in engines), idle_per_second * seconds
     return Costs(engine / total, (sum(used.values()) - engine - idle) / total, idle / total)
 
@@ -68,17 +65,12 @@ def _cpu(ray: PrivateRay) -> dict[int, float]:
     return times
 
 
-def _stream(url: str, streams: int, tokens: int) -> int:
+async def _stream(url: str, streams: int, tokens: int) -> int:
     """Read `streams` streams at once; returns the number of tokens generated."""
-
-    def one(index: int) -> None:
-        body: dict[str, Any] = {"model": "random", "prompt": f"def number_{index}(", "max_tokens": tokens}
-        body |= {"temperature": 0, "ignore_eos": True, "stream": True}
-        with requests.post(f"{url}/v1/completions", json=body, stream=True) as answer:
-            answer.raise_for_status()
-            for _ in answer.iter_lines(chunk_size=1024):
-                pass
-
-    with ThreadPoolExecutor(streams) as pool:
-        list(pool.map(one, range(streams)))
+    body = {"model": "random", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    bodies = [{**body, "prompt": f"def number_{index}("} for index in range(streams)]
+    async with session(timeout=aiohttp.ClientTimeout()) as opened:
+        timings = await asyncio.gather(*(stream(opened, f"{url}/v1/completions", one) for one in bodies))
+    if failed := [timing.error for timing in timings if timing.error]:
+        raise RuntimeError(f"a stream failed: {failed[0]}")
     return streams * tokens

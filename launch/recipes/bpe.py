@@ -1,11 +1,11 @@
 """A byte-level BPE tokenizer for Python source, in the files that `transformers` and the server read."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from stepladder.launch.json_files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -58,7 +58,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
     """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
     tokenizer.save(str(directory / "tokenizer.json"))
     eos_id = end_of_text_id(tokenizer)
-    _write_json(
+    write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -69,11 +69,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
             "chat_template": CHAT_TEMPLATE,
         },
     )
-    _write_json(
+    write_json(
         directory / "generation_config.json",
         {"eos_token_id": eos_id, "do_sample": True, "temperature": 0.7, "top_p": 0.95},
     )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

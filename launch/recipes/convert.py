@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from stepladder.launch.build import check_counts
+from stepladder.launch.json_files import kept, write_json
 from stepladder.launch.recipes.convert_report import BEFORE, WRITTEN, publish
 from stepladder.launch.recipes.corpus import Corpus, Document, standard_library
 from stepladder.launch.recipes.documents import given_text
-from stepladder.launch.recipes.training import TrainMonitor, Words, run_with_progress, write_json
+from stepladder.launch.recipes.training import Recipe, Words, run_with_progress, size
 from stepladder.parallel.checkpoint import fingerprints, load_weights, save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 
 CONVERTED = {
@@ -40,8 +41,8 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertRecipe:
-    """run_dir: absolute; the model goes to run_dir/model.
+class ConvertRecipe(Recipe):
+    """The model goes to run_dir/model.
 
     ladder_layers: the last so many layers, or a list of them. data: files and directories of text; none for Python's
     standard library. text_field: of a JSON line. held_out: text to measure on; null sets some of `data` apart.
@@ -49,9 +50,6 @@ class ConvertRecipe:
     cost of before the model may stay to count as recovered.
     """
 
-    name: str
-    run_dir: str
-    threads: int
     model: Source
     ladder_layers: int | tuple[int, ...]
     data: tuple[str, ...]
@@ -60,14 +58,9 @@ class ConvertRecipe:
     held_out_bytes: int | None
     measure_every: int
     tolerance: float
-    train: TrainConfig
-    monitor: TrainMonitor
 
     def __post_init__(self) -> None:
-        for name in ("threads", "measure_every", "held_out_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_counts(self, "threads", "measure_every", "held_out_bytes")
         if self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance}; it must not be negative")
         if self.held_out is not None and not self.data:
@@ -121,14 +114,14 @@ def converted(spec: ModelSpec, layers: int | Sequence[int]) -> ModelSpec:
     return replace(spec, residual=CONVERTED[spec.residual], ladder_layers=ladder)
 
 
-def some(documents: Sequence[Document], size: int | None) -> tuple[Document, ...]:
-    """The first documents by a hash of their names that together have `size` bytes; all for None."""
-    kept: list[Document] = []
+def some(documents: Sequence[Document], num_bytes: int | None) -> tuple[Document, ...]:
+    """The first documents by a hash of their names that together have `num_bytes` bytes; all for None."""
+    chosen: list[Document] = []
     for document in sorted(documents, key=lambda d: d.hash):
-        if size is not None and sum(len(d.text.encode()) for d in kept) >= size:
+        if num_bytes is not None and size(chosen) >= num_bytes:
             break
-        kept.append(document)
-    return tuple(kept)
+        chosen.append(document)
+    return tuple(chosen)
 
 
 class Costs:
@@ -139,7 +132,9 @@ class Costs:
     ) -> None:
         self.path, self.settings, self.words, self.text = path, settings, words, text
         self.context, self.ranks = context, ranks
-        self.known: dict[str, float] = ranks.share(self._read() if ranks.rank == 0 else None)
+        refusal = "was written with other settings; remove it"
+        found = ranks.share(kept(path, settings, refusal) if ranks.rank == 0 else None)
+        self.known: dict[str, float] = found["bits_per_byte"] if found else {}
 
     def measure(self, key: str, model: Transformer) -> None:
         """Rank 0 measures, all ranks know."""
@@ -149,27 +144,16 @@ class Costs:
         if self.ranks.rank == 0:
             write_json(self.path, {"settings": self.settings, "bits_per_byte": self.known})
 
-    def _read(self) -> dict[str, float]:
-        if not self.path.exists():
-            return {}
-        found = json.loads(self.path.read_text())
-        if found["settings"] != self.settings:
-            raise ValueError(f"{self.path} was written with other settings; remove it or choose another run_dir")
-        known: dict[str, float] = found["bits_per_byte"]
-        return known
-
 
 def _settings(recipe: ConvertRecipe, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
-    """What the costs depend on, as JSON gives it back."""
-    settings: dict[str, Any] = {
+    """What the costs depend on."""
+    return {
         "checkpoint": fingerprints(recipe.model.path),
         "ladder_layers": recipe.ladder_layers,
         "text": corpus.sha256,
-        "measured_bytes": sum(len(document.text.encode()) for document in measured),
+        "measured_bytes": size(measured),
         "train": asdict(recipe.train),
     }
-    found: dict[str, Any] = json.loads(json.dumps(settings))
-    return found
 
 
 def _load(directory: Path, spec: ModelSpec) -> Transformer:
@@ -187,8 +171,7 @@ def _train(recipe: ConvertRecipe, model: Transformer, words: Words, corpus: Corp
         if wanted and str(step) not in costs.known:
             costs.measure(str(step), model)
 
-    run_with_progress(trainer, Path(recipe.run_dir), recipe.name, recipe.monitor, after)
-    trainer.close()
+    run_with_progress(trainer, recipe.name, recipe.monitor, after)
 
 
 def write_model(model: Transformer, spec: ModelSpec, source: Path, directory: Path) -> None:

@@ -1,12 +1,11 @@
 """What a conversion cost and how it recovered: a JSON in the shape of a bench report, a table and a picture."""
 
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from stepladder.launch.recipes.training import write_json
-from stepladder.launch.report import Goal, Report, Row, at_most
+from stepladder.launch.report import Goal, Report, Row, at_most, summary_table, write
 from stepladder.launch.table import table
 
 UNIT = "bits per byte"
@@ -15,18 +14,12 @@ BEFORE, WRITTEN = "before", "written"  # the source, and the model in run_dir; b
 
 def publish(costs: Mapping[str, float], batch_tokens: int, tolerance: float, run_dir: Path) -> None:
     """Write convert.json and (with matplotlib) convert.png below `run_dir`, and print the summary."""
-    curve = curve_of(costs, batch_tokens)
-    report = report_of(costs[BEFORE], curve, costs[WRITTEN], tolerance)
-    command = shlex.join(["python", "-m", "launch.train", *sys.argv[1:]])
-    write_json(run_dir / "convert.json", report.to_json(command))
-    drawn = picture(costs[BEFORE], curve, tolerance, run_dir / "convert.png")
-    rows = [[row.case, f"{row.value:.4f}", f"{row.value / costs[BEFORE]:.3f}"] for row in report.rows if row.value]
+    before = costs[BEFORE]
+    report = report_of(before, curve_of(costs, batch_tokens), costs[WRITTEN], tolerance)
+    drawn = write(report, "launch.train", sys.argv[1:], run_dir)
+    rows = [[row.case, f"{row.value:.4f}", f"{row.value / before:.3f}"] for row in report.rows if row.value]
     print(table([["held-out text", UNIT, "of before"], *rows]))
-    goals = [
-        [name, "-" if goal.value is None else f"{goal.value:.6g}", goal.goal, "yes" if goal.holds else "NO"]
-        for name, goal in report.summary.items()
-    ]
-    print(f"\n{table([['summary', 'value', 'goal', 'holds'], *goals])}")
+    print(f"\n{summary_table(report, '.6g')}")
     print(f"\nmodel, convert.json{' and convert.png' if drawn else ''} written to {run_dir}")
 
 
@@ -53,16 +46,12 @@ def report_of(before: float, curve: Mapping[int, float], written: float, toleran
         "cost of the written model, of before": at_most(written / before, 1 + tolerance),
         "tokens until first recovered": Goal(back, goal, back is not None),
     }
-    return Report("convert", rows, summary)
+    return Report("convert", rows, summary, draw=lambda figure: draw(figure, before, curve, tolerance), titled=False)
 
 
-def picture(before: float, curve: Mapping[int, float], tolerance: float, path: Path) -> bool:
-    """Held-out cost against tokens spent, beside the cost before; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+def draw(figure: Any, before: float, curve: Mapping[int, float], tolerance: float) -> None:
+    """Held-out cost against tokens spent, beside the cost before."""
+    figure.set_size_inches(6.4, 4.2)
     axes = figure.subplots()
     thousands = [tokens / 1e3 for tokens in curve]
     axes.plot(thousands, list(curve.values()), marker="o", color="#cc3311", label="converted; first point untrained")
@@ -70,5 +59,3 @@ def picture(before: float, curve: Mapping[int, float], tolerance: float, path: P
     axes.axhspan(before, before * (1 + tolerance), color="#222222", alpha=0.12, label=f"within {tolerance:.0%} of it")
     axes.set(xlabel="thousand tokens of training", ylabel=UNIT, title="held-out cost of the converted model")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return True

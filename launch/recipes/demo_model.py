@@ -9,35 +9,22 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from stepladder.launch.recipes.bpe import end_of_text_id, save_tokenizer, train_tokenizer
+from stepladder.launch.json_files import write_json
+from stepladder.launch.recipes.bpe import end_of_text_id, train_tokenizer
 from stepladder.launch.recipes.corpus import Corpus, primed_xz_bits_per_byte, standard_library
-from stepladder.launch.recipes.training import TrainMonitor, Words, run_with_progress, size, write_json
-from stepladder.parallel.checkpoint import load_weights, save_weights
+from stepladder.launch.recipes.training import RecipeFromScratch, Words, run_with_progress, size, write_model
+from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoRecipe:
-    """run_dir: absolute; the model goes to run_dir/model. evaluate: a model directory to measure instead."""
+class DemoRecipe(RecipeFromScratch):
+    """The model goes to run_dir/model. evaluate: a model directory to measure instead."""
 
-    name: str
-    run_dir: str
-    threads: int
     evaluate: str | None
-    model: ModelSpec
-    train: TrainConfig
-    monitor: TrainMonitor
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
-        if max(self.train.contexts) > self.model.max_position:
-            longest = max(self.train.contexts)
-            raise ValueError(f"train.contexts has {longest}, more than model.max_position ({self.model.max_position})")
 
 
 def run(recipe: DemoRecipe) -> None:
@@ -48,7 +35,6 @@ def run(recipe: DemoRecipe) -> None:
         print(json.dumps(measure(Path(recipe.evaluate), corpus), indent=2))
         return
     directory = Path(recipe.run_dir) / "model"
-    directory.mkdir(parents=True, exist_ok=True)
     with training_ranks() as ranks:
         figures = train(recipe, corpus, directory, ranks)
     if ranks.rank == 0:
@@ -68,12 +54,9 @@ def train(recipe: DemoRecipe, corpus: Corpus, directory: Path, ranks: Ranks) -> 
     init_weights(model, spec, recipe.train.seed)
     stream = Words.of_bundled(tokenizer).stream(corpus.train)
     trainer = Trainer(model, stream, recipe.train, Path(recipe.run_dir), ranks)
-    run_with_progress(trainer, Path(recipe.run_dir), recipe.name, recipe.monitor)
-    trainer.close()
+    run_with_progress(trainer, recipe.name, recipe.monitor)
     if ranks.rank == 0:
-        save_tokenizer(tokenizer, directory, spec.max_position)
-        write_json(directory / "config.json", spec.to_config())
-        save_weights(model, directory, torch.bfloat16)
+        write_model(model, tokenizer, directory)
     return {
         "recipe": recipe.name,
         "seed": recipe.train.seed,

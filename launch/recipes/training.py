@@ -1,7 +1,5 @@
 """What the training recipes share: a run with its progress and figures, and text as tokens with what it costs."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,15 @@ from tqdm import tqdm
 
 from stepladder.cluster.config import WANDB_MODES
 from stepladder.cluster.monitor import open_monitor
-from stepladder.launch.recipes.bpe import encode_plain, end_of_text_id
+from stepladder.launch.build import check_counts
+from stepladder.launch.json_files import write_json
+from stepladder.launch.recipes.bpe import encode_plain, end_of_text_id, save_tokenizer
 from stepladder.launch.recipes.corpus import Document
+from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.model import Transformer
+from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.training.evaluate import bits_per_byte
+from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Trainer
 
 
@@ -34,21 +37,43 @@ class TrainMonitor:
             raise ValueError(f"monitor.wandb is {self.wandb!r}; it must be one of {', '.join(WANDB_MODES)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all recipes have. run_dir: absolute. threads: of torch."""
+
+    name: str
+    run_dir: str
+    threads: int
+    train: TrainConfig
+    monitor: TrainMonitor
+
+    def __post_init__(self) -> None:
+        check_counts(self, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFromScratch(Recipe):
+    """model: the one that is made."""
+
+    model: ModelSpec
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (longest := max(self.train.contexts)) > self.model.max_position:
+            raise ValueError(f"train.contexts has {longest}, more than model.max_position ({self.model.max_position})")
+
+
 def run_with_progress(
-    trainer: Trainer,
-    directory: Path,
-    name: str,
-    monitor: TrainMonitor,
-    after: Callable[[int], None] = lambda step: None,
+    trainer: Trainer, name: str, monitor: TrainMonitor, after: Callable[[int], None] = lambda step: None
 ) -> None:
-    """All remaining steps, under a progress bar; rank 0 writes figures below `directory`.
+    """All remaining steps, under a progress bar, and the trainer's end; rank 0 writes figures beside its checkpoint.
 
     Args:
         after: called on every rank with the number of steps done, before the first step and after each.
     """
     shown = {"train": trainer.settings["config"], "model": trainer.settings["model"]}
     lead = trainer.ranks.rank == 0
-    rows = open_monitor(directory, monitor.wandb, monitor.project, name, shown) if lead else None
+    rows = open_monitor(trainer.directory.parent, monitor.wandb, monitor.project, name, shown) if lead else None
     bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=name, disable=not lead)
 
     def log(row: dict[str, Any]) -> None:
@@ -66,6 +91,16 @@ def run_with_progress(
         if rows is not None:
             rows.close()
     trainer.save()
+    trainer.close()
+
+
+def write_model(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
+    """A Hugging Face directory in bf16; `model` then has the weights that were written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, directory, model.spec.max_position)
+    write_json(directory / "config.json", model.spec.to_config())
+    save_weights(model, directory, torch.bfloat16)
+    load_weights(model, directory)
 
 
 @dataclass(frozen=True)
@@ -118,10 +153,3 @@ class Words:
 def size(documents: Sequence[Document]) -> int:
     """Bytes in UTF-8."""
     return sum(len(document.text.encode()) for document in documents)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, whatever kills this process."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)

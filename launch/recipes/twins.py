@@ -4,7 +4,6 @@ Wirings of one seed start from equal weights and see equal batches, so their res
 killed run had finished is kept; the run it was in continues from its checkpoint.
 """
 
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +14,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from stepladder.launch.recipes.bpe import END_OF_TEXT, save_tokenizer
+from stepladder.launch.json_files import kept, write_json
+from stepladder.launch.recipes.bpe import END_OF_TEXT
 from stepladder.launch.recipes.corpus import Corpus, standard_library
-from stepladder.launch.recipes.training import TrainMonitor, Words, run_with_progress, write_json
+from stepladder.launch.recipes.training import RecipeFromScratch, Words, run_with_progress, write_model
 from stepladder.launch.recipes.twins_report import publish
 from stepladder.launch.where import BUNDLED
-from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import CHOICES, ModelSpec
@@ -29,25 +28,18 @@ from stepladder.workers.training.trainer import Ranks, Trainer, text_hash, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwinsRecipe:
-    """run_dir: absolute; each run goes to run_dir/WIRING-SEED. tokenizer: a model directory; null for the bundled one.
+class TwinsRecipe(RecipeFromScratch):
+    """Each run goes to run_dir/WIRING-SEED. tokenizer: a model directory; null for the bundled one.
 
     model.residual and train.seed stay as they are: `wirings` and `seeds` are in their place.
     """
 
-    name: str
-    run_dir: str
-    threads: int
     wirings: tuple[str, ...]
     seeds: tuple[int, ...]
     tokenizer: str | None
-    model: ModelSpec
-    train: TrainConfig
-    monitor: TrainMonitor
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        super().__post_init__()
         known = CHOICES["residual"]
         if not self.wirings or set(self.wirings) - set(known) or len(set(self.wirings)) < len(self.wirings):
             raise ValueError(f"wirings is {list(self.wirings)}; it must name some of {', '.join(known)}, each once")
@@ -57,9 +49,6 @@ class TwinsRecipe:
             raise ValueError(
                 "model.residual, model.ladder_layers and train.seed are set by wirings and seeds; drop them"
             )
-        if max(self.train.contexts) > self.model.max_position:
-            longest = max(self.train.contexts)
-            raise ValueError(f"train.contexts has {longest}, more than model.max_position ({self.model.max_position})")
 
 
 @dataclass(frozen=True)
@@ -102,23 +91,15 @@ def _twin(recipe: TwinsRecipe, text: Text, wiring: str, seed: int, ranks: Ranks)
     spec = replace(recipe.model, residual=wiring, eos_ids=(text.words.end,))
     config = replace(recipe.train, seed=seed)
     read = {"corpus": text.corpus.sha256, "tokens": text_hash(text.stream)}
-    settings = json.loads(json.dumps({"model": spec.to_config(), "train": asdict(config), "text": read}))
-    result = ranks.share(_finished(directory / "result.json", settings) if ranks.rank == 0 else None)
+    settings = {"model": spec.to_config(), "train": asdict(config), "text": read}
+    refusal = "was made with other settings; remove its directory"
+    result = ranks.share(kept(directory / "result.json", settings, refusal) if ranks.rank == 0 else None)
     if result is None:
         result = _train(recipe, text, spec, config, directory, ranks) | {"settings": settings}
         if ranks.rank == 0:
             write_json(directory / "result.json", result)
             shutil.rmtree(directory / "checkpoint")
     return result | {"directory": str(directory)}
-
-
-def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    if result["settings"] != settings:
-        raise ValueError(f"{path} was made with other settings; remove its directory or choose another run_dir")
-    return result
 
 
 def _train(
@@ -129,8 +110,7 @@ def _train(
     init_weights(model, spec, config.seed)
     directory.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, text.stream, config, directory, ranks)
-    run_with_progress(trainer, directory, directory.name, recipe.monitor)
-    trainer.close()
+    run_with_progress(trainer, directory.name, recipe.monitor)
     result: dict[str, Any] = {"wiring": spec.residual, "seed": config.seed}
     if ranks.rank == 0:
         write_model(model, text.words.tokenizer, directory / "model")
@@ -145,12 +125,3 @@ def _train(
             "ranks": ranks.size,
         }
     return ranks.share(result)
-
-
-def write_model(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:
-    """A Hugging Face directory in bf16; `model` then has the weights that were written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, directory, model.spec.max_position)
-    write_json(directory / "config.json", model.spec.to_config())
-    save_weights(model, directory, torch.bfloat16)
-    load_weights(model, directory)

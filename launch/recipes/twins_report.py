@@ -1,7 +1,6 @@
 """What the twins' runs say together: a JSON in the shape of a bench report, a table and a picture."""
 
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.launch.recipes.corpus import Corpus, primed_xz_bits_per_byte
-from stepladder.launch.recipes.training import write_json
-from stepladder.launch.report import Goal, Report, Row, at_most
+from stepladder.launch.report import Goal, Report, Row, at_most, summary_table, write
 from stepladder.launch.table import table
 
 WITHIN = 1.02  # ladder's bits per byte over standard's
@@ -22,11 +20,10 @@ Result = Mapping[str, Any]
 def publish(results: Sequence[Result], corpus: Corpus, run_dir: Path) -> None:
     """Write twins.json and (with matplotlib) twins.png below `run_dir`, and print the summary."""
     report = report_of(results, primed_xz_bits_per_byte(corpus.train, corpus.held_out))
-    command = shlex.join(["python", "-m", "launch.train", *sys.argv[1:]])
     runs = [{key: value for key, value in result.items() if key != "directory"} for result in results]
-    write_json(run_dir / "twins.json", report.to_json(command) | {"runs": runs})
-    drawn = picture(results, report, run_dir / "twins.png")
-    print(_table(report))
+    drawn = write(report, "launch.train", sys.argv[1:], run_dir, runs=runs)
+    rows = [[row.case, row.metric, f"{row.value:.4f}"] for row in report.rows]
+    print(f"{table([['case', 'metric', 'value'], *rows])}\n\n{summary_table(report, '.4f')}")
     print(f"\nwritten to {run_dir / 'twins.json'}{' and .png' if drawn else '; install matplotlib for a picture'}")
 
 
@@ -46,7 +43,8 @@ def report_of(results: Sequence[Result], primed_xz: float) -> Report:
         if wiring != "standard" and pairs:
             ratios[wiring] = pairs
             rows += _spread(wiring, "ratio to standard", pairs, "1")
-    return Report("twins", rows, _summary(bits, ratios, primed_xz))
+    summary = _summary(bits, ratios, primed_xz)
+    return Report("twins", rows, summary, draw=lambda figure: draw(figure, results, primed_xz), titled=False)
 
 
 def _spread(case: str, metric: str, values: list[float], unit: str) -> list[Row]:
@@ -69,14 +67,10 @@ def _summary(
     return goals
 
 
-def picture(results: Sequence[Result], report: Report, path: Path) -> bool:
-    """Training loss against tokens, by how much it exceeds standard's, and the held-out cost of every run; False
-    without matplotlib. A run whose metrics.jsonl is gone has no curve."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(14.5, 4.4), layout="constrained")
+def draw(figure: Any, results: Sequence[Result], primed_xz: float) -> None:
+    """Training loss against tokens, by how much it exceeds standard's, and the held-out cost of every run. A run whose
+    metrics.jsonl is gone has no curve."""
+    figure.set_size_inches(14.5, 4.4)
     curves, gaps, costs = figure.subplots(1, 3)
     logged = [r for r in results if (Path(r["directory"]) / "metrics.jsonl").exists()]
     runs = {(r["wiring"], r["seed"]): losses(Path(r["directory"])) for r in logged}
@@ -90,9 +84,7 @@ def picture(results: Sequence[Result], report: Report, path: Path) -> bool:
     curves.set(xlabel="million tokens", ylabel="nats per token", title="training loss")
     curves.legend(fontsize="small", title="mean and range of the seeds", title_fontsize="small")
     gaps.set(xlabel="million tokens", ylabel="nats per token", title="training loss minus standard's, same seed")
-    _dots(costs, results, next(row.bound for row in report.rows if row.bound is not None))
-    figure.savefig(path, dpi=120)
-    return True
+    _dots(costs, results, primed_xz)
 
 
 def _curve(axes: Any, wiring: str, runs: list[dict[int, float]]) -> None:
@@ -107,16 +99,15 @@ def _curve(axes: Any, wiring: str, runs: list[dict[int, float]]) -> None:
     axes.fill_between(x, low, high, color=COLOURS[wiring], alpha=0.2, linewidth=0)
 
 
-def _dots(axes: Any, results: Sequence[Result], primed: float | None) -> None:
+def _dots(axes: Any, results: Sequence[Result], primed_xz: float) -> None:
     """Held-out cost: a dot for each run, a line at each wiring's mean."""
     wirings = list(dict.fromkeys(result["wiring"] for result in results))
     for place, wiring in enumerate(wirings):
         values = [result["held_out_bits_per_byte"] for result in results if result["wiring"] == wiring]
         axes.scatter([place] * len(values), values, color=COLOURS[wiring], zorder=3, s=28)
         axes.hlines(statistics.mean(values), place - 0.25, place + 0.25, color=COLOURS[wiring])
-    if primed is not None:
-        axes.axhline(primed, color="#777777", linestyle="--", label="xz primed with the training text")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize="small")
+    axes.axhline(primed_xz, color="#777777", linestyle="--", label="xz primed with the training text")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize="small")
     axes.set_xticks(range(len(wirings)), wirings)
     axes.set_xlim(-0.6, len(wirings) - 0.4)
     axes.set(ylabel=UNIT, title="held-out text: a dot per seed, a line at the mean")
@@ -126,11 +117,3 @@ def losses(directory: Path) -> dict[int, float]:
     """Training loss by tokens, from metrics.jsonl; of steps done twice because of a kill, the last."""
     rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return {row["train/tokens"]: row["train/loss"] for row in rows}
-
-
-def _table(report: Report) -> str:
-    rows = [[row.case, row.metric, f"{row.value:.4f}"] for row in report.rows]
-    goals = [
-        [name, f"{goal.value:.4f}", goal.goal, "yes" if goal.holds else "NO"] for name, goal in report.summary.items()
-    ]
-    return f"{table([['case', 'metric', 'value'], *rows])}\n\n{table([['summary', 'value', 'goal', 'holds'], *goals])}"

@@ -61,7 +61,26 @@ Again = Callable[[Resume, EdgeLost], tuple[Sequence[GlooEdge], Layout]]
 """Waits for the next pool, opens the step there, returns the new edges and layout. Raises EdgeLost if none comes."""
 
 
-class Link:
+class Pool:
+    """What an attention side needs of the FFN side. This one has no ranks and answers with zeros, so that an attention
+    side can be measured alone; `Link` leads to a real one."""
+
+    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
+        """Send x_0 of every micro-batch."""
+        self._zeros = [torch.zeros_like(stream.input(0)) for stream in streams]
+
+    def send(self, block: int, micro: int, rows: Tensor) -> None:
+        """Send this side's contribution to a block."""
+
+    def receive(self, block: int, micro: int) -> Pending:
+        """The pool's contribution to a block."""
+        return Done(self._zeros[micro])
+
+    def settle(self) -> None:
+        """The step is over."""
+
+
+class Link(Pool):
     """The pool as it really is: edges to every F rank, in their order.
 
     Args:
@@ -89,19 +108,16 @@ class Link:
         self._posted: dict[tuple[int, int], Pending] = {}
 
     def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
-        """Send x_0 of every micro-batch."""
         self._streams, self._blocks = streams, blocks
         for micro, stream in enumerate(streams):
             self._send(INPUT, micro, stream.input(0))
 
     def send(self, block: int, micro: int, rows: Tensor) -> None:
-        """Send this side's contribution to a block."""
         self._mine[block, micro] = rows
         self._mine.pop((block - REMEMBER, micro), None)
         self._send(block, micro, rows)
 
     def receive(self, block: int, micro: int) -> Pending:
-        """The pool's contribution to a block."""
         self._post(block, micro)
         return Later(partial(self._take, block, micro))
 
@@ -191,16 +207,3 @@ class Link:
             self._posted[block, micro] = Later(lambda: reduce(torch.add, [part.wait() for part in parts]))
         else:
             self._posted[block, micro] = Done(torch.empty(0, hidden, dtype=dtype))
-
-
-class NoPool(Link):
-    """In place of the pool: FFNs that answer with zeros, so that an attention side can be measured alone."""
-
-    def __init__(self, tokens: int, spec: ModelSpec) -> None:
-        super().__init__((), Layout(0, 0, ((tokens,),)), spec)
-
-    def begin(self, streams: Sequence[ResidualStream], blocks: Sequence[Block]) -> None:
-        self._zeros = torch.zeros_like(streams[0].input(0))
-
-    def receive(self, block: int, micro: int) -> Pending:
-        return Done(self._zeros)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Later
-from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Link
+from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
 from stepladder.parallel.model import Transformer
@@ -38,7 +38,7 @@ class AttentionSide(Transformer):
         super().__init__(spec, pools=(ATTENTION,))
 
     def forward(  # type: ignore[override]
-        self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Link
+        self, tokens: Sequence[Tensor], contexts: Sequence[Context], pool: Pool
     ) -> list[Tensor]:
         """One step: tokens [T] of each micro-batch -> final hidden states [T, h], normalised.
 

@@ -15,8 +15,8 @@ import requests
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
+from stepladder.launch.deployed import ready
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
 from stepladder.launch.where import IMPORTED_FROM as ROOT
 from stepladder.workers.actors import Place
 

@@ -11,12 +11,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
-from stepladder.launch.bench.serve.client import Timing
 from stepladder.launch.bench.serve.load import Case, apply
 from stepladder.launch.bench.serve.measures import peak_chunks, peak_concurrency, result
 from stepladder.launch.bench.serve.prompts import from_file
 from stepladder.launch.bench.serve.suite import ServeBench, run
 from stepladder.launch.report import Report, Row, at_least, at_most, publish
+from stepladder.launch.streaming import Timing
 from tests.cluster.models import write_random
 from tests.cluster.serving import Server, serve
 

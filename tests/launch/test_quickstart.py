@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stepladder.launch.quickstart import Run, Timing, figures_after
+from stepladder.launch.quickstart import Run, figures_after
+from stepladder.launch.streaming import Timing
 
 
 def row(tokens: int, waited: float) -> str:
@@ -17,7 +18,7 @@ def test_the_wait_for_ffns_is_of_all_the_time_that_it_is_divided_by(tmp_path: Pa
     """After two streams of a second each the newest whole row is from the middle; the last one is being written."""
     path, last = tmp_path / "metrics.jsonl", row(192, 1.5)
     path.write_text('{"serve/seconds": 0.0}\n' + row(96, 0.75) + last[:10])
-    timings = [Timing(sent, [sent + 0.1, sent + 1.0], 96) for sent in (0.0, 1.0)]
+    timings = [Timing(sent, ttft=0.1, latency=1.0, output_tokens=96) for sent in (0.0, 1.0)]
 
     def write_the_rest() -> None:
         with path.open("a") as file:
@@ -34,4 +35,4 @@ def test_without_figures_of_all_streams_nothing_is_claimed(tmp_path: Path) -> No
     path = tmp_path / "metrics.jsonl"
     path.write_text(row(96, 0.75))
     assert figures_after(192, path, seconds=0.1) == {}
-    assert Run([Timing(0.0, [1.0], 96)], {}).waited is None
+    assert Run([Timing(latency=1.0, output_tokens=96)], {}).waited is None

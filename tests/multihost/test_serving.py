@@ -12,8 +12,8 @@ import pytest
 from stepladder import LLM, SamplingParams
 from stepladder.launch.bench.rig import netns
 from stepladder.launch.bench.rig.hosts import Host, Hosts
+from stepladder.launch.deployed import ready
 from stepladder.launch.private_ray import PrivateRay, RayNode
-from stepladder.launch.quickstart import ready
 from stepladder.launch.where import IMPORTED_FROM as ROOT
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.wiring import wiring

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stepladder.kernels.transfer import upload
-from stepladder.parallel.afd.pool_link import Link, NoPool
+from stepladder.parallel.afd.pool_link import Link, Pool
 from stepladder.parallel.afd.sides import AttentionSide
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.workers.afd.membership import Membership
@@ -55,7 +55,7 @@ class PoolForward(Forward):
 
     def alone(self, plan: StepPlan, tokens: Tensor, cache: KVCache) -> Tensor:
         """FFNs answer with zeros."""
-        return self._step(plan, tokens, 1, cache, NoPool(len(plan.tokens), self.model.spec))
+        return self._step(plan, tokens, 1, cache, Pool())
 
     def idle(self) -> None:
         """Tell the pool not to wait for this rank."""
@@ -64,14 +64,16 @@ class PoolForward(Forward):
     def stop(self) -> None:
         self.member.leave()
 
-    def _step(self, plan: StepPlan, tokens: Tensor, parts: int, cache: KVCache, pool: Link | None = None) -> Tensor:
+    def _step(self, plan: StepPlan, tokens: Tensor, parts: int, cache: KVCache, pool: Pool | None = None) -> Tensor:
         """Final hidden states of all the plan's tokens [T, h]."""
-        pieces = split(plan, parts)
-        link = pool or self.member.open([len(piece.tokens) for piece in pieces])
-        pieces += [StepPlan()] * (link.layout.micro_batches - len(pieces))
+        pieces, link = split(plan, parts), pool
+        if link is None:
+            link = self.member.open([len(piece.tokens) for piece in pieces])
+            pieces += [StepPlan()] * (link.layout.micro_batches - len(pieces))
         contexts = [PagedSequences(cache, p.starts, p.lengths, p.block_tables, self._batch_invariant) for p in pieces]
         hidden = self.model(tokens.split([len(piece.tokens) for piece in pieces]), contexts, link)
-        self.waited += link.waited
+        if isinstance(link, Link):
+            self.waited += link.waited
         return torch.cat(hidden)
 
     def _measure(self) -> int:

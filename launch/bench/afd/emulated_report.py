@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from stepladder.launch.bench.afd.emulated import ROWS, Case, Measured, measure
 from stepladder.launch.bench.afd.formula import Times, micro_batches, per_layer
+from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Row, at_least
 
 
@@ -32,8 +33,7 @@ class EmulatedOptions:
             raise ValueError("times must be lists of four milliseconds; those of the modules above 0")
         if any(len(r) != 2 or min(r) < 1 for r in self.ratios) or not self.ratios:
             raise ValueError("ratios must be pairs of at least one A rank and one F rank")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        check_counts(self, "steps")
         if self.micro_batches is not None and (not self.micro_batches or min(self.micro_batches) < 1):
             raise ValueError(f"micro_batches is {self.micro_batches}; it must name numbers of at least 1, or be null")
         if self.micro_batches and all(t[3] for t in self.times):

@@ -17,8 +17,8 @@ from ray.util.placement_group import placement_group_table
 
 from stepladder.cluster.names import CONTROLLER, namespace
 from stepladder.launch.bench.failures.faults import Fault
+from stepladder.launch.deployed import SERVE, ready
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
 
 POLL_SECONDS = 0.02
 Engines = dict[str, dict[str, Any]]  # by engine, its counters
@@ -75,14 +75,16 @@ class DeploymentUnderTest:
 
     def census(self) -> dict[str, int]:
         """How many there are of everything that a failure could leave behind."""
-        count = {kind: len(self.cluster.processes(title)) for kind, title in TITLES.items()}
-        count["actors"] = len(self._names())
-        return count | {"placement groups": len(self._groups())}
+        return {kind: len(names) for kind, names in self._all().items()}
 
     def remains(self) -> list[str]:
         """What is still there of a deployment that was stopped."""
-        processes = [f"{kind} {p.pid}" for kind, title in TITLES.items() for p in self.cluster.processes(title)]
-        return [*processes, *self._names(), *self._groups()]
+        return [name for names in self._all().values() for name in names]
+
+    def _all(self) -> dict[str, list[str]]:
+        """By kind, the names of all that there is."""
+        found = {kind: [f"{kind} {p.pid}" for p in self.cluster.processes(of)] for kind, of in TITLES.items()}
+        return found | {"actors": self._names(), "placement groups": self._groups()}
 
     def _actor(self, name: str) -> ActorHandle:
         return ray.get_actor(name, namespace=namespace(self.name))
@@ -103,14 +105,13 @@ class DeploymentUnderTest:
 @contextmanager
 def deployed(name: str, run_dir: str, ray_cpus: int, options: list[str]) -> Iterator[DeploymentUnderTest]:
     """A deployment in a private Ray; whoever stops it has the rest of the Ray to look for what it left."""
-    command = ["python", "-m", "stepladder.launch.serve", f"name={name}", f"run_dir={run_dir}", *options]
     with PrivateRay(num_cpus=ray_cpus) as cluster:
         os.environ.update({key: value for key, value in cluster.env.items() if key.startswith("RAY_")})
         on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(address=cluster.address, namespace="bench", log_to_driver=False)
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there: a second signal breaks off the teardown
         try:
-            cluster.submit(name, *command)
+            cluster.submit(name, *SERVE, f"name={name}", f"run_dir={run_dir}", *options)
             yield DeploymentUnderTest(cluster, name, ready(cluster, name))
         finally:
             ray.shutdown()

@@ -2,8 +2,10 @@
 
 import shlex
 import signal
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from stepladder.launch.build import check_counts
 
 
 class Fault(NamedTuple):
@@ -79,20 +81,16 @@ class FailuresBench:
             raise ValueError(f"failures holds {unknown.pop()!r}; it may hold {', '.join(self.possible)}")
         if self.failures == []:
             raise ValueError("failures is empty, so nothing would be struck; name some, or give null for all")
-        for name in ("tp", "attention", "ffn", "repeats", "streams", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "tp", "attention", "ffn", "repeats", "streams", "tokens")
         if not self.minutes > 0:
             raise ValueError(f"minutes is {self.minutes:g}; it must be more than 0, or nothing would be struck")
         self._refuse_ranks_of_another_kind()
 
     def _refuse_ranks_of_another_kind(self) -> None:
         """They would be ignored, and the result taken for that of a layout that was not run."""
-        defaults = {one.name: one.default for one in fields(self)}
         for kind, names in RANKS.items():
-            for name in names:
-                value = getattr(self, name)
-                if kind != self.kind and value != defaults[name]:
+            for name in names if kind != self.kind else ():
+                if (value := getattr(self, name)) != getattr(FailuresBench, name):  # the default
                     raise ValueError(
                         f"{name} is {value}, but kind={self.kind} has no such ranks; omit it or use kind={kind}"
                     )

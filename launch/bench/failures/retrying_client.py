@@ -1,6 +1,6 @@
 """A client that insists: it sends its request again, under the same X-Request-Id, until it has the whole text."""
 
-import json
+import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,9 @@ from itertools import pairwise
 from time import monotonic
 from typing import Any
 
-import requests
+import aiohttp
+
+from stepladder.launch.streaming import Timing, session, stream
 
 PAUSE_SECONDS = 0.1  # between two tries
 PASSING = (429, 503)  # statuses that another try may not meet
@@ -53,39 +55,16 @@ class RetryingClient:
         Raises:
             RuntimeError: the server refuses the request itself.
         """
-        self.text = self.failure = ""
-        try:
-            with requests.post(
-                f"{self.url}/v1/completions",
-                json={**self.body, "stream": True},
-                headers={"X-Request-Id": self.request_id},
-                stream=True,
-                timeout=self.seconds,
-            ) as answer:
-                if answer.status_code not in (200, *PASSING):
-                    raise RuntimeError(f"HTTP {answer.status_code}: {answer.text[:300]}")
-                if answer.status_code == 200:
-                    self._read(answer)
-                else:
-                    self.failure = f"HTTP {answer.status_code}"
-        except requests.RequestException as error:
-            self.failure = f"{type(error).__name__}: {error}"[:300]
+        timing = asyncio.run(self._send())
+        if timing.status not in (None, 200, *PASSING):
+            raise RuntimeError(timing.error)
+        self.text, self.failure = timing.text, timing.error
         if self.failure and self.text:
             self.broken.append((monotonic(), self.text))
         return not self.failure
 
-    def _read(self, answer: requests.Response) -> None:
-        for line in answer.iter_lines(chunk_size=None):  # type: ignore[call-overload]  # whatever has come, at once
-            if line == b"data: [DONE]":
-                return
-            if line.startswith(b"data:"):
-                self._take(json.loads(line[5:]))
-        self.failure = "the stream ended early"
-
-    def _take(self, chunk: dict[str, Any]) -> None:
-        if error := chunk.get("error"):
-            self.failure = error["message"]
-        for choice in chunk.get("choices", ()):
-            if choice["text"]:
-                self.arrivals.append(monotonic())
-                self.text += choice["text"]
+    async def _send(self) -> Timing:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=self.seconds, sock_read=self.seconds)
+        async with session(timeout=limits, headers={"X-Request-Id": self.request_id}) as opened:
+            url = f"{self.url}/v1/completions"
+            return await stream(opened, url, self.body, show=lambda _: self.arrivals.append(monotonic()))

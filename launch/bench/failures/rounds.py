@@ -11,12 +11,10 @@ import requests
 from ray.exceptions import RayError
 
 from stepladder.cluster.error_text import error_text
-from stepladder.launch.bench.failures.deployment_under_test import DeploymentUnderTest, Engines, Watch, deployed, within
+from stepladder.launch.bench.failures.deployment_under_test import DeploymentUnderTest, Engines, Watch, within
 from stepladder.launch.bench.failures.faults import FAULTS, FailuresBench, Fault, Occurrence
 from stepladder.launch.bench.failures.pauses import resumptions
 from stepladder.launch.bench.failures.retrying_client import RetryingClient
-
-__all__ = ["Bench", "deployed"]
 
 # how asking a deployment that did not come back can end
 GONE = (TimeoutError, RuntimeError, ValueError, RayError, psutil.Error)
@@ -124,10 +122,14 @@ class Bench:
         occurrence's turn."""
         config = self._config
         clients = [self._client(f"{name.replace(' ', '-')}-{nth}-{index}", index) for index in range(config.streams)]
-        begun = config.tokens // 20 + nth * config.tokens // 2 // config.repeats
+        chunks = config.tokens // 20 + nth * config.tokens // 2 // config.repeats
+
+        def begun() -> bool:
+            return all(client.arrivals for client in clients) and len(clients[0].arrivals) >= chunks
+
         with ThreadPoolExecutor(config.streams) as pool:
             futures: list[Future[RetryingClient]] = [pool.submit(client.run) for client in clients]
-            if within(config.recover_seconds, lambda: all(c.arrivals for c in clients) and _begun(clients[0], begun)):
+            if within(config.recover_seconds, begun):
                 hit()
             return [future.result() for future in futures]
 
@@ -137,10 +139,6 @@ class Bench:
         body |= {"max_tokens": self._config.tokens, "ignore_eos": True}
         body["temperature"] = 0.0 if index % 2 else 0.8
         return RetryingClient(self._victim.url, request_id, body, self._config.recover_seconds)
-
-
-def _begun(client: RetryingClient, chunks: int) -> bool:
-    return len(client.arrivals) >= chunks
 
 
 def judge(

@@ -30,7 +30,8 @@ def run(config: FailuresBench) -> Report:
     """Raises RuntimeError if the deployment does not come up; that it does not come back is a result."""
     # Ray reads these once, when it is imported; they must be the private Ray's
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
-    from stepladder.launch.bench.failures.rounds import Bench, deployed
+    from stepladder.launch.bench.failures.deployment_under_test import deployed
+    from stepladder.launch.bench.failures.rounds import Bench
 
     with deployed("failures", f"{config.run_dir}/serve", config.ray_cpus, config.options) as victim:
         bench = Bench(config, victim)

@@ -25,6 +25,7 @@ from stepladder.launch.bench.rig import wire as rig
 from stepladder.launch.bench.rig.hosts import Hosts, Link
 from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
 from stepladder.launch.bench.rig.processes import Ranks, Start
+from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 
 RANKS = 2
@@ -63,9 +64,7 @@ class OverlapBench:
     trace: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("context", "prefill", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "context", "prefill", "rounds", "threads")
         if self.prefill == 1:
             raise ValueError("prefill is 1, which is a decode step; it must be at least 2")
         if self.device not in (None, "cpu", "cuda"):

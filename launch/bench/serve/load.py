@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stepladder.launch.bench.serve.client import Timing
+from stepladder.launch.streaming import Timing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from stepladder.launch.bench.serve.client import Timing
+from stepladder.launch.streaming import Timing
 
-SLOS = ("ttft", "tpot", "e2el")
-
-
-def tpot(timing: Timing) -> float:
-    """Seconds per output token after the first; 0 for a single one."""
-    return (timing.latency - timing.ttft) / (timing.output_tokens - 1) if timing.output_tokens > 1 else 0.0
+SLOS = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency"}  # what a request may have to stay within
 
 
 def result(
@@ -28,7 +23,7 @@ def result(
     good = [timing for timing in timings if timing.success]
     inputs, outputs = sum(t.prompt_tokens for t in good), sum(t.output_tokens for t in good)
     limits = {name: milliseconds / 1000 for name, milliseconds in slos.items()}
-    within = sum(all(_value(t, name) <= limit for name, limit in limits.items()) for t in good)
+    within = sum(all(getattr(t, SLOS[name]) <= limit for name, limit in limits.items()) for t in good)
     figures: dict[str, Any] = {
         "duration": duration,
         "completed": len(good),
@@ -45,7 +40,7 @@ def result(
     queues = [t.client_queue_time for t in good]
     for name, values in {
         "ttft": [t.ttft for t in good],
-        "tpot": [tpot(t) for t in good if t.output_tokens > 1],
+        "tpot": [t.tpot for t in good if t.output_tokens > 1],
         "itl": [gap for t in good for gap in t.itl],
         "e2el": [t.latency for t in good],
         "client_queue_time": queues,
@@ -68,10 +63,6 @@ def peak_concurrency(timings: Sequence[Timing]) -> int:
     """Most requests under way at any moment."""
     events = sorted(event for t in timings for event in ((t.start_time, 1), (t.start_time + t.latency, -1)))
     return max(accumulate(change for _, change in events), default=0)
-
-
-def _value(timing: Timing, name: str) -> float:
-    return {"ttft": timing.ttft, "tpot": tpot(timing), "e2el": timing.latency}[name]
 
 
 def _statistics(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:

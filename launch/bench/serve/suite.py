@@ -14,15 +14,13 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from stepladder.launch.bench.serve.client import Timing, stream
 from stepladder.launch.bench.serve.load import Case, apply
 from stepladder.launch.bench.serve.measures import SLOS, result
 from stepladder.launch.bench.serve.prompts import Prompt, PromptConfig, prompts
+from stepladder.launch.deployed import deployed
 from stepladder.launch.private_ray import PrivateRay
-from stepladder.launch.quickstart import ready
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
-
-READ_BUFFER = 1 << 20  # bytes; of a line that holds one event
+from stepladder.launch.streaming import Timing, session, stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,30 +86,16 @@ def endpoint(config: ServeBench) -> Iterator[str]:
     if config.base_url is not None:
         yield config.base_url.rstrip("/").removesuffix("/v1")
         return
-    command = [
-        "python",
-        "-m",
-        "stepladder.launch.serve",
-        "name=bench",
-        f"run_dir={config.run_dir}/serve",
-        *shlex.split(config.deploy),
-    ]
-    with PrivateRay(num_cpus=config.ray_cpus) as ray:
-        ray.submit("bench", *command)
-        try:
-            yield ready(ray, "bench")
-        finally:
-            ray.job("stop", "bench")
+    options = ["name=bench", f"run_dir={config.run_dir}/serve", *shlex.split(config.deploy)]
+    with PrivateRay(num_cpus=config.ray_cpus) as ray, deployed(ray, "bench", options) as url:
+        yield url
 
 
 async def _run_cases(config: ServeBench, url: str) -> dict[str, dict[str, Any]]:
     limits = aiohttp.ClientTimeout(total=config.timeout_seconds)
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    connector = aiohttp.TCPConnector(limit=0)  # the cases alone limit how many are under way
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=limits, headers=headers, read_bufsize=READ_BUFFER
-    ) as session:
-        client = Client(config, url, session)
+    async with session(timeout=limits, headers=headers) as opened:
+        client = Client(config, url, opened)
         await client.prepare()
         return {name: await client.run(name, case) for name, case in config.cases.items()}
 
