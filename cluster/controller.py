@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from stepladder.cluster.config import Deployment
-from stepladder.cluster.monitor import Monitor, open_monitor
+from stepladder.cluster.monitor import Monitors, open_monitor
 from stepladder.cluster.names import CONTROLLER, namespace
 from stepladder.cluster.supervisor import Status, Supervisor
 from stepladder.workers.actors import configure_logging
@@ -64,7 +64,7 @@ class ControllerActor:
         ray.kill(self._me, no_restart=True)
 
 
-def _monitor(deployment: Deployment) -> Monitor:
+def _monitor(deployment: Deployment) -> Monitors:
     folder, wanted = Path(deployment.run_dir), deployment.monitor
     shown = {key: value for key, value in asdict(deployment).items() if key not in ("secret", "gateway")}
     return open_monitor(folder, wanted.wandb, wanted.project, folder.name, shown)

@@ -69,15 +69,10 @@ class Gang:
         return self.plan.name
 
     @property
-    def size(self) -> int:
-        """How many ranks it has."""
-        return self.plan.size
-
-    @property
     def pool(self) -> PoolAddress:
         """Of the FFN pool: what attention ranks are told."""
         assert self.address
-        return PoolAddress(self.generation, self.address, self.group, self.size)
+        return PoolAddress(self.generation, self.address, self.group, self.plan.size)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -91,7 +86,7 @@ class Gang:
             ValueError: the model or the configuration cannot work; trying again would not help.
             TimeoutError, RayError: no room, or a process died.
         """
-        cluster, size = self.deployment.cluster, self.size
+        cluster, size = self.deployment.cluster, self.plan.size
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
         self.asked = monotonic()
         group = placement.place(self.group, bundle, size, cluster.strategy, cluster.start_seconds, go)
@@ -112,7 +107,7 @@ class Gang:
     def adopt(self) -> bool:
         """Take over the ranks that an earlier controller left running; False unless all of them answer."""
         try:
-            actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.size)]
+            actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.plan.size)]
             places = ray.get([a.where.remote() for a in actors], timeout=self.deployment.cluster.hang_seconds)
         except (ValueError, RayError):
             return False

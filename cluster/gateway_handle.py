@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
@@ -74,8 +74,8 @@ class GatewayHandle:
         """Take over the gateway that an earlier controller left running."""
         try:
             self.actor = ray.get_actor(self._actor_name)
-            self.place = ray.get(self.actor.where.remote(), timeout=self.deployment.cluster.hang_seconds)
-        except (ValueError, RayError, GetTimeoutError):
+            self.place = self._answer(self.actor.where.remote())
+        except (ValueError, RayError):
             return False
         return self.alive()
 
@@ -84,8 +84,8 @@ class GatewayHandle:
         if self.actor is None:
             return False
         try:
-            self.stats = ray.get(self.actor.ping.remote(self._here), timeout=self.deployment.cluster.hang_seconds)
-        except (RayError, GetTimeoutError) as error:
+            self.stats = self._answer(self.actor.ping.remote(self._here))
+        except RayError as error:
             log.error("%s does not answer: %s", self._actor_name, error_text(error))
             return False
         return True
@@ -93,18 +93,15 @@ class GatewayHandle:
     def show(self, table: list[Endpoint], admit: bool) -> None:
         """Tell it which engines there are and whether to admit new requests, if that has changed."""
         if self.actor is not None and (table, admit) != self._told:
-            with suppress(RayError, GetTimeoutError):
-                ray.get(self.actor.update.remote(table, admit), timeout=self.deployment.cluster.hang_seconds)
+            with suppress(RayError):
+                self._answer(self.actor.update.remote(table, admit))
                 self._told = (table, admit)
 
     def take_figures(self) -> dict[str, Any]:
         """What happened since the last time this was asked; empty if it does not answer."""
-        if self.actor is None:
-            return {}
-        try:
-            return ray.get(self.actor.take_figures.remote(), timeout=self.deployment.cluster.hang_seconds)
-        except (RayError, GetTimeoutError):
-            return {}
+        with suppress(RayError):
+            return self._answer(self.actor.take_figures.remote()) if self.actor else {}
+        return {}
 
     def drain(self, seconds: float, meanwhile: Callable[[], None]) -> None:
         """Let it finish what is in flight, then end it. Until then it is pinged, and `meanwhile` called in between."""
@@ -123,6 +120,9 @@ class GatewayHandle:
         if self.place is not None:
             ray.wait([kill_process(self.place)], timeout=self.deployment.cluster.hang_seconds)
         self.actor, self.place, self.stats = None, None, {}
+
+    def _answer(self, call: Any) -> Any:
+        return ray.get(call, timeout=self.deployment.cluster.hang_seconds)
 
     @property
     def _actor_name(self) -> str:

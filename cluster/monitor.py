@@ -13,15 +13,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 LOG = logging.getLogger(__name__)
 CLOCKS = {  # what W&B plots each family of figures over; serving, training and drafters have clocks of their own
-    "serve/*": "serve/seconds",
-    "engine/*": "serve/seconds",
-    "afd/*": "serve/seconds",
-    "ranks/*": "serve/seconds",
-    "spec/*": "serve/seconds",
+    **dict.fromkeys(("serve/*", "engine/*", "afd/*", "ranks/*", "spec/*"), "serve/seconds"),
     "train/*": "train/step",
     "drafter/*": "drafter/version",
 }
@@ -29,16 +25,7 @@ INIT_SECONDS = 20.0
 FINISH_SECONDS = 30.0
 
 
-class Monitor(Protocol):
-    def log(self, row: Mapping[str, Any]) -> None:
-        """One row of figures under namespaced names ("train/loss"). Never raises because a service is away or a disk
-        full."""
-        ...
-
-    def close(self) -> None: ...
-
-
-def open_monitor(directory: Path, wandb: str, project: str, name: str, config: Mapping[str, Any]) -> Monitor:
+def open_monitor(directory: Path, wandb: str, project: str, name: str, config: Mapping[str, Any]) -> "Monitors":
     """The monitor of one job.
 
     Args:
@@ -48,18 +35,18 @@ def open_monitor(directory: Path, wandb: str, project: str, name: str, config: M
         config: shown beside the run; no secrets.
     """
     jsonl = JsonlMonitor(directory / "metrics.jsonl")
-    if wandb == "disabled":
-        return jsonl
-    return Monitors(jsonl, WandbMonitor(directory, wandb, project, name, config))
+    return Monitors(jsonl, *([] if wandb == "disabled" else [WandbMonitor(directory, wandb, project, name, config)]))
 
 
 class Monitors:
     """Every row to each of `monitors`."""
 
-    def __init__(self, *monitors: Monitor) -> None:
+    def __init__(self, *monitors: "JsonlMonitor | WandbMonitor") -> None:
         self._monitors = monitors
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """One row of figures under namespaced names ("train/loss"). Never raises because a service is away or a disk
+        full."""
         for monitor in self._monitors:
             monitor.log(row)
 

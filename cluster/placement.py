@@ -1,6 +1,7 @@
 """Placement groups by name. All are detached: one owned by the controller would die with it, and its ranks too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
@@ -42,7 +43,11 @@ def names(prefix: str) -> list[str]:
 
 def remove(name: str) -> None:
     """Give a group's resources back; whatever runs in it is killed. A group that is gone already is no error."""
-    try:
+    with suppress(ValueError):
         ray.util.remove_placement_group(ray.util.get_placement_group(name))
-    except ValueError:
-        return
+
+
+def remove_all(prefix: str, keep: Collection[str] = ()) -> None:
+    """All whose names begin with `prefix`, but for those named."""
+    for name in set(names(prefix)).difference(keep):
+        remove(name)

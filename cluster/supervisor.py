@@ -17,7 +17,7 @@ from stepladder.cluster.config import Deployment
 from stepladder.cluster.gateway_handle import GatewayHandle
 from stepladder.cluster.journal import Journal
 from stepladder.cluster.keeper import Keeper
-from stepladder.cluster.monitor import Monitor
+from stepladder.cluster.monitor import Monitors
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.afd.membership import PoolNotice
@@ -58,7 +58,7 @@ class Supervisor:
         ValueError: `run_dir` cannot be written.
     """
 
-    def __init__(self, deployment: Deployment, monitor: Monitor, gateway: type | None = None) -> None:
+    def __init__(self, deployment: Deployment, monitor: Monitors, gateway: type | None = None) -> None:
         self.deployment, self._monitor = deployment, monitor
         identity = blake2b(deployment.secret.encode(), digest_size=8).hexdigest()
         agreement = CheckpointAgreement(deployment.model.path)
@@ -182,7 +182,7 @@ class Supervisor:
 
     def _full(self) -> str:
         """Who waits for room, for a person who wonders why it takes so long."""
-        waiting = [f"{keeper.gang.size} of {keeper.name}" for keeper in self._needed if keeper.gang.waits_for_room]
+        waiting = [f"{keeper.group.size} of {keeper.name}" for keeper in self._needed if keeper.gang.waits_for_room]
         seconds = f"{self.deployment.cluster.start_seconds:.0f} s"
         return f"; no room in the cluster yet for ranks: {', '.join(waiting)} (up to {seconds})" if waiting else ""
 
@@ -227,9 +227,7 @@ class Supervisor:
         else:
             self._gateway.kill()
         whole = {keeper.gang.group for keeper in self._keepers if keeper.endpoint}
-        for name in placement.names(f"{self.deployment.name}/"):
-            if name not in whole:
-                placement.remove(name)
+        placement.remove_all(f"{self.deployment.name}/", keep=whole)
 
     def _fail(self, why: str) -> None:
         """Nothing can be done: take everything down but ourselves, until the driver has read why."""
@@ -251,8 +249,7 @@ class Supervisor:
         self._gateway.drain(self.deployment.gateway.drain_seconds, self._while_draining)
         for keeper in self._keepers:
             keeper.end()
-        for name in placement.names(f"{self.deployment.name}/"):
-            placement.remove(name)
+        placement.remove_all(f"{self.deployment.name}/")
         self._monitor.close()
         self._set("ended", "everything is removed")
 

@@ -20,30 +20,23 @@ PAGE, PAGES = 4096, 32
 class Checkpoint:
     """The safetensors files of a Hugging Face directory, opened lazily.
 
+    Attributes:
+        files: of every tensor, by its name, the file that holds it.
+
     Raises:
-        ValueError: no weights, or a broken file; later a missing tensor or a wrong shape. The sentence names it.
+        ValueError: no weights, or a broken file; later a missing tensor or a wrong shape. The error names it.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._opened: dict[str, safe_open] = {}
-        self._files = self._index()
-        for file in set(self._files.values()):
+        self.files = self._index()
+        for file in set(self.files.values()):
             self._open(file)
-
-    @property
-    def names(self) -> set[str]:
-        """All tensors."""
-        return set(self._files)
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold them, in order of their names."""
-        return [self.directory / file for file in sorted(set(self._files.values()))]
 
     def read(self, piece: Piece) -> Tensor:
         """The slice of the checkpoint that `piece` describes."""
-        file = self._files.get(piece.name)
+        file = self.files.get(piece.name)
         if file is None:
             raise ValueError(f"{self.directory} has no tensor {piece.name}")
         where = f"{self.directory / file}: {piece.name}"
@@ -103,7 +96,7 @@ def load_weights(model: Transformer, directory: str | Path) -> None:
 def _refuse_unused(checkpoint: Checkpoint, model: Transformer) -> None:
     """A tensor that no parameter of the whole model holds would change it if it were left out."""
     used = {piece.name for parameter in sharded_parameters(model) for piece in parameter.pieces}
-    unused = {name for name in checkpoint.names - used if not name.endswith(UNUSED)}
+    unused = {name for name in checkpoint.files.keys() - used if not name.endswith(UNUSED)}
     head = model.spec.tensor("head")
     if model.spec.tie_embeddings and head in unused:
         for piece in model.embedding.weight.pieces:
@@ -132,12 +125,14 @@ def fingerprints(directory: str | Path) -> dict[str, str]:
         By the file's name.
 
     Raises:
-        ValueError: a file is missing or broken; the sentence names it.
+        ValueError: a file is missing or broken; the error names it.
     """
     config = Path(directory) / "config.json"
     try:
         whole = {config.name: hashlib.sha256(config.read_bytes()).hexdigest()}
-        return whole | {path.name: _sampled(path) for path in Checkpoint(directory).files}
+        return whole | {
+            file: _sampled(config.parent / file) for file in sorted(set(Checkpoint(directory).files.values()))
+        }
     except OSError as error:
         raise ValueError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
 

@@ -88,12 +88,8 @@ class Family:
 
 
 def _llama(config: Config) -> dict[str, Any]:
-    bias = bool(config.get("attention_bias"))
-    return _decoder(config, reads=("attention_bias", "mlp_bias")) | {
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "mlp_bias": bool(config.get("mlp_bias")),
-    }
+    fields = _decoder(config, reads=("attention_bias", "mlp_bias"))
+    return fields | _attention_bias(config) | {"mlp_bias": bool(config.get("mlp_bias"))}
 
 
 def _mistral(config: Config) -> dict[str, Any]:
@@ -107,9 +103,8 @@ def _qwen2(config: Config) -> dict[str, Any]:
 
 
 def _qwen3(config: Config) -> dict[str, Any]:
-    bias = bool(config.get("attention_bias"))
     fields = _qwen({"head_dim": 128} | dict(config), reads=("attention_bias",))
-    return fields | {"qk_norm": "shared", "qkv_bias": bias, "out_bias": bias}
+    return fields | _attention_bias(config) | {"qk_norm": "shared"}
 
 
 def _qwen(config: Config, reads: tuple[str, ...]) -> dict[str, Any]:
@@ -133,17 +128,19 @@ def _cohere(config: Config) -> dict[str, Any]:
     config = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "logit_scale": 0.0625} | dict(config)
     if not rope_parameters(config).get("rope_theta") and not config.get("rope_theta"):
         raise KeyError("rope_theta")  # versions of transformers assume different ones
-    bias = bool(config.get("attention_bias"))
-    return _decoder(config, reads=("attention_bias", "use_qk_norm", "logit_scale")) | {
+    fields = _decoder(config, reads=("attention_bias", "use_qk_norm", "logit_scale")) | _attention_bias(config)
+    return fields | {
         "residual": config.get("residual") or "parallel",
         "norm": "layer",
         "norm_eps": config.get("layer_norm_eps", 1e-5),
         "qk_norm": "per-head" if config.get("use_qk_norm") else "none",
-        "qkv_bias": bias,
-        "out_bias": bias,
         "rope_interleaved": True,
         "logit_scale": config["logit_scale"],
     }
+
+
+def _attention_bias(config: Config) -> dict[str, bool]:
+    return dict.fromkeys(("qkv_bias", "out_bias"), bool(config.get("attention_bias")))
 
 
 def _write_llama(spec: "ModelSpec") -> dict[str, Any]:
@@ -155,12 +152,12 @@ def _write_mistral(spec: "ModelSpec") -> dict[str, Any]:
 
 
 def _write_qwen2(spec: "ModelSpec") -> dict[str, Any]:
-    windows = {
+    return {
+        "rms_norm_eps": spec.norm_eps,
         "use_sliding_window": bool(spec.windows),
         "sliding_window": next((window for window in spec.windows if window), None),
         "layer_types": [SLIDING if spec.window(layer) else FULL for layer in range(spec.num_layers)],
     }
-    return {"rms_norm_eps": spec.norm_eps} | windows
 
 
 def _write_qwen3(spec: "ModelSpec") -> dict[str, Any]:
@@ -217,11 +214,8 @@ def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, .
 
 def _windows(config: Config, kinds: list[str]) -> tuple[int | None, ...]:
     """The window of each layer; () where no layer has one."""
-    named, window, layers = (
-        config.get("layer_types") or kinds,
-        config.get("sliding_window"),
-        config["num_hidden_layers"],
-    )
+    named, window = config.get("layer_types") or kinds, config.get("sliding_window")
+    layers = config["num_hidden_layers"]
     if len(named) != layers or set(named) - {FULL, SLIDING}:
         raise ValueError(f"layer_types is {named!r}; it must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
     if named != kinds:

@@ -6,12 +6,13 @@ from typing import Any
 from stepladder.kernels.rope import RopeScaling
 
 Config = Mapping[str, Any]
-ROPE_FIELDS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+ROPE_FIELDS: dict[str, dict[str, str]] = {  # of each rope_type: its fields, and what `RopeScaling` calls them
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high"},
 }
-ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+ORIGINAL = "original_max_position_embeddings"
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL}
 
 
 def rope_parameters(config: Config) -> Mapping[str, Any]:
@@ -25,7 +26,7 @@ def read_rope(config: Config) -> dict[str, Any]:
     if kind not in ROPE_FIELDS:
         raise ValueError(f"rope_type is {kind!r}; this version does {', '.join(ROPE_FIELDS)}")
     for field in rope:
-        if field not in ROPE_COMMON | ROPE_FIELDS[kind] and rope[field] is not None:
+        if field not in ROPE_COMMON | ROPE_FIELDS[kind].keys() and rope[field] is not None:
             raise ValueError(f"rope_parameters has {field!r}, which is not supported with rope_type {kind!r}")
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")
@@ -36,29 +37,17 @@ def read_rope(config: Config) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": _scaling(config, rope, kind)}
 
 
-def _scaling(config: Config, rope: Mapping[str, Any], kind: str) -> RopeScaling | None:
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(rope["factor"]))
+def _scaling(config: Config, rope: Mapping[str, Any], kind: Any) -> RopeScaling | None:
+    if kind == "default":
+        return None
+    values: dict[str, Any] = {name: float(rope[field]) for field, name in ROPE_FIELDS[kind].items()}
     if kind == "llama3":
-        field = "original_max_position_embeddings"
-        return RopeScaling(
-            kind="llama3",
-            factor=float(rope["factor"]),
-            low=float(rope["low_freq_factor"]),
-            high=float(rope["high_freq_factor"]),
-            original_positions=config.get(field) or rope.get(field) or config["max_position_embeddings"],
-        )
-    return None
+        values["original_positions"] = config.get(ORIGINAL) or rope.get(ORIGINAL) or config["max_position_embeddings"]
+    return RopeScaling(kind=kind, **values)
 
 
 def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     """What `read_rope` reads back."""
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original_positions,
-    }
+    fields = {field: getattr(scaling, name) for field, name in ROPE_FIELDS[scaling.kind].items()}
+    original = {ORIGINAL: scaling.original_positions} if scaling.kind == "llama3" else {}
+    return {"rope_type": scaling.kind, **fields, **original}

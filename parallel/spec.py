@@ -104,11 +104,6 @@ class ModelSpec:
         """Names the wiring, so that caches of two wirings of the same weights never meet."""
         return f"{self.residual}:{self.ladder_layers}"
 
-    @property
-    def shared_norm(self) -> bool:
-        """Whether attention and FFN of a layer have one norm weight between them."""
-        return self.tensor("attention.norm") == self.tensor("ffn.norm")
-
     def tensor(self, what: str, layer: int = 0, part: str = "weight") -> str:
         """The name in the checkpoint of a tensor; `what` is a key of the family's names, `part` "weight" or "bias"."""
         return f"{FAMILIES[self.family].names[what].format(layer)}.{part}"

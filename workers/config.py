@@ -32,16 +32,12 @@ class KvConfig:
             raise ValueError(f"kv.block_size is {self.block_size}; it must be at least 1")
         if self.tokens is not None and self.tokens < self.block_size:
             raise ValueError(f"kv.tokens is {self.tokens}; it must be at least kv.block_size ({self.block_size})")
-        if self.memory_fraction is not None:
-            self._check_fraction(self.memory_fraction)
-
-    def _check_fraction(self, fraction: float) -> None:
-        if not 0 < fraction <= 1:
-            raise ValueError(f"kv.memory_fraction is {fraction}; it must be above 0 and at most 1")
-        if self.tokens is not None:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"kv.memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
+        if self.memory_fraction is not None and self.tokens is not None:
             raise ValueError(
-                f"kv.memory_fraction is {fraction}, but kv.tokens is {self.tokens}, so that nothing is measured; "
-                "set one of them to null"
+                f"kv.memory_fraction is {self.memory_fraction}, but kv.tokens is {self.tokens}, so that nothing is "
+                "measured; set one of them to null"
             )
 
     def whole(self, tokens: int) -> int:

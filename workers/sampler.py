@@ -162,12 +162,11 @@ def _truncate(scores: Tensor, values: Sequence[Any], outside: Callable[[Tensor, 
     rows = [row for row, value in enumerate(values) if value is not None]
     if not rows:
         return scores
-    which = None if len(rows) == len(values) else upload(rows, scores.device)
-    part = scores if which is None else scores[which]
-    part = part.masked_fill(outside(part, [values[row] for row in rows]), float("-inf"))
-    if which is None:
-        return part
-    scores[which] = part
+    if len(rows) == len(values):
+        return scores.masked_fill(outside(scores, list(values)), float("-inf"))
+    which = upload(rows, scores.device)
+    part = scores[which]
+    scores[which] = part.masked_fill(outside(part, [values[row] for row in rows]), float("-inf"))
     return scores
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from contextlib import closing
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from time import monotonic
 from typing import Any
@@ -33,12 +33,7 @@ class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: Ray and the controller decide when this process ends."""
 
     def capture_signals(self) -> Any:
-        return closing(_Nothing())
-
-
-class _Nothing:
-    def close(self) -> None:
-        pass
+        return nullcontext()
 
 
 def service_config(deployment: Deployment, directory: str) -> ServiceConfig:

@@ -1,4 +1,4 @@
-"""The routes. All work is in `service.py`."""
+"""The routes. All work is in `openai_service.py`."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from stepladder.cluster.gateway.errors import Unavailable, install_handlers
 from stepladder.cluster.gateway.middleware import OPEN_PATHS, Gatekeeper
 from stepladder.cluster.gateway.openai_service import OpenAIService
-from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest
 from stepladder.cluster.gateway.reply import Reply
 from stepladder.cluster.gateway.tracing import Traced, Traces
 
@@ -22,14 +22,14 @@ def build_app(service: OpenAIService, traces: Traces | None = None) -> FastAPI:
     if traces:
         app.add_middleware(Traced, traces=traces, untraced=OPEN_PATHS)  # sees what the other refuses
     install_handlers(app)
-    _add_generation(app, service)
+    _add_generating(app, service)
     _add_models(app, service)
     _add_tokenizer(app, service)
     _add_operations(app, service)
     return app
 
 
-def _add_generation(app: FastAPI, service: OpenAIService) -> None:
+def _add_generating(app: FastAPI, service: OpenAIService) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
         return Reply(service, http.state.request_id, partial(service.chat, body))
@@ -51,16 +51,10 @@ def _add_models(app: FastAPI, service: OpenAIService) -> None:
 
 
 def _add_tokenizer(app: FastAPI, service: OpenAIService) -> None:
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        return await service.tokenize(body)
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return await service.detokenize(body)
-
+    app.post("/tokenize")(service.tokenize)
+    app.post("/detokenize")(service.detokenize)
     if service.config.tokenizer_info:
-        info = service.tokenizer_info()
+        info = service.tokenizer.info()
 
         @app.get("/tokenizer_info")
         async def tokenizer_info() -> Response:

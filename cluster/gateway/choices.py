@@ -1,13 +1,14 @@
 """One generating HTTP request: its choices, and the JSON that they become."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from stepladder.cluster.gateway.logprob_json import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
 from stepladder.cluster.gateway.metrics import SequenceMeter
-from stepladder.cluster.gateway.protocol import StreamOptions
+from stepladder.cluster.gateway.protocol import Generating
 from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
@@ -40,11 +41,6 @@ class Choice:
     start: Start | None = None
     meter: SequenceMeter | None = None
     _begun: bool = False
-
-    @property
-    def cached_tokens(self) -> int:
-        """Of the prompt, found in the prefix cache."""
-        return self.start.cached_tokens if self.start else 0
 
     def take(self, output: Output) -> "Piece":
         """Append an output's tokens, up to a stop string; return what is new."""
@@ -102,29 +98,41 @@ def offsets(tokenizer: Tokenizer, tokens: Sequence[int], limit: int) -> list[int
     return found
 
 
-class Format(Protocol):
-    """How an endpoint writes choices; `Chat` and `Completion` do."""
+@dataclass(frozen=True)
+class Format(ABC):
+    """How an endpoint writes choices; `Chat` and `Completion` do.
 
-    prefix: str
-    object: str
-    chunk_object: str
+    Attributes:
+        prompt_top: how many likeliest tokens prompt_logprobs show; None shows none.
+    """
 
+    prompt_top: int | None
+    prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    @abstractmethod
     def whole(self, choice: Choice) -> Json: ...
 
+    @abstractmethod
     def part(self, piece: Piece) -> Json:
         """For a chunk; if the piece has a finish reason, it has no text."""
-        ...
 
     def extra(self, choices: list[Choice]) -> Json:
         """Further fields of the whole answer."""
-        ...
+        return {}
+
+    def _prompt_logprobs(self, choice: Choice) -> Json:
+        if self.prompt_top is None:
+            return {}
+        assert choice.prompt_logprobs is not None
+        tokenizer, prompt = choice.text.tokenizer, choice.request.prompt
+        return {"prompt_logprobs": prompt_shape(tokenizer, prompt, choice.prompt_logprobs, self.prompt_top)}
 
 
-@dataclass(frozen=True)
-class Chat:
-    """/v1/chat/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
+class Chat(Format):
+    """/v1/chat/completions."""
 
-    prompt_top: int | None
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, choice: Choice) -> Json:
@@ -142,24 +150,20 @@ class Chat:
 
     def extra(self, choices: list[Choice]) -> Json:
         """All choices have the same prompt."""
-        return _prompt_logprobs(choices[0], self.prompt_top)
+        return self._prompt_logprobs(choices[0])
 
     def _logprobs(self, choice: Choice, scored: list[ScoredToken]) -> Json | None:
-        if choice.request.params.logprobs is None:
-            return None
-        return chat_shape(choice.text.tokenizer, scored)
+        return None if choice.request.params.logprobs is None else chat_shape(choice.text.tokenizer, scored)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """/v1/completions. prompt_top: how many likeliest tokens prompt_logprobs show; None shows none."""
+class Completion(Format):
+    """/v1/completions."""
 
-    prompt_top: int | None
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, choice: Choice) -> Json:
         piece = Piece(choice, choice.echo + choice.text.text, choice.scored, choice.finish_reason)
-        return self.part(piece) | _prompt_logprobs(choice, self.prompt_top)
+        return self.part(piece) | self._prompt_logprobs(choice)
 
     def part(self, piece: Piece) -> Json:
         choice, text, scored, finish_reason = piece
@@ -167,17 +171,6 @@ class Completion:
         if top is not None and scored:
             logprobs = completion_shape(choice.text.tokenizer, scored, top)
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    def extra(self, choices: list[Choice]) -> Json:
-        return {}
-
-
-def _prompt_logprobs(choice: Choice, top: int | None) -> Json:
-    if top is None:
-        return {}
-    assert choice.prompt_logprobs is not None
-    request = choice.request
-    return {"prompt_logprobs": prompt_shape(choice.text.tokenizer, request.prompt, choice.prompt_logprobs, top)}
 
 
 @dataclass
@@ -187,27 +180,23 @@ class Choices:
     Attributes:
         id: of the request, without the endpoint's prefix.
         arrived: `time.monotonic()` when the request came in.
-        n: choices per prompt.
+        asked: what the client sent.
         num_prompt_tokens: of all prompts, each counted once.
-        stream: answer with chunks; with these options.
     """
 
     id: str
     arrived: float
-    model: str
+    asked: Generating
     format: Format
     choices: list[Choice]
-    n: int
     num_prompt_tokens: int
-    stream: bool
-    options: StreamOptions
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def usage(self) -> Json:
         generated = sum(choice.num_tokens for choice in self.choices)
         total = self.num_prompt_tokens + generated
-        cached = min(self.num_prompt_tokens, sum(choice.cached_tokens for choice in self.choices))
+        cached = min(self.num_prompt_tokens, sum(choice.start.cached_tokens for choice in self.choices if choice.start))
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": generated,
@@ -236,10 +225,10 @@ class Choices:
         return self._envelope(self.format.chunk_object, []) | {"usage": self.usage}
 
     def _chunk(self, choice: Json) -> Json:
-        chunk = self._envelope(self.format.chunk_object, [choice])
-        if self.options.continuous_usage_stats:
+        chunk, options = self._envelope(self.format.chunk_object, [choice]), self.asked.stream_options
+        if options and options.continuous_usage_stats:
             chunk["usage"] = self.usage
-        elif self.options.include_usage:
+        elif options and options.include_usage:
             chunk["usage"] = None
         return chunk
 
@@ -248,6 +237,6 @@ class Choices:
             "id": self.format.prefix + self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model,
+            "model": self.asked.model,
             "choices": choices,
         }

@@ -16,7 +16,6 @@ from stepladder.workers.server.messages import (
     Abort,
     Hello,
     Keys,
-    Refusal,
     Submit,
     ToEngine,
     Update,
@@ -62,8 +61,7 @@ class EngineLink:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"{gateway}-{endpoint.generation}".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 10_000)
-        self._socket.setsockopt(zmq.RCVHWM, 10_000)
+        self._socket.set_hwm(10_000)
         self._socket.curve_serverkey = Keys.of("engine", secret).public
         self._socket.curve_publickey, self._socket.curve_secretkey = Keys.of("gateway", secret)
         self._socket.connect(endpoint.address)
@@ -114,7 +112,8 @@ class EngineLink:
     def _deliver(self, update: Update) -> None:
         for refusal in update.refusals:
             if flight := self.forget(refusal.id):
-                flight.events.put_nowait(_as_error(refusal))
+                why = refusal.message
+                flight.events.put_nowait(Overloaded(why, retry_after=1) if refusal.full else ValueError(why))
         for output in update.outputs:
             if flight := self.flights.get(output.id):
                 flight.sent.extend(output.tokens)
@@ -125,7 +124,3 @@ class EngineLink:
     async def _send(self, message: ToEngine) -> None:
         with suppress(zmq.Again):
             await self._socket.send(encode(message), zmq.NOBLOCK)
-
-
-def _as_error(refusal: Refusal) -> Exception:
-    return Overloaded(refusal.message, retry_after=1) if refusal.full else ValueError(refusal.message)

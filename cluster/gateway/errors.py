@@ -15,7 +15,7 @@ class ApiError(Exception):
     """An answer that is an error; also raised after the 200 of a stream, where it becomes a last event.
 
     Args:
-        message: one sentence for the client.
+        message: for the client.
         param: the request field that it is about.
         code: a word that programs can test for; the class's own if not given.
         retry_after: seconds after which another try makes sense.
@@ -36,13 +36,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
-
     def response(self) -> Response:
+        headers = {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
         # ASCII only: the message may quote a lone surrogate of the request, which UTF-8 cannot hold
-        return Response(json.dumps(self.body), self.status, self.headers, "application/json")
+        return Response(json.dumps(self.body), self.status, headers, "application/json")
 
 
 class BadRequest(ApiError):
@@ -74,23 +71,14 @@ class Unavailable(ApiError):
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every error in OpenAI's shape, including FastAPI's 422 (as 400) and unknown routes."""
+    """Answer FastAPI's own errors, such as its 422 (as 400) and unknown routes, in OpenAI's shape, as `Gatekeeper` does
+    with every ApiError."""
 
-    async def own(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        return error.response()
-
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
         return from_validation(error.errors()[0]).response()
 
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _from_http(request, error)
-
-    app.add_exception_handler(ApiError, own)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+    app.exception_handler(HTTPException)(_from_http)
 
 
 def from_validation(error: Mapping[str, Any]) -> BadRequest:
@@ -113,13 +101,13 @@ def from_validation(error: Mapping[str, Any]) -> BadRequest:
     return BadRequest(f"{param or 'the body'}: {error['msg']}", param=param, code="invalid_value")
 
 
-def _from_http(request: Request, error: HTTPException) -> Response:
+async def _from_http(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: an unknown path, a wrong method, a body that cannot be read (and why)."""
     if isinstance(error.__cause__, ApiError):
         return error.__cause__.response()
     where = f"{request.method} {request.url.path}"
-    sentence = {404: f"there is no {where}", 405: f"{where} is not allowed; use another method"}
-    answer = ApiError(sentence.get(error.status_code, str(error.detail)))
+    messages = {404: f"there is no {where}", 405: f"{where} is not allowed; use another method"}
+    answer = ApiError(messages.get(error.status_code, str(error.detail)))
     answer.status = error.status_code
     answer.type = "invalid_request_error" if error.status_code < 500 else answer.type
     response = answer.response()

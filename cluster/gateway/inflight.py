@@ -5,35 +5,31 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from time import monotonic
-from types import TracebackType
 
 from stepladder.cluster.gateway.errors import Unavailable
 
 
 class InFlightRequest:
-    """A context in which a request is served. `end(cause)` cancels what runs in it, and the context raises `cause`."""
+    """A request that is being served. `end(cause)` cancels what runs in its `scope`, which then raises `cause`."""
 
     def __init__(self, request_id: str) -> None:
         self.id, self.arrived = request_id, monotonic()
-        self._scope = asyncio.timeout(None)
+        self._timeout = asyncio.timeout(None)
         self._cause: Exception | None = None
 
     def end(self, cause: Exception) -> None:
         if self._cause is None:
             self._cause = cause
-            self._scope.reschedule(asyncio.get_running_loop().time())
+            self._timeout.reschedule(asyncio.get_running_loop().time())
 
-    async def __aenter__(self) -> "InFlightRequest":
-        await self._scope.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    @contextlib.asynccontextmanager
+    async def scope(self) -> AsyncIterator[None]:
         try:
-            await self._scope.__aexit__(kind, error, trace)
+            async with self._timeout:
+                yield
         except TimeoutError:
-            assert self._cause is not None
+            if self._cause is None or not self._timeout.expired():
+                raise  # one of those who run in it
             raise self._cause from None
 
 
@@ -66,7 +62,7 @@ class InFlight:
         request = self._requests[unique] = InFlightRequest(unique)
         self._empty.clear()
         try:
-            async with request:
+            async with request.scope():
                 yield request
         finally:
             del self._requests[unique]

@@ -69,31 +69,23 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry, self.window = CollectorRegistry(), LatencyWindow()
         self._model_name = model_name
-        self._histograms = {
-            name: Histogram(f"stepladder:{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
-                model_name
-            )
+        self._histograms: dict[str, Histogram] = {
+            name: self._of_server(Histogram, name, text, buckets=buckets)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of sequences that got a token.")
-        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.prompt_tokens = self._of_server(Counter, "prompt_tokens", "Prompt tokens of sequences that got a token.")
+        self.generation_tokens = self._of_server(Counter, "generation_tokens", "Generated tokens.")
         self._success = Counter(
             "stepladder:request_success",
             "Sequences that ended, by why; abort: the client left, error: refused or failed.",
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self.in_flight = Gauge(
-            "stepladder:num_requests_in_flight",
-            "HTTP requests being answered here.",
-            ["model_name"],
-            registry=self.registry,
-        ).labels(model_name)
+        self.in_flight = self._of_server(Gauge, "num_requests_in_flight", "HTTP requests being answered here.")
         self._gauges: dict[str, Gauge] = self._of_engines(Gauge, GAUGE)
         self._counters: dict[str, Counter] = self._of_engines(Counter, COUNTER)
         self._step_sizes = StepSizes(model_name)
         self.registry.register(self._step_sizes)
-        self._engines: set[str] = set()
         self._seen: dict[tuple[str, str], float] = {}
 
     def observe(self, name: str, value: float) -> None:
@@ -115,10 +107,10 @@ class Metrics:
         The gauges of an engine that is gone are forgotten; its counters stay, as counters must. A counter that went
         back means a restarted engine.
         """
-        for engine in self._engines - engines.keys():
+        for engine in self._step_sizes.engines.keys() - engines.keys():
             for gauge in self._gauges.values():
                 gauge.remove(self._model_name, engine)
-        self._engines, self._step_sizes.engines = set(engines), engines
+        self._step_sizes.engines = engines
         for engine, stats in engines.items():
             self._update_engine(engine, stats)
 
@@ -142,8 +134,9 @@ class Metrics:
             if how.kind == kind and how.metric
         }
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"stepladder:{name}", text, ["model_name"], registry=self.registry).labels(self._model_name)
+    def _of_server(self, make: Callable[..., Any], name: str, text: str, **options: Any) -> Any:
+        metric = make(f"stepladder:{name}", text, ["model_name"], registry=self.registry, **options)
+        return metric.labels(self._model_name)
 
 
 class SequenceMeter:

@@ -1,11 +1,11 @@
 """Between HTTP and engines: requests become token ids, tokens become text and chunks. Knows no HTTP library."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -14,13 +14,8 @@ from stepladder.cluster.gateway.errors import BadRequest, NotFound, Unavailable
 from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
 from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
-from stepladder.cluster.gateway.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    StreamOptions,
-    TokenizeRequest,
-)
+from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.router import Router
 from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
 from stepladder.workers.text.stream import TextStream, Tokenizer
@@ -29,27 +24,6 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
 TOKENIZE_INLINE = 4096  # characters, about a millisecond; longer texts are tokenized in a thread
 
 _encode_json = msgspec.json.Encoder().encode
-
-
-class Backend(Protocol):
-    """The engines, as a server sees them."""
-
-    @property
-    def max_model_len(self) -> int | None:
-        """Prompt and output together, in tokens, that every engine takes; None while no engine has said."""
-        ...
-
-    def generate(self, request: Request) -> AsyncIterator[Output]:
-        """The outputs of this request, until one has a finish reason. An async generator; closing it aborts.
-
-        Raises:
-            Unavailable: there is no engine. Overloaded: the queues are full. ValueError: no engine can ever serve it.
-        """
-        ...
-
-    def ready(self) -> bool:
-        """Whether a request sent now would find an engine."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +62,19 @@ class ServiceConfig:
 class OpenAIService:
     """One model behind the OpenAI protocol; used from one event loop."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, config: ServiceConfig) -> None:
+    def __init__(self, router: Router, tokenizer: Tokenizer, config: ServiceConfig) -> None:
         self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
         self.metrics.in_flight.set_function(lambda: len(self.in_flight))
-        self._backend, self._tokenizer = backend, tokenizer
+        self._router, self.tokenizer = router, tokenizer
 
     @property
     def ready(self) -> bool:
-        return not self.in_flight.draining and self._backend.ready()
+        return not self.in_flight.draining and self._router.ready()
 
     @property
     def max_model_len(self) -> int:
         """Prompt and output together, in tokens; of the smallest engine, once it has said."""
-        return min(self.config.max_model_len, self._backend.max_model_len or self.config.max_model_len)
+        return min(self.config.max_model_len, self._router.max_model_len or self.config.max_model_len)
 
     def card(self) -> dict[str, Any]:
         """The model, as /v1/models describes it."""
@@ -127,7 +101,7 @@ class OpenAIService:
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
         limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
-        return self._generation(Chat(body.prompt_logprobs), body, http, [prompt], limits)
+        return self._answer(Chat(body.prompt_logprobs), body, http, [prompt], limits)
 
     async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Choices:
         """A prompt of token ids is taken as it is."""
@@ -139,32 +113,32 @@ class OpenAIService:
         prompts = [await self._encode(p, special=True) if isinstance(p, str) else p for p in body.prompts]
         asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
         limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
-        generation = self._generation(Completion(body.prompt_logprobs), body, http, prompts, limits)
+        answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits)
         if body.echo:
-            for choice in generation.choices:
+            for choice in answer.choices:
                 prompt = body.prompts[choice.index // body.n]
-                choice.echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+                choice.echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
                 choice.scoring_only = body.max_tokens == 0
-        return generation
+        return answer
 
-    async def run(self, generation: Choices) -> dict[str, Any]:
+    async def run(self, answer: Choices) -> dict[str, Any]:
         """The whole answer."""
-        async with aclosing(self._pieces(generation)) as pieces:
+        async with aclosing(self._pieces(answer)) as pieces:
             async for _ in pieces:
                 pass
-        return generation.body()
+        return answer.body()
 
-    async def stream(self, generation: Choices) -> AsyncGenerator[bytes, None]:
+    async def stream(self, answer: Choices) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
-        async with aclosing(self._pieces(generation)) as pieces:
+        async with aclosing(self._pieces(answer)) as pieces:
             async for piece in pieces:
-                if chunks := generation.chunks(piece):
+                if chunks := answer.chunks(piece):
                     yield b"".join(map(event, chunks))
-        yield (event(generation.usage_chunk()) if generation.options.include_usage else b"") + DONE
+        options = answer.asked.stream_options
+        yield (event(answer.usage_chunk()) if options and options.include_usage else b"") + DONE
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
-        if body.model is not None:
-            self.check_model(body.model)
+        self.check_model(body.model)
         if body.messages is not None:
             tokens = await self._encode_chat(body.messages, special=bool(body.add_special_tokens))
         else:
@@ -174,34 +148,30 @@ class OpenAIService:
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         """Special tokens are written out, so that it undoes `tokenize`."""
-        if body.model is not None:
-            self.check_model(body.model)
+        self.check_model(body.model)
         self._check_ids(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self._tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
+        return {"prompt": await asyncio.to_thread(self.tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
 
-    def tokenizer_info(self) -> dict[str, Any]:
-        """The model's tokenizer_config.json and chat template."""
-        return self._tokenizer.info()
-
-    def check_model(self, name: str) -> None:
-        if name != self.config.model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raises NotFound unless it is this one's name, or None."""
+        if name not in (None, self.config.model_name):
             sentence = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise NotFound(sentence, param="model", code="model_not_found")
 
     async def _encode(self, text: str, special: bool) -> list[int]:
         if len(text) <= TOKENIZE_INLINE:
-            return self._tokenizer.encode(text, special)
-        return await asyncio.to_thread(self._tokenizer.encode, text, special)
+            return self.tokenizer.encode(text, special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, special)
 
     async def _encode_chat(self, messages: list[Any], special: bool = False) -> list[int]:
         """Chat templates write special tokens themselves."""
         try:
-            text = self._tokenizer.chat([message.for_template() for message in messages])
+            text = self.tokenizer.chat([message.for_template() for message in messages])
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
         return await self._encode(text, special)
 
-    def _generation(
+    def _answer(
         self,
         format: Format,
         body: ChatRequest | CompletionRequest,
@@ -215,12 +185,8 @@ class OpenAIService:
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
                 request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
-                choices.append(Choice(index, request, TextStream.of(self._tokenizer, params)))
-        options = body.stream_options or StreamOptions()
-        num_prompt_tokens = sum(map(len, prompts))
-        return Choices(
-            http.id, http.arrived, body.model, format, choices, body.n, num_prompt_tokens, body.stream, options
-        )
+                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params)))
+        return Choices(http.id, http.arrived, body, format, choices, sum(map(len, prompts)))
 
     def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
         try:
@@ -252,13 +218,13 @@ class OpenAIService:
             sentence = f"{param} holds a token id outside of 0 to {self.config.vocab_size - 1}, the model's vocabulary"
             raise BadRequest(sentence, param=param, code="invalid_value")
 
-    async def _pieces(self, generation: Choices) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, answer: Choices) -> AsyncGenerator[Piece, None]:
         """What every output of the engines adds."""
-        streams = [self._pieces_of(choice, generation.arrived) for choice in generation.choices]
+        streams = [self._pieces_of(choice, answer.arrived) for choice in answer.choices]
         async with aclosing(merge(streams)) as pieces:
             async for piece in pieces:
                 yield piece
-        n, choices = generation.n, generation.choices
+        n, choices = answer.asked.n, answer.choices
         for first in range(0, len(choices), n):
             counts = [choice.num_tokens for choice in choices[first : first + n]]
             self.metrics.answered(choices[first].request.params.max_tokens, counts)
@@ -285,9 +251,9 @@ class OpenAIService:
             meter.end(ended, choice.start)
 
     async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
-        """The backend's outputs; an end without a reason, or for the engine's own reasons, is an error."""
+        """The router's outputs; an end without a reason, or for the engine's own reasons, is an error."""
         try:
-            async with aclosing(self._backend.generate(request)) as outputs:  # type: ignore[type-var]
+            async with aclosing(self._router.generate(request)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "abort":
                         break

@@ -56,14 +56,14 @@ _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _sentence(sentence: str) -> WrapValidator:
-    """Report one sentence where a union would report one error per member."""
+def _one_error(text: str) -> WrapValidator:
+    """Report one error where a union would report one per member."""
 
     def validate(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
             return handler(value)
         except ValidationError:
-            raise ValueError(sentence) from None
+            raise ValueError(text) from None
 
     return WrapValidator(validate)
 
@@ -113,7 +113,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
         Text | list[TextPart],
-        _sentence('content must be a string or a list of {"type": "text", "text": ...}; nothing else is supported'),
+        _one_error('content must be a string or a list of {"type": "text", "text": ...}; nothing else is supported'),
     ]
     name: Text | None = None
 
@@ -133,21 +133,17 @@ class ChatRequest(Generating):
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> "ChatRequest":
+    def _fits(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise refusal("top_logprobs", "top_logprobs is only allowed with logprobs: true")
+        if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens is the old name of max_completion_tokens; give one of them")
         return self
 
     @property
     def reports(self) -> dict[str, int | None]:
         """What the engine is to report about tokens."""
         return {"logprobs": self.top_logprobs if self.logprobs else None, "prompt_logprobs": self.prompt_logprobs}
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> "ChatRequest":
-        if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens is the old name of max_completion_tokens; give one of them")
-        return self
 
 
 class CompletionRequest(Generating):
@@ -160,7 +156,7 @@ class CompletionRequest(Generating):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt: Annotated[
         Text | list[Text] | list[int] | list[list[int]],
-        _sentence("prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
+        _one_error("prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
         Field(min_length=1),
     ]
 
@@ -179,11 +175,8 @@ class CompletionRequest(Generating):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt: text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value,list-item]
 
 
 class TokenizeRequest(Body):

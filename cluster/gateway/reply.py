@@ -29,7 +29,7 @@ class Disconnected(Exception):
 class Reply(Response):
     """Runs what `prepare` makes. Errors before the first output have a status of their own, later ones are events.
 
-    The generation, and an error that became an event, are left in `scope["state"]` for middleware.
+    The answer, and an error that became an event, are left in `scope["state"]` for middleware.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with self._service.in_flight.enter(self._request_id) as request, _watched(receive, request):
-                generation = scope["state"]["generation"] = await self._prepare(request)
-                if generation.stream:
-                    await self._stream(generation, send)
+                answer = scope["state"]["answer"] = await self._prepare(request)
+                if answer.asked.stream:
+                    await self._stream(answer, send)
                     return
-                body = await self._service.run(generation)
+                body = await self._service.run(answer)
             await JSONResponse(body)(scope, receive, send)
         except Disconnected:
             pass
@@ -56,8 +56,8 @@ class Reply(Response):
             scope["state"]["error"] = error
             await _send_error(error, send)
 
-    async def _stream(self, generation: Choices, send: Send) -> None:
-        async with aclosing(self._service.stream(generation)) as events:
+    async def _stream(self, answer: Choices, send: Send) -> None:
+        async with aclosing(self._service.stream(answer)) as events:
             async for data in events:
                 if not self._started:
                     self._started = True

@@ -1,10 +1,10 @@
 """Sends each request to an engine, and replays it on another when that engine is lost.
 
-A library inside each gateway, fed the table of engines by the controller. It implements `service.Backend`.
+A library inside each gateway, fed the table of engines by the controller.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from time import monotonic
 
@@ -51,6 +51,7 @@ class Router:
         return cls(gateway, deployment.secret, patience, silence=3 * cluster.hang_seconds)
 
     def ready(self) -> bool:
+        """Whether a request sent now would find an engine."""
         return any(link.alive for link in self._links.values())
 
     @property
@@ -79,7 +80,7 @@ class Router:
         self._replay([flight for link in lost for flight in _take_back(link)])
         await self._notify()
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """The outputs of `request`, across replays, until one has a finish reason. Closing it aborts the request.
 
         Raises:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
 from stepladder.cluster.gateway.strict_json import Body, Text
 from stepladder.workers.params import SamplingParams
@@ -20,10 +20,6 @@ def _stop_strings(value: Any) -> tuple[Any, ...]:
     if len(strings) > MAX_STOP_STRINGS or any(len(s) > MAX_STOP_LENGTH for s in strings if isinstance(s, str)):
         raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters")
     return strings
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _token_biases(value: Any) -> Any:
@@ -48,7 +44,7 @@ class Sampling(Body):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_token_biases)] = Field(default_factory=dict)
     seed: int = Field(default_factory=lambda: random.getrandbits(63))
     stop: Annotated[tuple[Text, ...], BeforeValidator(_stop_strings, json_schema_input_type=str | list[str])] = ()
-    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_tuple, json_schema_input_type=list[int])] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Strict(False)] = ()
     include_stop_str_in_output: bool = SamplingParams.include_stop_str_in_output
     min_tokens: int = SamplingParams.min_tokens
     ignore_eos: bool = SamplingParams.ignore_eos

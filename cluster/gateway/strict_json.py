@@ -38,8 +38,8 @@ def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
         raise refusal(name, f"{name} is not supported by this server; leave it out")
 
 
-def refusal(param: str, sentence: str) -> PydanticCustomError:
-    return PydanticCustomError("unsupported_parameter", "{sentence}", {"sentence": sentence, "param": param})
+def refusal(param: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported_parameter", "{message}", {"message": message, "param": param})
 
 
 def _unicode(text: str) -> str:

@@ -65,7 +65,7 @@ class Traces:
 
 
 class Traced:
-    """ASGI middleware: a span per HTTP request. What is inside leaves in `scope["state"]` the generation that the
+    """ASGI middleware: a span per HTTP request. What is inside leaves in `scope["state"]` the answer that the
     request became, if it did, and the error that ended a stream.
 
     Args:
@@ -92,8 +92,8 @@ class Traced:
         finally:
             if span.is_recording():
                 _describe_http(span, scope, status, state.get("error"))
-                if "generation" in state:
-                    span.set_attributes(generation_attributes(state["generation"]))
+                if "answer" in state:
+                    span.set_attributes(answer_attributes(state["answer"]))
             span.end()
 
 
@@ -113,19 +113,19 @@ def _describe_http(span: "Span", scope: Scope, status: int, error: Exception | N
         span.set_status(StatusCode.ERROR, getattr(error, "message", None))  # an ApiError's; others may quote texts
 
 
-def generation_attributes(generation: "Choices") -> dict[str, Any]:
+def answer_attributes(answer: "Choices") -> dict[str, Any]:
     """vLLM's attributes, times in seconds. Of several sequences: the first token of any, the end of the last, and the
     longest of each phase. What has not come to be is left out."""
-    choices, params = generation.choices, generation.choices[0].request.params
+    choices, params = answer.choices, answer.choices[0].request.params
     meters = [choice.meter for choice in choices if choice.meter]
     found: dict[str, Any] = {
-        "gen_ai.request.id": generation.format.prefix + generation.id,
-        "gen_ai.request.model": generation.model,
+        "gen_ai.request.id": answer.format.prefix + answer.id,
+        "gen_ai.request.model": answer.asked.model,
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
-        "gen_ai.request.n": generation.n,
-        "gen_ai.usage.prompt_tokens": generation.num_prompt_tokens,
+        "gen_ai.request.n": answer.asked.n,
+        "gen_ai.usage.prompt_tokens": answer.num_prompt_tokens,
         "gen_ai.usage.completion_tokens": sum(choice.num_tokens for choice in choices),
         "gen_ai.response.finish_reasons": [meter.ended for meter in meters if meter.ended],
     }

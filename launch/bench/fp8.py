@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from stepladder.launch.recipes.convert import some
 from stepladder.launch.recipes.corpus import standard_library
 from stepladder.launch.recipes.training import Words, size
 from stepladder.launch.report import Goal, Report, Row
-from stepladder.parallel.afd.edges import LoopbackEdge
+from stepladder.parallel.afd.edges import GlooEdge
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.afd.wire import WIRES, Wire
@@ -32,7 +34,7 @@ from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.rank import resolve
 from stepladder.workers.training.evaluate import batches
 
-DEADLINE = 600.0  # seconds for one module of one batch
+DEADLINE = timedelta(seconds=600)  # for one module of one batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Apart:
         self.spec, self._attention, self._ffn = spec, AttentionSide(spec), FeedForwardSide(spec)
         for side in (self._attention, self._ffn):
             load_weights(side, directory)
-        self._a, self._f = LoopbackEdge.pair(f"a0-f0 {wire.name}", DEADLINE, send_as=wire)
+        self._a, self._f = _edge(wire)
         self._numbers = count()
 
     @torch.inference_mode()
@@ -87,6 +89,14 @@ class Apart:
         except BaseException:
             self._f.abort()  # or the other half would wait until the deadline
             raise
+
+
+def _edge(wire: Wire) -> tuple[GlooEdge, GlooEdge]:
+    """The ends of A and of F, which wait for each other."""
+    store, name = dist.HashStore(), f"a0-f0 {wire.name}"
+    with ThreadPoolExecutor(1) as other:
+        f = other.submit(GlooEdge, store, name, end=1, deadline=DEADLINE, receive_as=wire)
+        return GlooEdge(store, name, end=0, deadline=DEADLINE, send_as=wire), f.result()
 
 
 @dataclass

@@ -6,6 +6,8 @@ such pair of ranks has a group of its own, so that the loss of one attention ran
 
 import queue
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -13,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import EdgeLost, disconnect
+from stepladder.parallel.afd.edges import EdgeLost, GlooPair, first_line
 from stepladder.parallel.afd.pool_link import Resume
-from stepladder.parallel.mesh import gloo_group
 
 MAX_MICRO_BATCHES = 16
 WORDS = 4 + MAX_MICRO_BATCHES
@@ -60,26 +61,28 @@ class Opening(NamedTuple):
         return Opening(*message[: len(Opening._fields)].tolist())
 
 
-class Line:
+class Line(GlooPair):
     """One end of the control messages of a pair. end: 0 on the A rank, 1 on the first F rank.
 
-    A message may take as long as a step of the others; a peer that dies closes its socket, and one that is silent too
-    long is hung up on. `deadline` is for both ends to come.
+    A message may take as long as a step of the others; a peer that dies closes its socket, and from one that is silent
+    too long this end disconnects. `deadline` is for both ends to come.
 
     Raises (all methods): EdgeLost, if the peer is gone.
     """
 
     def __init__(self, store: dist.Store, name: str, end: int, host: str, deadline: timedelta) -> None:
-        self.name, self._peer = name, 1 - end
+        self.name = name
         own = dist.PrefixStore(f"line {name}", store)
         own.set(f"here {end}", "yes")
-        own.wait([f"here {self._peer}"], deadline)
-        self._group = gloo_group(own, end, 2, host, timedelta(days=7))
+        own.wait([f"here {1 - end}"], deadline)
+        super().__init__(own, end, host, timedelta(days=7))
         self._opened: tuple[Any, Tensor] | None = None  # on its way; a handle dropped unwaited loses its message
 
     def announce(self, announcement: Announcement) -> None:
         """A: what comes next. F listens at all times, so this takes no longer than the way there."""
-        self._wait(self._send(announcement.encode(), UP), LEAVING if announcement.leaves else NO_TIMEOUT)
+        with self._noting_loss():
+            work = self._group.send([announcement.encode()], self._peer, UP)
+            work.wait(LEAVING if announcement.leaves else NO_TIMEOUT)
 
     def opening(self) -> Opening:
         """A: wait until the step is opened."""
@@ -87,10 +90,11 @@ class Line:
 
     def open(self, opening: Opening) -> None:
         """F: the step begins. It does not wait until A has heard."""
-        if self._opened:
-            self._wait(self._opened[0])  # heard long ago: A has announced another step since
         message = opening.encode()
-        self._opened = self._send(message, DOWN), message
+        with self._noting_loss():
+            if self._opened:
+                self._opened[0].wait()  # heard long ago: A has announced another step since
+            self._opened = self._group.send([message], self._peer, DOWN), message
 
     def listen(self, number: int, events: queue.Queue) -> None:
         """F: put every announcement into `events` with this line's number, then None when the peer is gone."""
@@ -107,31 +111,16 @@ class Line:
 
         threading.Thread(target=run, daemon=True, name=f"line-{self.name}").start()
 
-    def disconnect(self) -> None:
-        """Give the line up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
-        disconnect(self._group, self._peer)
-
-    def _send(self, message: Tensor, tag: int) -> Any:
-        try:
-            return self._group.send([message], self._peer, tag)
-        except RuntimeError as error:
-            raise self._lost(error) from None
-
     def _receive(self, tag: int) -> Tensor:
         message = torch.empty(WORDS, dtype=torch.int64)
-        try:
-            self._wait(self._group.recv([message], self._peer, tag))
-        except RuntimeError as error:
-            raise self._lost(error) from None
+        with self._noting_loss():
+            self._group.recv([message], self._peer, tag).wait()
         return message
 
-    def _wait(self, work: Any, timeout: timedelta = NO_TIMEOUT) -> None:
+    @contextmanager
+    def _noting_loss(self) -> Iterator[None]:
+        """An error of the group means that the peer is gone."""
         try:
-            work.wait(timeout)
+            yield
         except RuntimeError as error:
-            raise self._lost(error) from None
-
-    def _lost(self, error: RuntimeError) -> EdgeLost:
-        if isinstance(error, EdgeLost):
-            return error
-        return EdgeLost(f"control line {self.name}: {(str(error).splitlines() or ['lost'])[0]}")
+            raise EdgeLost(f"control line {self.name}: {first_line(error)}") from None

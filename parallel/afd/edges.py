@@ -5,15 +5,13 @@ an edge arrive in the order in which they were sent, and both ends run the same 
 message comes next; the header proves it.
 """
 
-import queue
 import struct
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,52 +45,38 @@ HEADER_BYTES = _LAYOUT.size
 
 
 class EdgeLost(RuntimeError):
-    """The peer is gone, silent for too long, gave up, or sent what was not expected; the sentence names the edge."""
+    """The peer is gone, silent for too long, gave up, or sent what was not expected; the error names the edge."""
 
 
-class Edge(Protocol):
-    """One end of an edge; `GlooEdge` and `LoopbackEdge` are."""
+class Later(NamedTuple):
+    """A tensor on its way (`Pending`): `wait` waits for it."""
 
-    name: str
-
-    def send(self, header: Header, rows: Tensor) -> None:
-        """Start sending `rows` [tokens, hidden]; they are copied and may be overwritten at once."""
-        ...
-
-    def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
-        """Post the receive of the message with this header: [header.tokens, hidden] when it is waited for."""
-        ...
-
-    def settle(self) -> None:
-        """Wait until everything that was sent has been taken."""
-        ...
-
-    def abort(self) -> None:
-        """Tell the peer that this step will not be completed."""
-        ...
+    wait: Callable[[], Any]
 
 
-@dataclass
-class _Watch:
-    """The last header that came, for the sentence about what went wrong."""
-
-    name: str
-    last: Header | None = None
-
-    def check(self, expected: Header, got: Header) -> None:
-        if got.flags & ABORT:
-            raise EdgeLost(f"edge {self.name}: the peer gave up at {got}")
-        if got != expected:
-            raise EdgeLost(f"edge {self.name}: expected {expected} of generation {expected.generation}, got {got} of "
-                           f"generation {got.generation}")  # fmt: skip
-        self.last = got
-
-    def lost(self, expected: Header, error: Exception) -> EdgeLost:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return EdgeLost(f"edge {self.name}: nothing came for {expected}; the last was {self.last}: {reason}")
+def first_line(error: Exception) -> str:
+    """What an error says, without the stack that some libraries append."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class GlooEdge:
+class GlooPair:
+    """One end of a gloo group of two: 0 on the A rank, 1 on the first or only F rank."""
+
+    def __init__(self, store: dist.Store, end: int, host: str, timeout: timedelta) -> None:
+        self._peer = 1 - end
+        self._group = gloo_group(store, end, 2, host, timeout)
+
+    def disconnect(self) -> None:
+        """Give it up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives.
+
+        Gloo's abort interrupts nobody, but a wait that runs out fails whatever is pending and closes the sockets.
+        """
+        with suppress(RuntimeError):
+            message = torch.empty(1, dtype=torch.uint8)
+            self._group.recv([message], self._peer, DISCONNECT).wait(timedelta(milliseconds=1))
+
+
+class GlooEdge(GlooPair):
     """An end of an edge between CPU ranks. A send blocks its peer's matching receive, never the loop.
 
     Args:
@@ -117,11 +101,12 @@ class GlooEdge:
         send_as: Wire = PLAIN,
         receive_as: Wire = PLAIN,
     ) -> None:
-        self.name, self._peer, self._watch = name, 1 - end, _Watch(name)
+        self.name = name
+        self._last: Header | None = None  # that came, for the error that says what went wrong
         self._send_as, self._receive_as = send_as, receive_as
         store = dist.PrefixStore(f"edge {name}", store)
         store.set(f"wires {end}", f"{send_as.name}, {receive_as.name}")
-        self._group = gloo_group(store, end, 2, host, deadline)
+        super().__init__(store, end, host, deadline)
         self._check_wires(store.get(f"wires {self._peer}").decode())
         self._sent: deque[tuple[Any, Tensor, Header]] = deque()
 
@@ -134,39 +119,48 @@ class GlooEdge:
             )
 
     def send(self, header: Header, rows: Tensor) -> None:
+        """Start sending `rows` [tokens, hidden]; they are copied and may be overwritten at once."""
         message = pack(header, rows, self._send_as)
         self._sent.append((_try(lambda: self._group.send([message], self._peer, 0)), message, header))
 
     def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
+        """Post the receive of the message with this header: [header.tokens, hidden] when it is waited for."""
         wire = self._receive_as
         message = torch.empty(HEADER_BYTES + wire.size(header.tokens, hidden, dtype), dtype=torch.uint8)
         work = _try(lambda: self._group.recv([message], self._peer, 0))
-        return _Arriving(work, message, header, partial(wire.read, hidden=hidden, dtype=dtype), self._watch)
+
+        def wait() -> Tensor:
+            self._complete(work, header)
+            self._check(header, header_of(message))
+            return wire.read(message[HEADER_BYTES:], hidden, dtype)
+
+        return Later(wait)
 
     def settle(self) -> None:
+        """Wait until everything that was sent has been taken."""
         while self._sent:
             work, _, header = self._sent.popleft()  # a handle that is dropped unwaited loses its message
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._watch.lost(header, error) from None
+            self._complete(work, header)
 
     def abort(self) -> None:
-        last = self._watch.last or Header(0, 0, INPUT, 0, 0)
+        """Tell the peer that this step will not be completed."""
+        last = self._last or Header(0, 0, INPUT, 0, 0)
         self.send(last._replace(flags=ABORT, tokens=0), torch.empty(0, 1))
 
-    def disconnect(self) -> None:
-        """Give the edge up, from any thread: whoever waits for it gets EdgeLost, here and at a peer that lives."""
-        disconnect(self._group, self._peer)
+    def _complete(self, work: Any, header: Header) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            why = f"nothing came for {header}; the last was {self._last}: {first_line(error)}"
+            raise EdgeLost(f"edge {self.name}: {why}") from None
 
-
-def disconnect(group: dist.ProcessGroup, peer: int) -> None:
-    """Close a gloo group of two whoever waits in it: a silent peer would be waited for until the group's timeout.
-
-    Gloo's abort interrupts nobody, but a wait that runs out fails whatever is pending and closes the group's sockets.
-    """
-    with suppress(RuntimeError):
-        group.recv([torch.empty(1, dtype=torch.uint8)], peer, DISCONNECT).wait(timedelta(milliseconds=1))
+    def _check(self, expected: Header, got: Header) -> None:
+        if got.flags & ABORT:
+            raise EdgeLost(f"edge {self.name}: the peer gave up at {got}")
+        if got != expected:
+            raise EdgeLost(f"edge {self.name}: expected {expected} of generation {expected.generation}, got {got} of "
+                           f"generation {got.generation}")  # fmt: skip
+        self._last = got
 
 
 def _try(start: Callable[[], Any]) -> Any:
@@ -174,104 +168,9 @@ def _try(start: Callable[[], Any]) -> Any:
     try:
         return start()
     except RuntimeError as error:
-        return _Failed(error)
-
-
-class _Failed:
-    def __init__(self, error: RuntimeError) -> None:
-        self._error = error
-
-    def wait(self) -> None:
-        raise self._error
-
-
-class _Arriving:
-    def __init__(
-        self, work: Any, message: Tensor, header: Header, read: Callable[[Tensor], Tensor], watch: _Watch
-    ) -> None:
-        self.work, self._message, self._header, self._read, self._watch = work, message, header, read, watch
-
-    def wait(self) -> Tensor:
-        try:
-            self.work.wait()
-        except RuntimeError as error:
-            raise self._watch.lost(self._header, error) from None
-        self._watch.check(self._header, header_of(self._message))
-        return self._read(self._message[HEADER_BYTES:])
-
-
-class LoopbackEdge:
-    """An end of an edge inside one process, between threads: the reference for the others."""
-
-    def __init__(
-        self,
-        name: str,
-        inbox: queue.Queue,
-        outbox: queue.Queue,
-        deadline: float,
-        send_as: Wire = PLAIN,
-        receive_as: Wire = PLAIN,
-    ) -> None:
-        self.name, self._inbox, self._outbox, self._deadline = name, inbox, outbox, deadline
-        self._send_as, self._receive_as = send_as, receive_as
-        self._watch = _Watch(name)
-        self._posted = self._come = 0
-        self._boxes: dict[int, tuple[Header, Tensor]] = {}
-
-    @staticmethod
-    def pair(
-        name: str, deadline: float = 30.0, send_as: Wire = PLAIN, receive_as: Wire = PLAIN
-    ) -> tuple["LoopbackEdge", "LoopbackEdge"]:
-        """The ends of A, which sends and receives so, and of F, which does the reverse."""
-        one: queue.Queue = queue.Queue()
-        other: queue.Queue = queue.Queue()
-        return (
-            LoopbackEdge(name, one, other, deadline, send_as, receive_as),
-            LoopbackEdge(name, other, one, deadline, receive_as, send_as),
-        )
-
-    def send(self, header: Header, rows: Tensor) -> None:
-        size = self._send_as.size(len(rows), rows.shape[1], rows.dtype)
-        body = torch.empty(size, dtype=torch.uint8, device=rows.device)
-        self._send_as.write(rows, body)
-        self._outbox.put((header, body))
-
-    def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
-        self._posted += 1
-        return _Boxed(self, self._posted, header, partial(self._receive_as.read, hidden=hidden, dtype=dtype))
-
-    def settle(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        last = self._watch.last or Header(0, 0, INPUT, 0, 0)
-        self._outbox.put((last._replace(flags=ABORT, tokens=0), torch.empty(0)))
-
-    def open(self, number: int, expected: Header) -> Tensor:
-        """The body of the message for the receive that was posted as the `number`-th."""
-        try:
-            while number not in self._boxes:
-                message = self._inbox.get(timeout=self._deadline)
-                if message[0].flags & ABORT:
-                    self._inbox.put(message)  # for whoever waits next; nothing follows it
-                    self._watch.check(expected, message[0])
-                self._come += 1
-                self._boxes[self._come] = message
-        except queue.Empty as error:
-            raise self._watch.lost(expected, error) from None
-        header, body = self._boxes.pop(number)
-        self._watch.check(expected, header)
-        return body
-
-
-class _Boxed:
-    """Messages go to the receives in the order in which these were posted, whatever is waited for first."""
-
-    def __init__(self, edge: LoopbackEdge, number: int, header: Header, read: Callable[[Tensor], Tensor]) -> None:
-        self._edge, self._number, self._header, self._read = edge, number, header, read
-
-    def wait(self) -> Tensor:
-        return self._read(self._edge.open(self._number, self._header))
+        failed: Future = Future()
+        failed.set_exception(error)
+        return Later(failed.result)
 
 
 def pack(header: Header, rows: Tensor, wire: Wire) -> Tensor:

@@ -5,15 +5,16 @@ so when an F rank is lost, the pool that replaces it is sent those and goes on f
 been folded in. Nobody waits longer than that, and nothing is computed twice on this side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost, Header
+from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Header, Later
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.residual import Block, Done, Fold, Pending, ResidualStream
 from stepladder.parallel.spec import ModelSpec
@@ -56,12 +57,8 @@ class Layout:
         return Header(self.generation, self.number, block, micro, self.tokens[source][micro])
 
 
-class Again(Protocol):
-    """What finds the next pool: waits for it, opens the step there, and returns the new edges and the new layout."""
-
-    def __call__(self, resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
-        """Raises EdgeLost if none comes."""
-        ...
+Again = Callable[[Resume, EdgeLost], tuple[Sequence[GlooEdge], Layout]]
+"""Waits for the next pool, opens the step there, returns the new edges and layout. Raises EdgeLost if none comes."""
 
 
 class Pool:
@@ -93,12 +90,12 @@ class Link(Pool):
         again: finds the next pool when an edge is lost; without it, or when it finds none, EdgeLost goes through.
 
     Attributes:
-        waited: seconds that this side has waited for F. resumes: how often the step had to begin again.
+        waited: seconds that this side has waited for F.
     """
 
     def __init__(
         self,
-        edges: Sequence[Edge],
+        edges: Sequence[GlooEdge],
         layout: Layout,
         spec: ModelSpec,
         again: Again | None = None,
@@ -106,7 +103,7 @@ class Link(Pool):
     ) -> None:
         self._clock = clock or Clock()
         self.edges, self.layout, self._spec, self._again = edges, layout, spec, again
-        self.waited, self.resumes = 0.0, 0
+        self.waited = 0.0
         self._mine: dict[tuple[int, int], Tensor] = {}
         self._posted: dict[tuple[int, int], Pending] = {}
 
@@ -122,9 +119,9 @@ class Link(Pool):
 
     def receive(self, block: int, micro: int) -> Pending:
         self._post(block, micro)
-        return _FromPool(self, block, micro)
+        return Later(partial(self._take, block, micro))
 
-    def take(self, block: int, micro: int) -> Tensor:
+    def _take(self, block: int, micro: int) -> Tensor:
         """Wait for the pool's contribution to a block, whichever pool it is that computes it."""
         began = monotonic()
         with self._clock.waiting:
@@ -162,7 +159,6 @@ class Link(Pool):
         self.edges = ()
         self._posted.clear()
         self.edges, self.layout = self._again(Resume(start, first), lost)
-        self.resumes += 1
         self._send_again(start, first)
         for block, micro in asked:
             if block >= first:
@@ -207,27 +203,7 @@ class Link(Pool):
         hidden, dtype = self._spec.hidden_size, self._spec.dtype
         if header.tokens:
             parts = [edge.receive(header, hidden, dtype) for edge in self.edges]
-            self._posted[block, micro] = Sum(parts)
+            # partial sums of several ranks, added up in the ranks' order
+            self._posted[block, micro] = Later(lambda: reduce(torch.add, [part.wait() for part in parts]))
         else:
             self._posted[block, micro] = Done(torch.empty(0, hidden, dtype=dtype))
-
-
-class _FromPool:
-    def __init__(self, link: Link, block: int, micro: int) -> None:
-        self._link, self._block, self._micro = link, block, micro
-
-    def wait(self) -> Tensor:
-        return self._link.take(self._block, self._micro)
-
-
-class Sum:
-    """Partial sums on their way from several ranks, added up in the ranks' order."""
-
-    def __init__(self, parts: Sequence[Pending]) -> None:
-        self._parts = parts
-
-    def wait(self) -> Tensor:
-        first, *rest = [part.wait() for part in self._parts]
-        for part in rest:
-            first = first + part
-        return first

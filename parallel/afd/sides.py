@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import INPUT, Edge, EdgeLost
+from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Later
 from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
@@ -51,12 +51,10 @@ class AttentionSide(Transformer):
         ]
         pool.begin(streams, self.blocks)
 
-        def contribute(
-            number: int, block: Block, micro: int, stream: ResidualStream, context: Any
-        ) -> Sequence[Pending]:
+        def contribute(number: int, block: Block, micro: int, stream: ResidualStream, context: Any) -> list[Pending]:
             parts: list[Pending] = []
             if block.modules:
-                mine = _if_rows(block, stream, context, len(tokens[micro]))
+                mine = _if_rows(block, stream.input(block.lag), context)
                 pool.send(number, micro, mine)
                 parts.append(Done(mine))
             if block.elsewhere:
@@ -81,7 +79,7 @@ class FeedForwardSide(Transformer):
         super().__init__(spec, shard, reduce, pools=(FFN,))
         self.busy, self.calls, self.clock = 0.0, 0, Clock()
 
-    def forward(self, edges: Sequence[Edge | None], layout: Layout) -> set[int]:  # type: ignore[override]
+    def forward(self, edges: Sequence[GlooEdge | None], layout: Layout) -> set[int]:  # type: ignore[override]
         """One step, with the edges to the A ranks that `layout` names, in its order.
 
         Returns:
@@ -90,9 +88,7 @@ class FeedForwardSide(Transformer):
         """
         sources = _Sources(edges, layout, self.spec, self.clock)
 
-        def contribute(
-            number: int, block: Block, micro: int, stream: ResidualStream, context: Any
-        ) -> Sequence[Pending]:
+        def contribute(number: int, block: Block, micro: int, stream: ResidualStream, context: Any) -> list[Pending]:
             if number < layout.resume.first and block.modules:
                 return [sources.receive(number, micro)]  # computed by the pool before this one
             parts: list[Pending] = []
@@ -111,7 +107,7 @@ class FeedForwardSide(Transformer):
     def _compute(self, number: int, block: Block, micro: int, stream: ResidualStream, sources: "_Sources") -> Pending:
         """This rank's partial sum: to every A rank its rows, and the whole of it to the other F ranks."""
         x, began = stream.input(block.lag), monotonic()
-        partial = block(x, None) if len(x) else torch.zeros_like(x)
+        partial = _if_rows(block, x, None)
         self.busy += monotonic() - began
         self.calls += 1
         sources.send(number, micro, partial)
@@ -121,17 +117,19 @@ class FeedForwardSide(Transformer):
 class _Sources:
     """The A ranks of one step, as one batch: their rows one after the other. Who is lost brings zeros."""
 
-    def __init__(self, edges: Sequence[Edge | None], layout: Layout, spec: ModelSpec, clock: Clock) -> None:
-        self._edges, self._layout, self._spec, self.clock = edges, layout, spec, clock
+    def __init__(self, edges: Sequence[GlooEdge | None], layout: Layout, spec: ModelSpec, clock: Clock) -> None:
+        self._edges, self._layout, self._spec, self._clock = edges, layout, spec, clock
         self.lost = {source for source, edge in enumerate(edges) if edge is None}
 
     def receive(self, block: int, micro: int) -> Pending:
         parts = [self._receive(source, block, micro) for source in range(len(self._edges))]
-        return _Rows(self, parts, [tokens[micro] for tokens in self._layout.tokens])
 
-    def nothing(self, tokens: int) -> Tensor:
-        """In place of the rows of an A rank that is lost."""
-        return torch.zeros(tokens, self._spec.hidden_size, dtype=self._spec.dtype)
+        def wait() -> Tensor:
+            with self._clock.waiting:
+                rows = [self._rows(source, micro, part) for source, part in enumerate(parts)]
+            return torch.cat(rows)
+
+        return Later(wait)
 
     def send(self, block: int, micro: int, rows: Tensor) -> None:
         counts = [tokens[micro] for tokens in self._layout.tokens]
@@ -143,11 +141,11 @@ class _Sources:
     def settle(self) -> None:
         for source, edge in enumerate(self._edges):
             if edge is not None and source not in self.lost:
-                with self.noting(source):
+                with self._noting(source):
                     edge.settle()
 
     @contextmanager
-    def noting(self, source: int) -> Iterator[None]:
+    def _noting(self, source: int) -> Iterator[None]:
         """An A rank that is lost here is lost for the rest of the step."""
         try:
             yield
@@ -159,26 +157,17 @@ class _Sources:
         header, edge = self._layout.header(block, micro, source), self._edges[source]
         if edge is not None and source not in self.lost and header.tokens:
             return edge.receive(header, self._spec.hidden_size, self._spec.dtype)
-        return Done(self.nothing(header.tokens))
+        return Done(self._nothing(source, micro))
 
-
-class _Rows:
-    """Rows on their way from several A ranks, one rank's after the other's."""
-
-    def __init__(self, sources: _Sources, parts: Sequence[Pending], counts: Sequence[int]) -> None:
-        self._sources, self._parts, self._counts = sources, parts, counts
-
-    def wait(self) -> Tensor:
-        with self._sources.clock.waiting:
-            parts = [self._rows(source, part) for source, part in enumerate(self._parts)]
-        return torch.cat(parts)
-
-    def _rows(self, source: int, part: Pending) -> Tensor:
-        with self._sources.noting(source):
+    def _rows(self, source: int, micro: int, part: Pending) -> Tensor:
+        with self._noting(source):
             return part.wait()
-        return self._sources.nothing(self._counts[source])
+        return self._nothing(source, micro)
+
+    def _nothing(self, source: int, micro: int) -> Tensor:
+        """In place of the rows of an A rank that is lost."""
+        return torch.zeros(self._layout.tokens[source][micro], self._spec.hidden_size, dtype=self._spec.dtype)
 
 
-def _if_rows(block: Block, stream: ResidualStream, context: Any, tokens: int) -> Tensor:
-    x = stream.input(block.lag)
-    return block(x, context) if tokens else torch.zeros_like(x)
+def _if_rows(block: Block, x: Tensor, context: Any) -> Tensor:
+    return block(x, context) if len(x) else torch.zeros_like(x)

@@ -185,7 +185,7 @@ def test_stop_strings(name: str, stop: Any, kept: str, request: pytest.FixtureRe
 
 def ends_by(server: Server, stop: Any, count: int) -> bool:
     """Whether the first `count` tokens hold a stop string."""
-    stream = TextStream(server.service._tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
+    stream = TextStream(server.service.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
     stream.push(stream.tokenizer.encode(CYCLE * 2)[:count])
     return stream.stopped
 

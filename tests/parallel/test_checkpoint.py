@@ -113,7 +113,8 @@ def test_shards_cover_the_checkpoint(family: str, size: int, families: dict[str,
         elif "norm" in name and spec.qk_norm == "per-head" and "self_attn" in name:
             copies = max(1, size // spec.num_kv_heads) if "k_norm" in name else 1
         elif "norm" in name:
-            copies = size * (2 if spec.shared_norm and "input_layernorm" in name else 1)
+            shared = spec.tensor("attention.norm") == spec.tensor("ffn.norm") and "input_layernorm" in name
+            copies = size * (2 if shared else 1)
         assert bool((count == copies).all()), name
 
 

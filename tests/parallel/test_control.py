@@ -73,7 +73,7 @@ def test_a_peer_that_does_not_come_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("waits", ["opening", "announce"])
-def test_who_waits_for_a_silent_peer_is_freed_by_hanging_up(waits: str) -> None:
+def test_who_waits_for_a_silent_peer_is_freed_by_disconnecting(waits: str) -> None:
     """F has never listened: its end is there, and answers nothing."""
     pairs = lines(1)
     a, f = pairs.pop()

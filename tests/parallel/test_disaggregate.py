@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge, Header, LoopbackEdge
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge, Header
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.checkpoint import load_weights
@@ -23,6 +23,7 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
+from tests.loopback import LoopbackEdge
 
 RATIOS = [(1, 1), (2, 1), (1, 2), (3, 2), (2, 2)]
 WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [
@@ -116,7 +117,7 @@ def apart(
     def joined() -> dist.TCPStore:
         return dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
 
-    def edge(store: dist.Store, a: int, f: int, end: int) -> Edge:
+    def edge(store: dist.Store, a: int, f: int, end: int) -> GlooEdge:
         if loops:
             return loops[a, f][end]
         return GlooEdge(store, f"a{a}-f{f}", end, deadline=timedelta(seconds=20))
@@ -211,7 +212,7 @@ def test_a_side_holds_only_its_own_weights(checkpoint: Path) -> None:
     assert ffn <= sizes[1] <= ffn + spec.num_layers * spec.hidden_size
 
 
-def pair(kind: str, deadline: float) -> tuple[Edge, Edge]:
+def pair(kind: str, deadline: float) -> tuple[GlooEdge, GlooEdge]:
     if kind == "loopback":
         return LoopbackEdge.pair("a0-f0", deadline)
     server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepladder.parallel.afd.edges import Edge, EdgeLost, Header, LoopbackEdge
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge, Header
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.checkpoint import load_weights
@@ -22,6 +22,7 @@ from stepladder.parallel.residual import Pending
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
+from tests.loopback import LoopbackEdge
 
 WIRINGS: list[tuple[str, tuple[int, ...] | None]] = [
     ("standard", None),
@@ -84,12 +85,12 @@ class Pools:
     size: int = 1
     resumes: list[Resume] = field(default_factory=list)
 
-    def open(self, resume: Resume = BEGINNING, lost: EdgeLost | None = None) -> tuple[list[Edge], Layout]:
+    def open(self, resume: Resume = BEGINNING, lost: EdgeLost | None = None) -> tuple[list[GlooEdge], Layout]:
         life = len(self.resumes)
         self.resumes.append(resume)
         layout = Layout(life + 1, 10 * life, (self.tokens,), resume)
         store, pairs = dist.HashStore(), [LoopbackEdge.pair(f"life {life}, f{f}", DEADLINE) for f in range(self.size)]
-        ends: list[Edge] = [f for _, f in pairs]
+        ends: list[GlooEdge] = [f for _, f in pairs]
         if life < len(self.lives):
             ends[-1] = Dying(pairs[-1][1], self.lives[life])
         for rank, end in enumerate(ends):
@@ -97,7 +98,7 @@ class Pools:
         return [a for a, _ in pairs], layout
 
     @torch.inference_mode()
-    def _serve(self, shard: Shard, edge: Edge, layout: Layout, store: dist.Store) -> None:
+    def _serve(self, shard: Shard, edge: GlooEdge, layout: Layout, store: dist.Store) -> None:
         mesh = join(store, shard, timeout=timedelta(seconds=DEADLINE), ordered=True)
         side = FeedForwardSide(self.spec, shard, mesh.all_reduce)
         load_weights(side, self.path)
@@ -171,7 +172,7 @@ def test_the_next_pool_dies_too(residual: str, checkpoint: Path) -> None:
 def test_without_a_next_pool_the_loss_is_told(checkpoint: Path) -> None:
     spec = ModelSpec.load(checkpoint)
 
-    def none(resume: Resume, lost: EdgeLost) -> tuple[list[Edge], Layout]:
+    def none(resume: Resume, lost: EdgeLost) -> tuple[list[GlooEdge], Layout]:
         raise lost
 
     a, f = LoopbackEdge.pair("a0-f0", DEADLINE)

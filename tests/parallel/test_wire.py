@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepladder.kernels.fp8 import dequantise, quantise
-from stepladder.parallel.afd.edges import HEADER_BYTES, Edge, EdgeLost, GlooEdge, Header, LoopbackEdge, pack
+from stepladder.parallel.afd.edges import HEADER_BYTES, EdgeLost, GlooEdge, Header, pack
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.afd.wire import FP8, PLAIN, Wire, wire_to_ffn
@@ -25,6 +25,7 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
+from tests.loopback import LoopbackEdge
 
 DEADLINE = 20.0
 Shapes = Sequence[Sequence[tuple[int, int]]]  # [A rank][micro-batch]: sequences, tokens of each
@@ -43,14 +44,14 @@ def tokens_of(shapes: Shapes) -> list[list[Tensor]]:
     return [[torch.randint(0, 101, (n * length,), generator=draw) for n, length in micros] for micros in shapes]
 
 
-def edge_pairs(kind: str, num_a: int, num_f: int, wire: Wire) -> dict[tuple[int, int], tuple[Edge, Edge]]:
+def edge_pairs(kind: str, num_a: int, num_f: int, wire: Wire) -> dict[tuple[int, int], tuple[GlooEdge, GlooEdge]]:
     """[A rank, F rank]: the ends of A and of F."""
     names = [(a, f) for a in range(num_a) for f in range(num_f)]
     if kind == "loopback":
         return {(a, f): LoopbackEdge.pair(f"a{a}-f{f}", DEADLINE, send_as=wire) for a, f in names}
     server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
-    def end(name: tuple[int, int], number: int) -> Edge:
+    def end(name: tuple[int, int], number: int) -> GlooEdge:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
         wires: dict[str, Wire] = {"receive_as" if number else "send_as": wire}
         return GlooEdge(store, str(name), number, deadline=timedelta(seconds=DEADLINE), **wires)  # type: ignore[arg-type]
@@ -200,7 +201,7 @@ def test_the_size_of_a_message_follows_from_its_header(wire: Wire, hidden: int) 
 def test_two_ends_with_different_wires_refuse_each_other() -> None:
     server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
-    def end(number: int) -> Edge:
+    def end(number: int) -> GlooEdge:
         store = dist.TCPStore("127.0.0.1", server.port, None, False, wait_for_workers=False)
         return GlooEdge(store, "a0-f0", number, receive_as=FP8 if number else PLAIN)
 

@@ -69,7 +69,7 @@ class PoolOf:
         return address
 
     def open(self) -> PoolAddress:
-        """Its store is there, but nobody is at the door yet."""
+        """Its store is there, but nobody looks yet who asks to join."""
         prefix = f"test/{self.generation}/ffn"
         for rank in range(self.size):
             config = RankConfig(
@@ -257,8 +257,8 @@ def test_a_pool_that_is_killed_under_unequal_micro_batches(residual: str, checkp
     assert results == {index: whole(spec, checkpoint, mine) for index, mine in enumerate(asked)}
 
 
-def test_a_rank_that_dies_at_the_door_keeps_nobody_out(checkpoint: Path) -> None:
-    """It has taken a number and no more; or it has knocked and never comes in."""
+def test_a_rank_that_dies_while_it_joins_keeps_nobody_out(checkpoint: Path) -> None:
+    """It has taken a number and no more; or it has asked to join and makes no edge."""
     spec = ModelSpec.load(checkpoint)
     with pool_of(checkpoint, 1) as pool:
         host, port = pool.address.split(":")
@@ -273,7 +273,7 @@ def test_a_rank_that_dies_at_the_door_keeps_nobody_out(checkpoint: Path) -> None
         mine.executor.stop()  # type: ignore[attr-defined]
 
 
-def test_who_does_not_know_the_secret_stays_outside(checkpoint: Path) -> None:
+def test_who_does_not_know_the_secret_is_not_admitted(checkpoint: Path) -> None:
     spec = ModelSpec.load(checkpoint)
     with pool_of(checkpoint, 1) as pool:
         stranger = Membership(spec, "127.0.0.1", "another", timedelta(seconds=2), 1.0, PLAIN)
@@ -285,8 +285,8 @@ def test_who_does_not_know_the_secret_stays_outside(checkpoint: Path) -> None:
         mine.executor.stop()  # type: ignore[attr-defined]
 
 
-def knock(pool: PoolAddress) -> tuple[dist.Store, int]:
-    """As an attention rank that knows the secret; it has not come in yet."""
+def ask_to_join(pool: PoolAddress) -> tuple[dist.Store, int]:
+    """As an attention rank that knows the secret; it has made no edge yet."""
     host, port = pool.address.split(":")
     store = dist.PrefixStore(pool.prefix, dist.TCPStore(host, int(port), None, False))
     number = store.add(JOINS, 1)
@@ -297,7 +297,7 @@ def knock(pool: PoolAddress) -> tuple[dist.Store, int]:
 def test_a_rank_that_dies_on_its_way_from_one_ffn_rank_to_the_next_holds_nobody_up(checkpoint: Path) -> None:
     spec = ModelSpec.load(checkpoint)
     with pool_of(checkpoint, 2) as pool:
-        store, number = knock(pool)
+        store, number = ask_to_join(pool)
         _ends = Line(store, str(number), 0, "127.0.0.1", DEADLINE), GlooEdge(store, edge_name(number, 0), 0)
         mine = engine(spec, checkpoint, membership(spec, pool), 1)
         wanted = whole(spec, checkpoint, requests(spec, 2))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from stepladder.parallel.afd.control import Announcement, Line
-from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge, first_line
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.wire import Wire
 from stepladder.parallel.clock import Clock
@@ -59,7 +59,7 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Lost:
-    """A life of the pool that this rank has lost, or that has not let it in. Times by the monotonic clock, in seconds.
+    """A life of the pool that this rank has lost, or that has not admitted it. Times are monotonic seconds.
 
     Attributes:
         since: when that happened first.
@@ -81,9 +81,10 @@ class Membership:
         patience: seconds that a pool which was lost here may stay the one that the controller names. Meanwhile this
             rank tries to join it again: it may have been too busy.
         send_as: how rows travel to F.
-        sign: called now and then while this rank waits for a pool. clock: of this rank.
+        clock: of this rank.
 
     Attributes:
+        sign: called now and then while this rank waits for a pool.
         resumes: steps that went on with another pool. resumed_block: the first that the last such pool computed.
         ffn_seconds: what a block took F of late.
     """
@@ -96,16 +97,16 @@ class Membership:
         deadline: timedelta,
         patience: float,
         send_as: Wire,
-        sign: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
     ) -> None:
         self._clock = clock or Clock()
         self._spec, self._host, self._secret = spec, host, secret
-        self._deadline, self._patience, self._send_as, self.sign = deadline, patience, send_as, sign
+        self._deadline, self._patience, self._send_as = deadline, patience, send_as
+        self.sign: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._named: PoolAddress | None = None  # by the controller
         self._joined: _Joined | None = None
-        self._entering: PoolAddress | None = None  # a thread is at its door
+        self._joining: PoolAddress | None = None  # a thread is joining it
         self._lost: _Lost | None = None
         self.resumes, self.resumed_block, self.ffn_seconds = 0, -1, 0.0
 
@@ -130,7 +131,7 @@ class Membership:
         with self._clock.waiting:
             edges, layout = self._begin(tuple(tokens))
 
-        def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[Edge], Layout]:
+        def again(resume: Resume, lost: EdgeLost) -> tuple[Sequence[GlooEdge], Layout]:
             log.warning("%s; waiting for the next pool, which begins at block %d", lost, resume.first)
             self._lose(lost)
             self.resumes, self.resumed_block = self.resumes + 1, resume.first
@@ -160,7 +161,7 @@ class Membership:
                 self._joined.line.announce(Announcement(leaves=True))
             self._joined = None
 
-    def _begin(self, tokens: tuple[int, ...], resume: Resume | None = None) -> tuple[Sequence[Edge], Layout]:
+    def _begin(self, tokens: tuple[int, ...], resume: Resume | None = None) -> tuple[Sequence[GlooEdge], Layout]:
         while True:
             joined = self._join()
             try:
@@ -176,7 +177,7 @@ class Membership:
             return joined.edges, Layout(opening.generation, opening.number, (padded,), resume or BEGINNING)
 
     def _part(self) -> None:
-        """Hang up on a pool that the controller does not name any more: it may be silent for ever."""
+        """Disconnect from a pool that the controller does not name any more: it may be silent for ever."""
         with self._changed:
             joined = self._joined
             if joined is None or joined.pool == self._named:
@@ -208,19 +209,19 @@ class Membership:
             self.sign()
 
     def _look(self) -> _Joined | None:
-        """The pool that this rank belongs to, if it does; else begins to enter the one that the controller names."""
+        """The pool that this rank belongs to, if it does; else begins to join the one that the controller names."""
         pool = self._named
         if self._joined is not None or pool is None:
             return self._joined
         lost = self._lost_of(pool)
         if lost and monotonic() - lost.since > self._patience:
             raise EdgeLost(f"pool {pool.generation} is lost to this rank, but the controller keeps it; {lost.why}")
-        if pool != self._entering and (lost is None or monotonic() >= lost.retry):
-            self._entering = pool
-            threading.Thread(target=self._enter, args=(pool,), daemon=True, name="pool-enter").start()
+        if pool != self._joining and (lost is None or monotonic() >= lost.retry):
+            self._joining = pool
+            threading.Thread(target=self._join_named, args=(pool,), daemon=True, name="pool-join").start()
         return None
 
-    def _enter(self, pool: PoolAddress) -> None:
+    def _join_named(self, pool: PoolAddress) -> None:
         """In a thread: a pool that is just dying answers nobody until a deadline has passed."""
         refusal: RuntimeError | ValueError | None = None
         try:
@@ -229,9 +230,9 @@ class Membership:
             log.warning("pool %d: %s", pool.generation, first_line(error))
             refusal = error.with_traceback(None)
         with self._changed:
-            if self._entering != pool:
+            if self._joining != pool:
                 return  # this one was given up meanwhile
-            self._entering = None
+            self._joining = None
             if refusal is not None:
                 again = monotonic() + SIGN_SECONDS if isinstance(refusal, RuntimeError) else math.inf
                 self._note_loss(pool, refusal, again)
@@ -255,18 +256,13 @@ JOINS = "joined"  # the name of a counter in the pool's store
 
 
 def join_key(number: int) -> str:
-    """Where the `number`-th attention rank knocks."""
+    """Where the `number`-th attention rank asks to join."""
     return f"join {number}"
 
 
 def edge_name(number: int, rank: int) -> str:
     """Of the edge between the pool's member `number` and its rank `rank`."""
     return f"a{number}-f{rank}"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the stack that some libraries append."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def token(secret: str, prefix: str, number: int) -> str:

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from stepladder.parallel.afd.control import Announcement, Line, Opening
-from stepladder.parallel.afd.edges import Edge, EdgeLost, GlooEdge
+from stepladder.parallel.afd.edges import EdgeLost, GlooEdge
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Resume
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import Wire
 from stepladder.parallel.mesh import Mesh
 from stepladder.workers.afd.admission import Admission
 from stepladder.workers.afd.membership import edge_name
+from stepladder.workers.rank import RankConfig
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,8 @@ class FeedForwardPool:
     """One F rank.
 
     Args:
-        side: its weights. mesh: the pool's ranks.
+        config: of this rank. side: its weights. mesh: the pool's ranks.
         connect: another connection to the pool's store, for another thread; attention ranks join through that store.
-        prefix, generation: of this life of the pool.
-        host: where other machines reach this one. secret: the deployment's; who joins must know it.
         deadline: how long an attention rank may be silent before it counts as lost. Who waits with the pool meanwhile
             (an F rank in a reduce, the other attention ranks) must be more patient.
         receive_as: how the rows of attention ranks travel.
@@ -68,20 +67,17 @@ class FeedForwardPool:
 
     def __init__(
         self,
+        config: RankConfig,
         side: FeedForwardSide,
         mesh: Mesh,
         connect: Callable[[], dist.Store],
-        prefix: str,
-        generation: int,
-        host: str,
-        secret: str,
         deadline: timedelta,
         receive_as: Wire,
     ) -> None:
-        self.side, self._mesh, self._generation = side, mesh, generation
-        self._host, self._deadline, self._receive_as = host, deadline, receive_as
-        self._admission = Admission(connect, prefix, secret, self._receive)
-        self._edges: dict[int, Edge | None] = {}
+        self.side, self._mesh, self._config = side, mesh, config
+        self._deadline, self._receive_as = deadline, receive_as
+        self._admission = Admission(connect, config.prefix, config.secret, self._receive)
+        self._edges: dict[int, GlooEdge | None] = {}
         self._members: dict[int, Member] = {}
         self._events: queue.Queue[tuple[int, Member | Announcement | None]] = queue.Queue()
         self.steps = self.resumed = 0
@@ -141,7 +137,7 @@ class FeedForwardPool:
         member.at_work, member.heard = bool(news.tokens), monotonic()
 
     def _drop(self, number: int, why: str) -> None:
-        """It is not a member any more, nor a guest; if it lives, it notices and may join anew."""
+        """It is not a member any more, nor about to be one; if it lives, it notices and may join anew."""
         if member := self._members.pop(number, None):
             log.info("attention rank %d %s", number, why)
             member.line.disconnect()
@@ -171,7 +167,7 @@ class FeedForwardPool:
         order = [STEP, self.steps, *(announced[0].resume or BEGINNING), micro_batches]
         for number, one in zip(chosen, announced, strict=True):
             order += [number, *one.tokens, *[0] * (micro_batches - len(one.tokens))]
-        opening = Opening(self._generation, self.steps, micro_batches, self._nanoseconds())
+        opening = Opening(self._config.generation, self.steps, micro_batches, self._nanoseconds())
         for number in chosen:
             self._members[number].announced = None
             with suppress(EdgeLost):  # its line says so again when it is listened to; the step goes on without it
@@ -207,24 +203,21 @@ class FeedForwardPool:
         width = 1 + micro_batches
         chosen = [rows[i] for i in range(0, len(rows), width)]
         tokens = tuple(tuple(rows[i + 1 : i + width]) for i in range(0, len(rows), width))
-        layout = Layout(self._generation, number, tokens, Resume(start, first))
+        layout = Layout(self._config.generation, number, tokens, Resume(start, first))
         for place in self.side([self._edges.get(n) for n in chosen], layout):
             self._edges[chosen[place]] = None
 
-    def _receive(self, store: dist.Store, number: int) -> Edge:
-        """In a thread: this rank's end of the edge to a guest, and on the first rank of its line."""
-        if self._mesh.shard.rank:
-            return self._edge(store, number)
+    def _receive(self, store: dist.Store, number: int) -> GlooEdge:
+        """In a thread: this rank's end of the edge to a rank that joins, and on the first rank of the line to it."""
+        host, rank, deadline = self._config.host, self._mesh.shard.rank, self._deadline
         try:
-            line = Line(store, str(number), 1, self._host, self._deadline)
-            edge = self._edge(store, number)
+            line = None if rank else Line(store, str(number), 1, host, deadline)
+            edge = GlooEdge(store, edge_name(number, rank), 1, host, deadline, receive_as=self._receive_as)
         except (RuntimeError, ValueError):
-            self._events.put((number, None))  # the other ranks may have an edge to it
+            if not rank:
+                self._events.put((number, None))  # the other ranks may have an edge to it
             raise
-        self._events.put((number, Member(line)))
-        line.listen(number, self._events)
+        if line:
+            self._events.put((number, Member(line)))
+            line.listen(number, self._events)
         return edge
-
-    def _edge(self, store: dist.Store, number: int) -> Edge:
-        name = edge_name(number, self._mesh.shard.rank)
-        return GlooEdge(store, name, 1, self._host, self._deadline, receive_as=self._receive_as)

@@ -69,9 +69,7 @@ class AttentionRank(EngineRank):
         config, afd = self.config, self.config.afd
         config.engine.graphs_on(self._mesh.device)  # refuses what it cannot do
         wire, seconds = wire_to_ffn(afd.wire, self._spec), afd.patience_seconds
-        member = Membership(
-            self._spec, config.host, config.secret, self._timeout, seconds, wire, clock=self._mesh.clock
-        )
+        member = Membership(self._spec, config.host, config.secret, self._timeout, seconds, wire, self._mesh.clock)
         number = fixed_number(afd.schedule, afd.micro_batches, self._spec)
         engine = config.engine
         assert isinstance(self._mesh, SingleRank)
@@ -98,17 +96,8 @@ class FeedForwardRank(Rank):
         side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce)
         side.clock = self._mesh.clock
         fill(side, path, config.engine.batch_invariant)
-        self._pool = FeedForwardPool(
-            side,
-            self._mesh,
-            self._connect,
-            config.prefix,
-            config.generation,
-            config.host,
-            config.secret,
-            self._silence,
-            wire_to_ffn(config.afd.wire, self._spec),
-        )
+        wire = wire_to_ffn(config.afd.wire, self._spec)
+        self._pool = FeedForwardPool(config, side, self._mesh, self._connect, self._silence, wire)
         return UNBOUNDED
 
     def begin(self, kv_tokens: int) -> str | None:

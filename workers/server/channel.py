@@ -1,6 +1,7 @@
 """The engine's end of the wire to the gateways: a ZeroMQ ROUTER that admits only holders of the deployment's secret."""
 
-from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import msgspec
 import zmq
@@ -10,6 +11,17 @@ from stepladder.workers.core import Output
 from stepladder.workers.engine import EngineStats
 from stepladder.workers.server.messages import Hello, Keys, Refusal, ToEngine, Update, decode_to_engine, encode
 
+QUEUE = 10_000  # messages held per gateway before it counts as gone
+
+
+@dataclass
+class _Session:
+    """What a gateway is sent and what it has sent, since it began anew: the newest numbers either way."""
+
+    number: int
+    heard: int = 0
+    sent: int = 0
+
 
 class Channel:
     """Receives from any number of gateways, sends each what concerns it.
@@ -17,30 +29,27 @@ class Channel:
     Args:
         host: the address to listen on; the port is free and chosen by the system.
         secret: the deployment's.
-        queue: messages held per gateway before it counts as gone.
     """
 
-    def __init__(self, host: str, secret: str, queue: int = 10_000) -> None:
+    def __init__(self, host: str, secret: str) -> None:
         self._context = zmq.Context()
-        self._keys = Keys.of("engine", secret)
+        admitted = Keys.of("gateway", secret).public
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback(credentials_provider=_Only(Keys.of("gateway", secret).public))
+        provider = SimpleNamespace(callback=lambda _, key: key == admitted)
+        self._authenticator.configure_curve_callback(credentials_provider=provider)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.SNDHWM, queue)
-        self._socket.setsockopt(zmq.RCVHWM, queue)
+        self._socket.set_hwm(QUEUE)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a gateway that is gone must fail, not vanish
         self._socket.curve_server = True
-        self._socket.curve_publickey, self._socket.curve_secretkey = self._keys
+        self._socket.curve_publickey, self._socket.curve_secretkey = Keys.of("engine", secret)
         self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
-        self._heard: dict[bytes, int] = {}
-        self._sessions: dict[bytes, int] = {}
-        self._sent: defaultdict[bytes, int] = defaultdict(int)
+        self._gateways: dict[bytes, _Session] = {}
 
     @property
     def gateways(self) -> list[bytes]:
-        return list(self._heard)
+        return list(self._gateways)
 
     def receive(self, timeout: float) -> list[tuple[bytes, ToEngine]]:
         """Everything that has come, waiting at most `timeout` seconds for the first of it.
@@ -49,14 +58,12 @@ class Channel:
         so that messages were lost. In that case it is forgotten; it will notice the silence and say hello again.
         """
         messages: list[tuple[bytes, ToEngine]] = []
-        if self._socket.poll(int(timeout * 1000)):
-            while True:
-                try:
-                    gateway, body = self._socket.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                if message := self._accept(gateway, body):
-                    messages.append((gateway, message))
+        patience = int(timeout * 1000)
+        while self._socket.poll(patience):
+            gateway, body = self._socket.recv_multipart()
+            if message := self._accept(gateway, body):
+                messages.append((gateway, message))
+            patience = 0
         return messages
 
     def send(
@@ -68,19 +75,18 @@ class Channel:
         orphans: list[str],
     ) -> bool:
         """One update; False if the gateway is gone."""
-        body = encode(Update(self._sessions.get(gateway, 0), self._sent[gateway], outputs, refusals, stats, orphans))
+        session = self._gateways.get(gateway, _Session(0))
+        body = encode(Update(session.number, session.sent, outputs, refusals, stats, orphans))
         try:
             self._socket.send_multipart([gateway, body], zmq.NOBLOCK)
         except zmq.ZMQError:
             self.forget(gateway)
             return False
-        self._sent[gateway] += 1
+        session.sent += 1
         return True
 
     def forget(self, gateway: bytes) -> None:
-        self._heard.pop(gateway, None)
-        self._sent.pop(gateway, None)
-        self._sessions.pop(gateway, None)
+        self._gateways.pop(gateway, None)
 
     def close(self) -> None:
         self._authenticator.stop()
@@ -91,22 +97,13 @@ class Channel:
             message = decode_to_engine(body)
         except msgspec.MsgspecError:
             return None  # it holds the secret but speaks another version: not ours to crash for
+        session = self._gateways.get(gateway)
         if isinstance(message, Hello):
-            self.forget(gateway)
-            self._heard[gateway], self._sessions[gateway] = 0, message.session
-        elif self._heard.get(gateway) == message.number - 1:
-            self._heard[gateway] = message.number
+            self.forget(gateway)  # now it is the newest
+            self._gateways[gateway] = _Session(message.session)
+        elif session and session.heard == message.number - 1:
+            session.heard = message.number
         else:
             self.forget(gateway)
             return Hello(session=0)
         return message
-
-
-class _Only:
-    """ZAP credentials provider that admits one key."""
-
-    def __init__(self, public: bytes) -> None:
-        self._public = public
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._public

@@ -77,12 +77,12 @@ class EngineServer:
         for gateway, message in self._channel.receive(timeout):
             match message:
                 case Hello():
-                    self._drop(gateway)
+                    self._abort(gateway)
                     self._last_sign = 0.0  # it should hear at once who we are and whom we have
                 case Submit():
                     self._submit(gateway, message)
                 case Abort(id=name):
-                    self._abort(_Client(gateway, name))
+                    self._abort(gateway, name)
 
     def _submit(self, gateway: bytes, message: Submit) -> None:
         request, queued = message.request, self._engine.queued_tokens
@@ -107,11 +107,6 @@ class EngineServer:
         if not orphan.finish_reason:
             self._clients[orphan.request.id] = _Client(gateway, request.id)
         return True
-
-    def _abort(self, client: _Client) -> None:
-        for request_id in [request_id for request_id, other in self._clients.items() if other == client]:
-            del self._clients[request_id]
-            self._engine.abort(request_id)
 
     def _sort(self, outputs: list[Output]) -> None:
         """A step's outputs into each gateway's mail."""
@@ -149,11 +144,13 @@ class EngineServer:
                 self._engine.abort(request_id)
             del self._clients[request_id]
 
-    def _drop(self, gateway: bytes) -> None:
-        """A gateway begins anew: what it had asked for before is void."""
-        for request_id in self._requests_of(gateway):
+    def _abort(self, gateway: bytes, name: str | None = None) -> None:
+        """A client is gone, or, without a name, a gateway begins anew: what it had asked for before is void."""
+        for request_id in self._requests_of(gateway, name):
             del self._clients[request_id]
             self._engine.abort(request_id)
 
-    def _requests_of(self, gateway: bytes) -> list[str]:
-        return [request_id for request_id, client in self._clients.items() if client.gateway == gateway]
+    def _requests_of(self, gateway: bytes, name: str | None = None) -> list[str]:
+        """The engine's ids of those that this gateway asked for: under this name, or all of them."""
+        clients = self._clients.items()
+        return [own_id for own_id, client in clients if client.gateway == gateway and name in (None, client.name)]

@@ -45,7 +45,7 @@ class Tokenizer:
         """
         if not self._chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
-        special = {key: _content(self._config.get(key)) for key in ("bos_token", "eos_token")}
+        special = {key: _texts(self._config.get(key)) or "" for key in ("bos_token", "eos_token")}
         try:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
@@ -231,8 +231,3 @@ def _texts(value: Any) -> Any:
     if isinstance(value, dict):
         return value["content"] if "content" in value else {key: _texts(inner) for key, inner in value.items()}
     return [_texts(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _content(token: str | dict[str, Any] | None) -> str:
-    """Special tokens are written as a string or as an object with `content`."""
-    return token["content"] if isinstance(token, dict) else token or ""

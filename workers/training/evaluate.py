@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
@@ -64,9 +63,6 @@ def _nats(model: Transformer, group: Sequence[Window]) -> float:
     hidden = model(tokens[:, :-1].reshape(-1), WholeSequences(batch, length, device)).view(batch, length, -1)
     total = 0.0
     for states, targets, window in zip(hidden, tokens[:, 1:], group, strict=True):
-        total += _cross_entropy(model, states[window.counted :], targets[window.counted :])
+        logits = model.logits(states[window.counted :]).float()
+        total += F.cross_entropy(logits, targets[window.counted :], reduction="sum").item()
     return total
-
-
-def _cross_entropy(model: Transformer, states: Tensor, targets: Tensor) -> float:
-    return F.cross_entropy(model.logits(states).float(), targets, reduction="sum").item()

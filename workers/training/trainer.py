@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,16 +41,15 @@ BUCKET = 5_000_000  # elements reduced at a time
 MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's name for the weights and what was saved beside them
 
 
-class Ranks:
+class Ranks(NamedTuple):
     """The data-parallel ranks that train together; see `training_ranks`."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    rank: int
+    size: int
+    device: torch.device
 
     def mean(self, value: float) -> float:
         """Over the ranks; each gives its own."""
-        if self.size == 1:
-            return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total) / self.size
@@ -58,8 +57,7 @@ class Ranks:
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank; all wait for it."""
         values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0)
         return values[0]
 
 
@@ -69,7 +67,7 @@ def training_ranks() -> Iterator[Ranks]:
 
     DeepSpeed needs torch's default group and the rank in the environment. A lone rank meets itself at a free port.
     """
-    size, rank, local = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES.items())
+    local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed reads it once, when it is imported
     if device.type == "cuda":
@@ -82,12 +80,9 @@ def training_ranks() -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        yield Ranks(rank, size, device)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
         _leave()
-
-
-RANK_VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 def text_hash(stream: Tensor) -> str:

@@ -1,7 +1,7 @@
 """An edge whose messages can be watched."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepladder.launch.bench.afd.real.task import Moment
 from stepladder.launch.bench.rig.priority import ahead_of_gloo
-from stepladder.parallel.afd.edges import GlooEdge, Header
+from stepladder.parallel.afd.edges import GlooEdge, Header, Later
 from stepladder.parallel.residual import Pending
 
 
@@ -42,7 +42,7 @@ class WatchedEdge(GlooEdge):
     def receive(self, header: Header, hidden: int, dtype: torch.dtype) -> Pending:
         with ahead_of_gloo(self.gloo_first):
             pending = super().receive(header, hidden, dtype)
-        return _Watched(self._watcher.submit(self._wait, pending, header)) if self.watching else pending
+        return Later(self._watcher.submit(self._wait, pending, header).result) if self.watching else pending
 
     def _wait(self, pending: Pending, header: Header) -> Tensor:
         rows = pending.wait()
@@ -51,11 +51,3 @@ class WatchedEdge(GlooEdge):
 
     def _moment(self, header: Header) -> Moment:
         return Moment(header.step, self.names[header.block], header.micro, perf_counter())
-
-
-class _Watched:
-    def __init__(self, future: Future[Tensor]) -> None:
-        self._future = future
-
-    def wait(self) -> Tensor:
-        return self._future.result()
