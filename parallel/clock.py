@@ -31,22 +31,28 @@ class Clock:
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
         self._now = now
         self.waiting, self.idle = _State(self, WAITING), _State(self, IDLE)
+        self._mark: tuple[int, float] | None
         self.restart()
 
     def restart(self) -> None:
         """Begin anew: whatever was before the loop, such as loading, is forgotten."""
-        self._mark = BUSY, self._now(), Split()
+        self._spent, self._mark = [0.0, 0.0, 0.0], (BUSY, self._now())
 
     def split(self) -> Split:
         """Up to now, the state that still lasts included."""
-        state, since, spent = self._mark  # one tuple, replaced as a whole, so that no reader sees half of it
-        return _add(spent, state, self._now() - since)
+        while True:
+            mark, spent = self._mark, [*self._spent]
+            if mark and mark is self._mark:  # nobody has switched meanwhile, or is about to
+                spent[mark[0]] += self._now() - mark[1]
+                return Split(*spent)
 
     def switch(self, state: int) -> int:
         """From now on in `state`; returns the one before."""
-        before, since, spent = self._mark
-        now = self._now()
-        self._mark = state, now, _add(spent, before, now - since)
+        assert self._mark
+        before, since = self._mark
+        self._mark, now = None, self._now()
+        self._spent[before] += now - since
+        self._mark = state, now
         return before
 
 
@@ -62,10 +68,3 @@ class _State:
 
     def __exit__(self, *_: object) -> None:
         self._clock.switch(self._before.pop())
-
-
-def _add(spent: Split, state: int, seconds: float) -> Split:
-    busy, waiting, idle = spent
-    if state == BUSY:
-        return Split(busy + seconds, waiting, idle)
-    return Split(busy, waiting + seconds, idle) if state == WAITING else Split(busy, waiting, idle + seconds)

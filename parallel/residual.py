@@ -115,12 +115,9 @@ class Block:
         return total
 
 
-class Contribute(Protocol):
-    """How a side of the model gets a block's contribution for one micro-batch: the parts, in the order to add up."""
-
-    def __call__(
-        self, number: int, block: Block, micro: int, stream: ResidualStream, context: Any
-    ) -> Sequence[Pending]: ...
+Contribute = Callable[[int, Block, int, ResidualStream, Any], Sequence[Pending]]
+"""How a side of the model gets a block's contribution for one micro-batch: from the number of the block, the block, the
+number of the micro-batch, its stream and its context, the parts, in the order to add up."""
 
 
 def run_blocks(

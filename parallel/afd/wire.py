@@ -5,8 +5,6 @@ carries contributions to a stream of which F holds a copy. What a message loses 
 ends; A's own stream is exact, but for what F computes from its copy.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -16,41 +14,25 @@ from stepladder.parallel.spec import ModelSpec
 SCALE_BYTES = torch.float32.itemsize
 
 
-class Wire(Protocol):
-    """What the body of a message is; `Plain` and `Fp8` are. Both ends of an edge must mean the same one."""
-
-    @property
-    def name(self) -> str: ...
-
-    def size(self, tokens: int, hidden: int, dtype: torch.dtype) -> int:
-        """Bytes of a body with rows [tokens, hidden] of `dtype`."""
-        ...
-
-    def write(self, rows: Tensor, body: Tensor) -> None:
-        """Fill `body` [size] uint8 with `rows` [tokens, hidden]."""
-        ...
-
-    def read(self, body: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-        """The rows [tokens, hidden] of `dtype`; they may share the body's memory."""
-        ...
-
-
-class Plain:
-    """The rows in their own dtype."""
+class Wire:
+    """What the body of a message is: the rows in their own dtype. Both ends of an edge must mean the same wire."""
 
     name = "plain"
 
     def size(self, tokens: int, hidden: int, dtype: torch.dtype) -> int:
+        """Bytes of a body with rows [tokens, hidden] of `dtype`."""
         return tokens * hidden * dtype.itemsize
 
     def write(self, rows: Tensor, body: Tensor) -> None:
+        """Fill `body` [size] uint8 with `rows` [tokens, hidden]."""
         body.view(rows.dtype).view(rows.shape).copy_(rows)
 
     def read(self, body: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+        """The rows [tokens, hidden] of `dtype`; they may share the body's memory."""
         return body.view(dtype).view(-1, hidden)
 
 
-class Fp8:
+class Fp8(Wire):
     """All scales [tokens, groups] fp32, which must lie aligned, then all codes [tokens, hidden] e4m3."""
 
     name = "fp8"
@@ -71,8 +53,8 @@ class Fp8:
         return dequantise(body[split:].view(torch.float8_e4m3fn).view(tokens, hidden), scales, dtype)
 
 
-PLAIN, FP8 = Plain(), Fp8()
-WIRES: dict[str, Wire] = {wire.name: wire for wire in (PLAIN, FP8)}
+PLAIN, FP8 = Wire(), Fp8()
+WIRES = {wire.name: wire for wire in (PLAIN, FP8)}
 
 
 def wire_to_ffn(name: str, spec: ModelSpec) -> Wire:

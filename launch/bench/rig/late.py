@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepladder.parallel.afd.wire import PLAIN
+from stepladder.parallel.afd.wire import Wire
 from stepladder.parallel.mesh import Group
 from stepladder.parallel.residual import Pending
 
@@ -29,7 +29,7 @@ class LateGroup(Group):
         return self.meter.watch(pending, work, self.late) if self.meter.on else pending
 
 
-class LateWire:
+class LateWire(Wire):
     """The rows in their own dtype behind the time of their sending; read `late` seconds after that at the earliest.
 
     Both ends of an edge read the time from one clock, that of their machine.
@@ -39,16 +39,16 @@ class LateWire:
     late = 0.0
 
     def size(self, tokens: int, hidden: int, dtype: torch.dtype) -> int:
-        return STAMP + PLAIN.size(tokens, hidden, dtype)
+        return STAMP + super().size(tokens, hidden, dtype)
 
     def write(self, rows: Tensor, body: Tensor) -> None:
         body[:STAMP].view(torch.float64).fill_(time.perf_counter())
-        PLAIN.write(rows, body[STAMP:])
+        super().write(rows, body[STAMP:])
 
     def read(self, body: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
         due = body[:STAMP].view(torch.float64).item() + self.late
         time.sleep(max(0.0, due - time.perf_counter()))
-        return PLAIN.read(body[STAMP:], hidden, dtype)
+        return super().read(body[STAMP:], hidden, dtype)
 
 
 class _Late:
