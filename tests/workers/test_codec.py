@@ -1,5 +1,8 @@
 """A plan survives the wire unchanged."""
 
+from statistics import median
+from time import perf_counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -104,3 +107,31 @@ def test_an_end_that_has_missed_a_plan_says_so() -> None:
     missed = sender.encode(StepPlan([1], [1], [1], [[4]]))
     with pytest.raises(AssertionError, match="plan 1 came, but 0 is the next one"):
         receiver.decode(missed)
+
+
+@pytest.mark.parametrize("tokens", [2000, 8000])
+def test_what_new_blocks_alone_cost_beside_whole_tables(tokens: int) -> None:
+    """64 sequences over a real group of two, each way in turns: `-s` prints the medians of a whole trip. A time is no
+    reason to fail; that both ways bring the same plan is checked."""
+    tables = [list(range(1000 * i, 1000 * i + tokens // 16)) for i in range(64)]
+    plan = StepPlan([1] * 64, [tokens] * 64, [1] * 64, tables, list(range(64)))
+
+    def rank_main(mesh: Mesh) -> dict[str, list[float]]:
+        new, seconds = PlanCodec(), {"whole": list[float](), "new": list[float]()}
+        ways = {"whole": (encode, decode), "new": (new.encode, new.decode)}
+        for way in [*ways] * 60:
+            pack, unpack = ways[way]
+            mesh.all_reduce(torch.zeros(1)).wait()
+            began = perf_counter()
+            if mesh.shard.rank:
+                assert unpack(mesh.broadcast(None)) == plan
+            else:
+                mesh.broadcast(pack(plan))
+            mesh.all_reduce(torch.zeros(1)).wait()
+            seconds[way].append(perf_counter() - began)
+        return seconds
+
+    whole, parts = (median(times[10:]) * 1e3 for times in run_ranks(2, rank_main)[0].values())
+    print(
+        f"64 x {tokens} tokens: whole tables {whole:.2f} ms, new blocks {parts:.2f} ms, {whole / parts:.1f} times less"
+    )
