@@ -103,7 +103,8 @@ class Supervisor:
         return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
 
     def drain(self, draining: bool) -> None:
-        """Admit no more requests, or again; in the journal, so that it outlives a restart of controller or gateway."""
+        """Admit no more requests, or again; those in flight go on, and everything stays up. In the journal, so that it
+        outlives a restart of controller or gateway."""
         self._journal.set(draining=draining)
         self._wake.set()
 
@@ -112,9 +113,10 @@ class Supervisor:
         """By order."""
         return self._journal.get("draining", False)
 
-    def driver_alive(self) -> None:
-        """Note the driver's sign of life."""
+    def heartbeat(self) -> Status:
+        """The driver's sign of life, answered with the state of things."""
         self._driver_heard = monotonic()
+        return self.status()
 
     def shut_down(self) -> None:
         """Drain and remove everything, soon; in the journal, so that it outlives a restart of the controller."""
