@@ -21,7 +21,6 @@ from stepladder.cluster.processes import kill_process
 from stepladder.cluster.ray_wait import wait_for
 from stepladder.parallel.shards import Shard
 from stepladder.workers.actors import Place, RankActor, Sign
-from stepladder.workers.afd.membership import PoolAddress
 from stepladder.workers.config import AfdConfig
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.rank import Notice, RankConfig
@@ -51,6 +50,7 @@ class Gang:
     address: str | None = None
     asked: float | None = None
     figures: list[RankFigures] = field(default_factory=list)
+    _told: dict[type[Notice], Notice] = field(default_factory=dict)
 
     ROOM_SECONDS: ClassVar[float] = 5.0  # placing ranks takes less where there is room
 
@@ -67,12 +67,6 @@ class Gang:
     @property
     def name(self) -> str:
         return self.plan.name
-
-    @property
-    def pool(self) -> PoolAddress:
-        """Of the FFN pool: what attention ranks are told."""
-        assert self.address
-        return PoolAddress(self.generation, self.address, self.group, self.plan.size)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -119,9 +113,11 @@ class Gang:
         return self.address is not None and self.alive()
 
     def tell(self, notice: Notice) -> None:
-        """News for all of its ranks, without waiting for them."""
-        for actor in self.ranks:
-            actor.tell.remote(notice)
+        """News for all of its ranks, without waiting for them, unless they have been told."""
+        if self._told.get(type(notice)) != notice:
+            self._told[type(notice)] = notice
+            for actor in self.ranks:
+                actor.tell.remote(notice)
 
     def alive(self) -> bool:
         """Whether every rank answers and its loop runs; collects their figures."""
