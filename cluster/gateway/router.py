@@ -144,8 +144,8 @@ class Router:
         return near if near and near.load - idlest.load <= WORTH * saved else idlest
 
     async def _read(self, link: EngineLink) -> None:
-        """Deliver updates until cancelled; after a gap in their numbers, or when there has been none for too long, start
-        anew with everything replayed."""
+        """Deliver updates until cancelled; after a gap in their numbers, or a silence that is too long, start anew with
+        everything replayed."""
         while True:
             was_alive, is_whole = link.alive, False
             with suppress(TimeoutError):
