@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from stepladder.cluster.config import Deployment
-from stepladder.cluster.monitor import Monitors, open_monitor
+from stepladder.cluster.monitor import open_monitor
 from stepladder.cluster.names import CONTROLLER, namespace
 from stepladder.cluster.supervisor import Supervisor
 from stepladder.workers.actors import configure_logging
@@ -31,7 +31,10 @@ class ControllerActor(Supervisor):
     def __init__(self, deployment: Deployment, gateway: type) -> None:
         configure_logging()
         self._me: ActorHandle = ray.get_runtime_context().current_actor
-        super().__init__(deployment, _monitor(deployment), gateway)
+        folder, wanted = Path(deployment.run_dir), deployment.monitor
+        shown = {key: value for key, value in asdict(deployment).items() if key not in ("secret", "gateway")}
+        monitor = open_monitor(folder, wanted.wandb, wanted.project, folder.name, shown)
+        super().__init__(deployment, monitor, gateway)
         threading.Thread(target=self._run, daemon=True, name="supervisor").start()
 
     def _run(self) -> None:
@@ -41,12 +44,6 @@ class ControllerActor(Supervisor):
             log.exception("the controller broke; Ray restarts it and it adopts what lives")
             os._exit(1)
         ray.kill(self._me, no_restart=True)
-
-
-def _monitor(deployment: Deployment) -> Monitors:
-    folder, wanted = Path(deployment.run_dir), deployment.monitor
-    shown = {key: value for key, value in asdict(deployment).items() if key not in ("secret", "gateway")}
-    return open_monitor(folder, wanted.wandb, wanted.project, folder.name, shown)
 
 
 def start_controller(deployment: Deployment, gateway: type) -> ActorHandle:

@@ -15,7 +15,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stepladder.cluster import placement
 from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
 from stepladder.cluster.config import Deployment, Group
-from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.error_text import error_text
 from stepladder.cluster.processes import kill_process
 from stepladder.cluster.ray_wait import wait_for
@@ -57,21 +56,12 @@ class Gang:
     @property
     def group(self) -> str:
         """Name of the placement group."""
-        return f"{self.deployment.name}/{self.generation}/{self.name}"
+        return f"{self.deployment.name}/{self.generation}/{self.plan.name}"
 
     @property
     def waits_for_room(self) -> bool:
         """Whether the cluster is full: longer than placing takes."""
         return self.asked is not None and monotonic() - self.asked > self.ROOM_SECONDS
-
-    @property
-    def name(self) -> str:
-        return self.plan.name
-
-    @property
-    def endpoint(self) -> Endpoint:
-        assert self.address
-        return Endpoint(self.name, self.generation, self.address)
 
     def start(self, go: Callable[[], bool]) -> None:
         """Place the ranks, load the model, begin serving.

@@ -130,5 +130,6 @@ class Keeper:
 
     def _serve(self) -> None:
         self.starts.succeeded()
-        self.endpoint = self.gang.endpoint
+        assert self.gang.address
+        self.endpoint = Endpoint(self.name, self.gang.generation, self.gang.address)
         self._changed()
