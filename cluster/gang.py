@@ -15,13 +15,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stepladder.cluster import placement
 from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
 from stepladder.cluster.config import Deployment, Group
-from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.error_text import error_text
 from stepladder.cluster.processes import kill_process
 from stepladder.cluster.ray_wait import wait_for
 from stepladder.parallel.shards import Shard
 from stepladder.workers.actors import Place, RankActor, Sign
-from stepladder.workers.afd.membership import PoolAddress
 from stepladder.workers.config import AfdConfig
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.rank import Notice, RankConfig
@@ -51,33 +49,19 @@ class Gang:
     address: str | None = None
     asked: float | None = None
     figures: list[RankFigures] = field(default_factory=list)
+    _told: dict[type[Notice], Notice] = field(default_factory=dict)
 
     ROOM_SECONDS: ClassVar[float] = 5.0  # placing ranks takes less where there is room
 
     @property
     def group(self) -> str:
         """Name of the placement group."""
-        return f"{self.deployment.name}/{self.generation}/{self.name}"
+        return f"{self.deployment.name}/{self.generation}/{self.plan.name}"
 
     @property
     def waits_for_room(self) -> bool:
         """Whether the cluster is full: longer than placing takes."""
         return self.asked is not None and monotonic() - self.asked > self.ROOM_SECONDS
-
-    @property
-    def name(self) -> str:
-        return self.plan.name
-
-    @property
-    def pool(self) -> PoolAddress:
-        """Of the FFN pool: what attention ranks are told."""
-        assert self.address
-        return PoolAddress(self.generation, self.address, self.group, self.plan.size)
-
-    @property
-    def endpoint(self) -> Endpoint:
-        assert self.address
-        return Endpoint(self.name, self.generation, self.address)
 
     def start(self, go: Callable[[], bool]) -> None:
         """Place the ranks, load the model, begin serving.
@@ -119,9 +103,11 @@ class Gang:
         return self.address is not None and self.alive()
 
     def tell(self, notice: Notice) -> None:
-        """News for all of its ranks, without waiting for them."""
-        for actor in self.ranks:
-            actor.tell.remote(notice)
+        """News for all of its ranks, without waiting for them, unless they have been told."""
+        if self._told.get(type(notice)) != notice:
+            self._told[type(notice)] = notice
+            for actor in self.ranks:
+                actor.tell.remote(notice)
 
     def alive(self) -> bool:
         """Whether every rank answers and its loop runs; collects their figures."""

@@ -42,41 +42,37 @@ class Keeper:
         changed: Callable[[], None],
     ) -> None:
         self._deployment, self.group, self._journal, self._changed = deployment, group, journal, changed
+        self.name = group.name
         self.gang = Gang(deployment, group, journal.get(f"generation of {self.name}", 0), agreement)
         self.endpoint: Endpoint | None = None
         self.starts = StartRetry(self.name, worked=journal.get("served", False) or not group.needed)
         self.restarts = 0
-        self._told: dict[type[Notice], tuple[int, Notice]] = {}  # to which generation
         self._telling = threading.Lock()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run_noting, daemon=True, name=f"keeper-{self.name}")
         self.broke: Exception | None = None
 
     @property
-    def name(self) -> str:
-        return self.group.name
-
-    @property
     def pool(self) -> PoolAddress | None:
         """Of the FFN pool's keeper: what its attention ranks are told."""
         gang = self.gang  # the keeper's thread may put another in its place
-        return gang.pool if self.endpoint and gang.address else None
+        if not self.endpoint or not gang.address:
+            return None
+        return PoolAddress(gang.generation, gang.address, gang.group, self.group.size)
 
     def tell(self, notice: Notice) -> None:
         """News for the ranks, if they serve and have not been told. From any thread."""
         with self._telling:
-            endpoint, gang = self.endpoint, self.gang
-            if endpoint and self._told.get(type(notice)) != (now := (endpoint.generation, notice)):
+            gang = self.gang  # before the endpoint, which another would not have yet
+            if self.endpoint:
                 gang.tell(notice)
-                self._told[type(notice)] = now
 
     def adopt(self) -> None:
         """After a restart of the controller: take the gang over if it is whole and ours, remove it if not."""
         if not self.gang.generation:
             return
         if self.gang.adopt() and self._journal.resumed:
-            self.starts.succeeded()
-            self._show(self.gang.endpoint)
+            self._serve()
         else:
             self._clear()
 
@@ -124,8 +120,7 @@ class Keeper:
         self.gang.start(lambda: not self._ending.is_set())
         if not self.gang.alive():
             raise RayActorError(error_msg=f"{self.gang.group} died as soon as it had started; see its log")
-        self.starts.succeeded()
-        self._show(self.gang.endpoint)
+        self._serve()
 
     def _clear(self) -> None:
         """Nothing is left of the gang."""
@@ -133,6 +128,8 @@ class Keeper:
         self._changed()
         self.gang.kill()
 
-    def _show(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def _serve(self) -> None:
+        self.starts.succeeded()
+        assert self.gang.address
+        self.endpoint = Endpoint(self.name, self.gang.generation, self.gang.address)
         self._changed()

@@ -65,7 +65,7 @@ class JsonlMonitor:
         self._path, self._failing = path, False
         self._file: FileIO | None = None
         with suppress(OSError):  # `log` tries again, and tells
-            self._open()
+            self._append(b"")
 
     def log(self, row: Mapping[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), **row}) + "\n"
@@ -82,18 +82,14 @@ class JsonlMonitor:
             with suppress(OSError):
                 self._file.close()
 
-    def _open(self) -> FileIO:
+    def _append(self, line: bytes) -> None:
+        """Unbuffered, so that a row is there at once and whole, or not at all."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
-        return self._file
-
-    def _append(self, line: bytes) -> None:
-        """Unbuffered, so that a row is there at once and whole, or not at all."""
-        file = self._open()
-        end = file.seek(0, os.SEEK_END)
-        if file.write(line) != len(line):
-            file.truncate(end)
+        end = self._file.seek(0, os.SEEK_END)
+        if self._file.write(line) != len(line):
+            self._file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -74,6 +74,7 @@ class Supervisor:
         self._gateway = GatewayHandle(deployment, "gateway-0", journal.get("gateway_life", 0), journal.get("port", 0))
         self._gateway.program = gateway
         self._gateway_starts, self._gateway_restarts = StartRetry("the gateway", worked=journal.get("served", False)), 0
+        self._starts = [*(keeper.starts for keeper in self._needed), self._gateway_starts]
         self._phase, self._detail = "starting", STARTING
         if journal.get("served"):
             self._phase, self._detail = "mending", "the controller was lost; looking for what lives"
@@ -98,23 +99,21 @@ class Supervisor:
             {keeper.name: _told_by(keeper) for keeper in keepers} for keepers in (self._engines, self._others)
         )
         in_flight = self._gateway.stats.get("in_flight", 0)
-        more = {"in_flight": in_flight, "draining": self._draining, "engines": engines, "figures": self._figures}
+        draining = self._journal.get("draining", False)
+        more = {"in_flight": in_flight, "draining": draining, "engines": engines, "figures": self._figures}
         more |= {"pools": pools} if pools else {}
         return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
 
     def drain(self, draining: bool) -> None:
-        """Admit no more requests, or again; in the journal, so that it outlives a restart of controller or gateway."""
+        """Admit no more requests, or again; those in flight go on, and everything stays up. In the journal, so that it
+        outlives a restart of controller or gateway."""
         self._journal.set(draining=draining)
         self._wake.set()
 
-    @property
-    def _draining(self) -> bool:
-        """By order."""
-        return self._journal.get("draining", False)
-
-    def driver_alive(self) -> None:
-        """Note the driver's sign of life."""
+    def heartbeat(self) -> Status:
+        """The driver's sign of life, answered with the state of things."""
         self._driver_heard = monotonic()
+        return self.status()
 
     def shut_down(self) -> None:
         """Drain and remove everything, soon; in the journal, so that it outlives a restart of the controller."""
@@ -139,7 +138,7 @@ class Supervisor:
             return
         if broke := next((keeper.broke for keeper in self._keepers if keeper.broke), None):
             raise broke
-        admit = not self._draining
+        admit = not self._journal.get("draining")
         self._tell(admit)
         if not self._gateway.alive():
             self._restart_gateway()
@@ -169,11 +168,6 @@ class Supervisor:
             parts = "engines and FFN pool" if self._pools else "engines"
             rest = self._troubles() or ["starting the rest again"]
             self._set("mending", "; ".join([f"{serving} of {len(self._needed)} {parts} serve", *rest]) + self._full())
-
-    @property
-    def _starts(self) -> list[StartRetry]:
-        """Of all that serving needs."""
-        return [*(keeper.starts for keeper in self._needed), self._gateway_starts]
 
     def _troubles(self) -> list[str]:
         """Why something does not serve, if its last start has failed."""

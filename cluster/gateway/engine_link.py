@@ -9,7 +9,7 @@ import zmq
 import zmq.asyncio
 
 from stepladder.cluster.endpoint import Endpoint
-from stepladder.cluster.gateway.errors import Overloaded
+from stepladder.cluster.gateway.errors import BadRequest, Overloaded
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import EngineStats
 from stepladder.workers.server.messages import (
@@ -113,7 +113,7 @@ class EngineLink:
         for refusal in update.refusals:
             if flight := self.forget(refusal.id):
                 why = refusal.message
-                flight.events.put_nowait(Overloaded(why, retry_after=1) if refusal.full else ValueError(why))
+                flight.events.put_nowait(Overloaded(why, retry_after=1) if refusal.full else BadRequest(why))
         for output in update.outputs:
             if flight := self.flights.get(output.id):
                 flight.sent.extend(output.tokens)

@@ -17,15 +17,11 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
         return
     queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue(maxsize=len(streams))
     pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
-    running = len(pumps)
     try:
-        while running:
-            event = await queue.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                running -= 1
-            else:
+        for _ in pumps:
+            while (event := await queue.get()) is not None:  # each pump's last word
+                if isinstance(event, Exception):
+                    raise event
                 yield event[0]
     finally:
         for pump in pumps:

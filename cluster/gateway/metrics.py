@@ -107,20 +107,16 @@ class Metrics:
         The gauges of an engine that is gone are forgotten; its counters stay, as counters must. A counter that went
         back means a restarted engine.
         """
-        for engine in self._step_sizes.engines.keys() - engines.keys():
-            for gauge in self._gauges.values():
-                gauge.remove(self._model_name, engine)
         self._step_sizes.engines = engines
+        for gauge in self._gauges.values():
+            gauge.clear()
         for engine, stats in engines.items():
-            self._update_engine(engine, stats)
-
-    def _update_engine(self, engine: str, stats: Mapping[str, Any]) -> None:
-        for field, gauge in self._gauges.items():
-            gauge.labels(self._model_name, engine).set(stats[field])
-        for field, counter in self._counters.items():
-            before, now = self._seen.get((engine, field), 0.0), stats[field]
-            counter.labels(self._model_name, engine).inc(now - before if now >= before else now)
-            self._seen[engine, field] = now
+            for field, gauge in self._gauges.items():
+                gauge.labels(self._model_name, engine).set(stats[field])
+            for field, counter in self._counters.items():
+                before, now = self._seen.get((engine, field), 0.0), stats[field]
+                counter.labels(self._model_name, engine).inc(now - before if now >= before else now)
+                self._seen[engine, field] = now
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -183,13 +179,13 @@ class SequenceMeter:
             metrics.observe("inter_token_latency_seconds", now - self._last)
         else:
             metrics.observe("time_to_first_token_seconds", now - self._arrived)
-            metrics.window.first_token(now - self._arrived)
+            metrics.window.ttft.append(now - self._arrived)
             metrics.prompt_tokens.inc(self._num_prompt_tokens)
             self._first = now
         self._last = now
         self._num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
-        metrics.window.token(num_tokens)
+        metrics.window.tokens += num_tokens
 
     def end(self, reason: str, start: Start | None) -> None:
         """It has ended, for this reason. Latencies of unfinished sequences would mislead and are not counted.
@@ -202,8 +198,9 @@ class SequenceMeter:
         if reason not in ("stop", "length"):
             return
         per_token = (self._last - self._first) / (self._num_tokens - 1) if self._num_tokens > 1 else None
-        metrics.window.finished(per_token)
+        metrics.window.finished += 1
         if per_token is not None:
+            metrics.window.tpot.append(per_token)
             metrics.observe("request_time_per_output_token_seconds", per_token)
         metrics.observe("e2e_request_latency_seconds", self.e2e)
         if start is not None:

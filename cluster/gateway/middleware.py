@@ -17,7 +17,8 @@ _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 class Gatekeeper:
-    """ASGI middleware. The request's id is in `request.state.request_id` and echoed as X-Request-Id.
+    """ASGI middleware. The request's id is in `request.state.request_id` and echoed as X-Request-Id; `status` beside it
+    is the answer's, once that has begun.
 
     Args:
         api_key: bearer token that all but OPEN_PATHS need.
@@ -33,15 +34,14 @@ class Gatekeeper:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, started = Headers(scope=scope), False
+        headers, state = Headers(scope=scope), scope.setdefault("state", {})
         given = headers.get("x-request-id")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
+                state["status"] = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -52,7 +52,7 @@ class Gatekeeper:
             await error.response()(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)
-            if not started:
+            if "status" not in state:
                 await ApiError("internal error").response()(scope, receive, send_with_id)
 
     def _check(self, path: str, headers: Headers, bad_id: bool) -> None:

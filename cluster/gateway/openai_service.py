@@ -16,7 +16,7 @@ from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
 from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stepladder.cluster.gateway.router import Router
-from stepladder.workers.core import Output, Request, SamplingParams
+from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
@@ -230,11 +230,14 @@ class OpenAIService:
             self.metrics.answered(choices[first].request.params.max_tokens, counts)
 
     async def _pieces_of(self, choice: Choice, arrived: float) -> AsyncGenerator[Piece, None]:
+        """An end without a reason, or for the engine's own reasons, is an error."""
         meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"
         choice.meter = meter
         try:
-            async with aclosing(self._outputs(choice.request)) as outputs:
+            async with aclosing(self._router.generate(choice.request)) as outputs:
                 async for output in outputs:
+                    if output.finish_reason == "abort":
+                        break
                     if not output.tokens and not output.finish_reason:
                         continue  # a retry that found its request still in the queue
                     before = choice.num_tokens
@@ -244,25 +247,12 @@ class OpenAIService:
                     if choice.finish_reason:
                         ended = choice.finish_reason
                         return
+            raise Unavailable("the engine gave up on this request; try again", retry_after=1)
         except (asyncio.CancelledError, GeneratorExit):
             ended = choice.finish_reason or "abort"
             raise
         finally:
             meter.end(ended, choice.start)
-
-    async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
-        """The router's outputs; an end without a reason, or for the engine's own reasons, is an error."""
-        try:
-            async with aclosing(self._router.generate(request)) as outputs:
-                async for output in outputs:
-                    if output.finish_reason == "abort":
-                        break
-                    yield output
-                    if output.finish_reason:
-                        return
-        except ValueError as error:
-            raise BadRequest(str(error)) from None
-        raise Unavailable("the engine gave up on this request; try again", retry_after=1)
 
 
 def event(data: dict[str, Any]) -> bytes:

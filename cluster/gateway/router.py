@@ -36,7 +36,7 @@ class Router:
         self._gateway, self._secret, self._patience, self._silence = gateway, secret, patience, silence
         self._context = zmq.asyncio.Context()
         self._links: dict[Endpoint, EngineLink] = {}
-        self._tasks: dict[Endpoint, list[asyncio.Task[None]]] = {}
+        self._readers: dict[Endpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()  # the table, or who in it has been heard
         self._wanted: set[Flight] = set()  # those whose clients are there
         self._background: set[asyncio.Task[None]] = set()
@@ -71,11 +71,10 @@ class Router:
             link = EngineLink(self._context, self._gateway, self._secret, endpoint)
             self._links[endpoint] = link
             await link.hello()
-            self._tasks[endpoint] = [asyncio.create_task(self._read(link)), asyncio.create_task(self._watch(link))]
+            self._readers[endpoint] = asyncio.create_task(self._read(link))
         lost = [self._links.pop(endpoint) for endpoint in self._links.keys() - table]
         for link in lost:
-            for task in self._tasks.pop(link.endpoint):
-                task.cancel()
+            self._readers.pop(link.endpoint).cancel()
             link.close()
         self._replay([flight for link in lost for flight in _take_back(link)])
         await self._notify()
@@ -84,7 +83,7 @@ class Router:
         """The outputs of `request`, across replays, until one has a finish reason. Closing it aborts the request.
 
         Raises:
-            Unavailable: there is no engine; Overloaded: its queue is full; ValueError: it can never be served.
+            Unavailable: there is no engine; Overloaded: its queue is full; BadRequest: it can never be served.
         """
         if not self.ready():
             raise Unavailable("no engine is ready", retry_after=2)
@@ -145,26 +144,19 @@ class Router:
         return near if near and near.load - idlest.load <= WORTH * saved else idlest
 
     async def _read(self, link: EngineLink) -> None:
-        """Deliver updates until cancelled; after a gap in their numbers, start anew with everything replayed."""
+        """Deliver updates until cancelled; after a gap in their numbers, or a silence that is too long, start anew with
+        everything replayed."""
         while True:
-            was_alive = link.alive
-            is_whole = await link.receive()
+            was_alive, is_whole = link.alive, False
+            with suppress(TimeoutError):
+                async with asyncio.timeout(link.last_heard + self._silence - monotonic()):
+                    is_whole = await link.receive()
             if link.alive and not was_alive:
                 await self._notify()
             if not is_whole:
-                await self._start_anew(link)
-
-    async def _watch(self, link: EngineLink) -> None:
-        """Start anew with an engine that has been silent for too long, until cancelled."""
-        while True:
-            await asyncio.sleep(self._silence / 4)
-            if monotonic() - link.last_heard > self._silence:
-                await self._start_anew(link)
-
-    async def _start_anew(self, link: EngineLink) -> None:
-        flights = _take_back(link)
-        await link.hello()
-        self._replay(flights)
+                flights = _take_back(link)
+                await link.hello()
+                self._replay(flights)
 
     def _replay(self, flights: list[Flight]) -> None:
         """In the background: it may have to wait for an engine, and whoever brings the news of one must not."""

@@ -8,7 +8,7 @@ are not in it. OpenTelemetry's packages are an extra, imported only where traces
 import threading
 from typing import TYPE_CHECKING, Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepladder.cluster.config import check_endpoint
 
@@ -65,8 +65,8 @@ class Traces:
 
 
 class Traced:
-    """ASGI middleware: a span per HTTP request. What is inside leaves in `scope["state"]` the answer that the
-    request became, if it did, and the error that ended a stream.
+    """ASGI middleware: a span per HTTP request. What is inside leaves in `scope["state"]` the status, the answer that
+    the request became, if it did, and the error that ended a stream.
 
     Args:
         untraced: paths that get none, such as those of probes.
@@ -79,19 +79,12 @@ class Traced:
         if scope["type"] != "http" or scope["path"] in self._untraced:
             await self._app(scope, receive, send)
             return
-        span, status, state = self._traces.begin(scope), 0, scope.setdefault("state", {})
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        span, state = self._traces.begin(scope), scope.setdefault("state", {})
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send)
         finally:
             if span.is_recording():
-                _describe_http(span, scope, status, state.get("error"))
+                _describe_http(span, scope, state.get("status", 0), state.get("error"))
                 if "answer" in state:
                     span.set_attributes(answer_attributes(state["answer"]))
             span.end()

@@ -138,9 +138,8 @@ async def waiting(engine: Served, count: int) -> None:
 
 async def kill(router: Router) -> None:
     """What a SIGKILL does to its sockets: closed, and no goodbye."""
-    for tasks in router._tasks.values():
-        for task in tasks:
-            task.cancel()
+    for reader in router._readers.values():
+        reader.cancel()
     for link in router._links.values():
         link.close()
     router._links.clear()

@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 
 from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig
-from stepladder.cluster.gateway.errors import Overloaded, Unavailable
+from stepladder.cluster.gateway.errors import BadRequest, Overloaded, Unavailable
 from stepladder.cluster.gateway.router import Router
 from tests.cluster.engines import (
     LENGTH,
@@ -190,7 +190,7 @@ def test_closing_the_generator_aborts(random_model: Path) -> None:
 def test_refusals_have_their_reasons(random_model: Path) -> None:
     async def scene(engine: Served) -> None:
         router = await routed(engine)
-        with pytest.raises(ValueError, match="exceed this model's context of 256 tokens"):
+        with pytest.raises(BadRequest, match="exceed this model's context of 256 tokens"):
             await collect(router, max_tokens=250)
         answers = await asyncio.gather(*(collect(router, f"r{i}") for i in range(12)), return_exceptions=True)
         full = [a for a in answers if isinstance(a, Overloaded)]

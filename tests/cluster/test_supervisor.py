@@ -31,7 +31,7 @@ class ScriptedGang(Gang):
     failures: ClassVar[dict[str, list[Exception]]] = {}
 
     def start(self, go: Callable[[], bool]) -> None:
-        if failures := self.failures.get(self.name):
+        if failures := self.failures.get(self.plan.name):
             raise failures.pop(0)
         self.ranks, self.address = [object()], "tcp://nowhere"  # type: ignore[list-item]
 
