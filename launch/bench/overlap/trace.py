@@ -1,11 +1,9 @@
 """What a step's trace says about its reduces, and the picture of it that Perfetto draws."""
 
 from collections.abc import Iterable
-from itertools import pairwise
-from typing import Any
 
-from stepladder.launch.bench.rig.perfetto import Event, process, took, under_way
-from stepladder.launch.bench.rig.spans import MODULE, REDUCE, WAIT, Span
+from stepladder.launch.bench.rig.perfetto import Event, Trace, process, took, traced, under_way
+from stepladder.launch.bench.rig.spans import MODULE, REDUCE, WAIT, Span, covered
 
 
 def hidden_share(spans: Iterable[Span]) -> float:
@@ -13,7 +11,7 @@ def hidden_share(spans: Iterable[Span]) -> float:
     spans = list(spans)
     waits = [s for s in spans if s.kind == WAIT]
     reduces = [s for s in spans if s.kind == REDUCE]
-    return 1 - sum(_overlap(r, w) for r in reduces for w in waits) / sum(r.end - r.begin for r in reduces)
+    return 1 - sum(covered(waits, [r.window]) for r in reduces) / sum(r.end - r.begin for r in reduces)
 
 
 def under_the_next_block(spans: Iterable[Span]) -> float:
@@ -21,12 +19,13 @@ def under_the_next_block(spans: Iterable[Span]) -> float:
     spans = list(spans)
     blocks = sorted((s for s in spans if s.kind == MODULE), key=lambda s: s.begin)
     reduces = sorted((s for s in spans if s.kind == REDUCE), key=lambda s: s.begin)[1:]  # without the embedding's
-    met = [_overlap(reduce, following) > 0 for reduce, (_, following) in zip(reduces, pairwise(blocks), strict=False)]
+    following = zip(reduces, blocks[1:], strict=False)
+    met = [covered([reduce], [block.window]) > 0 for reduce, block in following]
     return sum(met) / len(met)
 
 
-def perfetto(steps: dict[str, list[list[Span]]]) -> dict[str, Any]:
-    """Chrome trace events: a process per wiring and rank with a lane for compute and waiting and one for reduces."""
+def perfetto(steps: dict[str, list[list[Span]]]) -> Trace:
+    """A process per wiring and rank with a lane for compute and waiting and one for reduces."""
     events: list[Event] = []
     for number, (wiring, ranks) in enumerate(steps.items()):
         zero = min(span.begin for spans in ranks for span in spans)
@@ -34,7 +33,7 @@ def perfetto(steps: dict[str, list[list[Span]]]) -> dict[str, Any]:
             pid = number * len(ranks) + rank
             events += process(pid, f"{wiring}, rank {rank}", ("compute", "communication"))
             events += [event for span in spans for event in _events(span, pid, zero)]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    return traced(events)
 
 
 def _events(span: Span, pid: int, zero: float) -> list[Event]:
@@ -42,7 +41,3 @@ def _events(span: Span, pid: int, zero: float) -> list[Event]:
         return under_way(span, zero, f"{pid}.{span.name}", pid=pid, tid=1, cat="reduce", name=span.name)
     cat, name = ("compute", span.name) if span.kind == MODULE else ("wait", f"wait for {span.name}")
     return [took(span, zero, pid=pid, tid=0, cat=cat, name=name)]
-
-
-def _overlap(a: Span, b: Span) -> float:
-    return max(0.0, min(a.end, b.end) - max(a.begin, b.begin))

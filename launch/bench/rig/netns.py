@@ -77,20 +77,15 @@ def unavailable() -> str | None:
         return f"network namespaces are Linux's, and this is {sys.platform}"
     if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
         return f"{' and '.join(missing)} of iproute2 cannot be found; install it"
-    probe = new_name()
+    probe, bucket = new_name(), "tbf rate 1mbit burst 4kb latency 50ms"
     try:
         ip("netns", "add", probe)
-        ip("-n", probe, *["link", "add", "bridge", "type", "bridge"])
-        ip("-n", probe, *["link", "add", "one", "type", "veth", "peer", "name", "other"])
-        tc(
-            "-n",
-            probe,
-            *["qdisc", "add", "dev", "one", "root", "tbf", "rate", "1mbit", "burst", "4kb", "latency", "50ms"],
-        )
+        for link in ("bridge type bridge", "one type veth peer name other"):
+            ip("-n", probe, "link", "add", *link.split())
+        tc("-n", probe, "qdisc", "add", "dev", "one", "root", *bucket.split())
     except RuntimeError as error:
-        return (
-            f"no network namespaces can be made here, which takes root and a kernel with veth, bridge and tbf: {error}"
-        )
+        needed = "root and a kernel with veth, bridge and tbf"
+        return f"no network namespaces can be made here, which takes {needed}: {error}"
     finally:
         remove(probe)
     return None

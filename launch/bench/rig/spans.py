@@ -25,6 +25,10 @@ class Span:
     begin: float
     end: float
 
+    @property
+    def window(self) -> Window:
+        return self.begin, self.end
+
 
 class Recorder:
     """Wraps blocks and reduces of a CPU rank; `spans` are in the order in which they ended.

@@ -7,14 +7,13 @@ to four micro-batches of the same batch; tensor parallelism over the same link; 
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
 from stepladder.launch.bench.afd.real.measure import Measuring
-from stepladder.launch.bench.afd.real.model import Model, Wire, check_context
+from stepladder.launch.bench.afd.real.model import Model, Wire
 from stepladder.launch.bench.afd.real.point import Point
 from stepladder.launch.bench.afd.real.task import LADDER, LAG0, Decoded, Load
 from stepladder.launch.bench.rig import netns
@@ -51,10 +50,11 @@ class RealOptions:
         Raises:
             ValueError: a model is not there, or takes fewer positions.
         """
+        longest = self.context + self.steps + 1
         for model in self.models:
-            spec = model.spec
-            for batch, wire in product(model.batches, model.wires):
-                check_context(spec, self.load(batch, wire), model.name)
+            if longest > (positions := model.spec.max_position):
+                sequences = f"context and steps make {longest}; lower context"
+                raise ValueError(f"model {model.name} takes {positions} positions, but {sequences}")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,16 @@
 """The picture that Perfetto draws of one decode step: what A and F compute, and what is under way between them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from stepladder.launch.bench.afd.real.task import Decoded, Moment
-from stepladder.launch.bench.rig.perfetto import Event, process, took, under_way
+from stepladder.launch.bench.rig.perfetto import Event, Trace, process, took, traced, under_way
 from stepladder.launch.bench.rig.spans import MESSAGE, Span
 
 LANES = ("A compute", "A -> F", "F compute", "F -> A")
 
 
-def perfetto(turns: Mapping[str, Sequence[Decoded]]) -> dict[str, Any]:
-    """Chrome trace events of the last step of each turn: a process per case. turns: by case, the answers of A and F."""
+def perfetto(turns: Mapping[str, Sequence[Decoded]]) -> Trace:
+    """Of the last step of each turn: a process per case. turns: by case, the answers of A and F."""
     events: list[Event] = []
     for pid, (case, (a, f)) in enumerate(turns.items()):
         events += process(pid, case, LANES)
@@ -20,7 +19,7 @@ def perfetto(turns: Mapping[str, Sequence[Decoded]]) -> dict[str, Any]:
         for tid, spans in enumerate(lanes):
             for number, span in enumerate(s for s in spans if begin <= s.begin <= end):
                 events += _events(span, pid, tid, f"{pid}.{tid}.{number}", begin)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    return traced(events)
 
 
 def messages(sent: Sequence[Moment], came: Sequence[Moment]) -> list[Span]:
