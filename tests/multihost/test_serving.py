@@ -57,7 +57,7 @@ class Deployment:
     def ranks(self) -> list[int]:
         """How many ranks run on each host, by their network namespaces."""
         ranks = {p.pid for p in self.actors("Rank")}
-        return [len(ranks & {p.pid for p in netns.processes(host.namespace)}) for host in self.hosts]
+        return [len(ranks & set(netns.processes(host.namespace))) for host in self.hosts]
 
     def actors(self, *kinds: str) -> list[psutil.Process]:
         return [p for node in self.nodes for kind in kinds for p in node.processes(f"ray::{kind}Actor")]
