@@ -48,11 +48,11 @@ def run(config: AfdBench) -> Report:
         layers = measure_layers(config.emulated)
     if "real" in config.parts:
         journal = Path(config.run_dir) / "afd-rounds.jsonl"
-        points, traces = measure(config.real, journal, trace=config.trace is not None)
+        points = measure(config.real, journal, trace=config.trace is not None)
         if config.trace:
             # of the point whose 2 tC takes most nearly one module's time, an emulated one if there is any
-            nearest = min(traces, key=lambda traced: (not traced.point.wire.late_ms, traced.point.far))
-            write_trace(perfetto(nearest.turns), nearest.point.name, Path(config.trace).absolute())
+            nearest = min(points, key=lambda point: (not point.wire.late_ms, point.far))
+            write_trace(perfetto(nearest.traced), nearest.name, Path(config.trace).absolute())
     rows = [*emulated_report.rows(layers), *real_report.rows(points)]
     lines = emulated_report.summary(layers) | real_report.summary(points)
     details = {"points": {"points": [real_report.plain(point, points) for point in points]}} if points else {}

@@ -20,9 +20,9 @@ from stepladder.launch.bench.overlap.bound import Parts, shortest_step
 from stepladder.launch.bench.overlap.figure import draw
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
 from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
+from stepladder.launch.bench.rig import hosts as rig
 from stepladder.launch.bench.rig import netns
-from stepladder.launch.bench.rig import wire as rig
-from stepladder.launch.bench.rig.hosts import Hosts, Link
+from stepladder.launch.bench.rig.hosts import Hosts
 from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
 from stepladder.launch.bench.rig.perfetto import write_trace
 from stepladder.launch.bench.rig.processes import Ranks, Start
@@ -123,9 +123,6 @@ class Point:
         standard, and `weight` says too little."""
         return self.wire.rate is not None and self.parts.spacing > 1.1 * self.parts.reduce
 
-    def of_bound(self, wiring: str) -> float:
-        return median(self.steps[wiring]) / shortest_step(self.parts, wiring)
-
     def hidden(self, variant: str) -> dict[str, float]:
         """By the ranks' counters and by their traces, means of the ranks; nothing without communication, or on CUDA."""
         if variant not in self.answers[0].hidden:
@@ -146,7 +143,7 @@ def run(config: OverlapBench) -> Report:
         bar = stack.enter_context(tqdm(total=len(wires) * len(config.cases), unit="case"))
         for wire in wires:
             for host in hosts or ():
-                host.shape(Link(rate=wire.rate))
+                host.shape(wire)
             for case in config.cases:
                 bar.set_postfix_str(f"{wire.name}, {case.name}")
                 points.append(_point(wire, case, ranks.ask(config.task(case, wire), Answer), config))
@@ -212,15 +209,14 @@ def _summary(points: list[Point]) -> dict[str, Goal]:
         if near and NEAR[0] <= near.weight <= NEAR[1]:
             where = f"{near.name} (reduce = {near.weight:.2f} modules)"
             summary[f"{kind}: standard / ladder, {where}"] = at_least(near.ratios["ladder"].median, 1.6)
-            summary[f"{kind}: ladder / its bound, {where}"] = at_most(near.of_bound("ladder"), 1.1)
+            of_bound = median(near.steps["ladder"]) / shortest_step(near.parts, "ladder")
+            summary[f"{kind}: ladder / its bound, {where}"] = at_most(of_bound, 1.1)
         elif chosen:
             name = f"{kind}: standard / ladder (no case whose reduce takes {NEAR[0]} to {NEAR[1]} modules)"
             summary[name] = at_least(None, 1.6)
     if shaped := [p for p in points if p.wire.rate]:
-        worst = min(shaped, key=lambda p: p.ratios["ladder"].low)
-        summary[f"lower end of standard / ladder, worst shaped: {worst.name}"] = at_least(
-            worst.ratios["ladder"].low, 0.98
-        )
+        low, worst = min((p.ratios["ladder"].low, p.name) for p in shaped)
+        summary[f"lower end of standard / ladder, worst shaped: {worst}"] = at_least(low, 0.98)
     if seen := [p for p in points if p.hidden("ladder") and p.parts.reduce >= LONG]:
         shares = [p.hidden(wiring) for p in seen for wiring in WIRINGS]
         apart = max(abs(share["counters"] - share["trace"]) for share in shares)
@@ -245,16 +241,14 @@ def _plain(point: Point) -> dict[str, Any]:
         }
         for name in VARIANTS
     }
-    parts = {
-        name: getattr(point.parts, name) * 1e3 for name in ("attention", "ffn", "reduce", "spacing", "rest", "cpu")
-    }
+    parts = ("attention", "ffn", "reduce", "spacing", "rest", "cpu")
     return {
         "link": point.wire.name,
         "rate_mbit": point.wire.rate,
         "late_ms": point.wire.late_ms,
         "case": point.case.name,
         "reduce_over_module": point.weight,
-        "parts_ms": parts,
+        "parts_ms": {name: getattr(point.parts, name) * 1e3 for name in parts},
         "variants": wirings,
     }
 

@@ -2,8 +2,14 @@
 
 from collections.abc import Iterable
 
-from stepladder.launch.bench.rig.perfetto import Event, Trace, process, took, traced, under_way
+from stepladder.launch.bench.rig.perfetto import Event, drawn, process
 from stepladder.launch.bench.rig.spans import MODULE, REDUCE, WAIT, Span, covered
+
+LOOKS = {
+    MODULE: (0, "compute", "{}"),
+    WAIT: (0, "wait", "wait for {}"),
+    REDUCE: (1, "reduce", "{}"),
+}  # lane, cat, name
 
 
 def hidden_share(spans: Iterable[Span]) -> float:
@@ -11,7 +17,7 @@ def hidden_share(spans: Iterable[Span]) -> float:
     spans = list(spans)
     waits = [s for s in spans if s.kind == WAIT]
     reduces = [s for s in spans if s.kind == REDUCE]
-    return 1 - sum(covered(waits, [r.window]) for r in reduces) / sum(r.end - r.begin for r in reduces)
+    return 1 - sum(covered(waits, [(r.begin, r.end)]) for r in reduces) / sum(r.end - r.begin for r in reduces)
 
 
 def under_the_next_block(spans: Iterable[Span]) -> float:
@@ -20,11 +26,11 @@ def under_the_next_block(spans: Iterable[Span]) -> float:
     blocks = sorted((s for s in spans if s.kind == MODULE), key=lambda s: s.begin)
     reduces = sorted((s for s in spans if s.kind == REDUCE), key=lambda s: s.begin)[1:]  # without the embedding's
     following = zip(reduces, blocks[1:], strict=False)
-    met = [covered([reduce], [block.window]) > 0 for reduce, block in following]
+    met = [covered([reduce], [(block.begin, block.end)]) > 0 for reduce, block in following]
     return sum(met) / len(met)
 
 
-def perfetto(steps: dict[str, list[list[Span]]]) -> Trace:
+def perfetto(steps: dict[str, list[list[Span]]]) -> dict[str, list[Event]]:
     """A process per wiring and rank with a lane for compute and waiting and one for reduces."""
     events: list[Event] = []
     for number, (wiring, ranks) in enumerate(steps.items()):
@@ -32,12 +38,8 @@ def perfetto(steps: dict[str, list[list[Span]]]) -> Trace:
         for rank, spans in enumerate(ranks):
             pid = number * len(ranks) + rank
             events += process(pid, f"{wiring}, rank {rank}", ("compute", "communication"))
-            events += [event for span in spans for event in _events(span, pid, zero)]
-    return traced(events)
-
-
-def _events(span: Span, pid: int, zero: float) -> list[Event]:
-    if span.kind == REDUCE:
-        return under_way(span, zero, f"{pid}.{span.name}", pid=pid, tid=1, cat="reduce", name=span.name)
-    cat, name = ("compute", span.name) if span.kind == MODULE else ("wait", f"wait for {span.name}")
-    return [took(span, zero, pid=pid, tid=0, cat=cat, name=name)]
+            for span in spans:
+                tid, cat, name = LOOKS[span.kind]
+                key, name = f"{pid}.{span.name}", name.format(span.name)
+                events += drawn(span, zero, key, pid=pid, tid=tid, cat=cat, name=name)
+    return {"traceEvents": events}

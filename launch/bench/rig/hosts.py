@@ -32,27 +32,40 @@ class Link:
 
     Attributes:
         rate: Mbit/s; None for as fast as the machine goes.
-        burst: bytes that pass at once after a silence; None: what passes in a quarter of a millisecond, 10 KiB at
-            least. With fewer, the kernel's timers make the link slower than told.
-        queue_ms: what would have to wait longer is dropped.
     """
 
     rate: float | None = None
-    burst: int | None = None
-    queue_ms: float = 100.0
 
     def __post_init__(self) -> None:
-        for name in ("rate", "burst", "queue_ms"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} of a link is {value}; it must be positive")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError(f"rate of a link is {self.rate}; it must be positive")
 
     @property
     def tbf(self) -> list[str]:
-        """The arguments of the token bucket; it must have a rate."""
+        """The arguments of the token bucket; it must have a rate.
+
+        What passes in a quarter of a millisecond, 10 KiB at least, passes at once after a silence: with less, the
+        kernel's timers make the link slower than told. What would have to wait for more than 100 ms is dropped.
+        """
         assert self.rate is not None
-        burst = self.burst or max(10 << 10, int(self.rate * 1e6 / 8 * 250e-6))
-        return ["tbf", "rate", f"{self.rate * 1e6:.0f}bit", "burst", f"{burst}b", "latency", f"{self.queue_ms}ms"]
+        burst = max(10 << 10, int(self.rate * 1e6 / 8 * 250e-6))
+        return ["tbf", "rate", f"{self.rate * 1e6:.0f}bit", "burst", f"{burst}b", "latency", "100ms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire(Link):
+    """What a bench is told about a link. late_ms: of latency, emulated. A rate or a latency, so that a case is either
+    measured or emulated."""
+
+    late_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.late_ms < 0:
+            raise ValueError(f"late_ms of a wire is {self.late_ms:g}; it must not be negative")
+        if self.rate is not None and self.late_ms:
+            both = f"rate {self.rate:g} and late_ms {self.late_ms:g}"
+            raise ValueError(f"a wire has {both}; it can have one of them: make it two wires")
 
 
 class Host:

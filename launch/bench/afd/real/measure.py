@@ -28,7 +28,8 @@ class Measuring:
         self._model, self._layers, self._apart, self._colocated = model, layers, apart, colocated
         self._rounds, self._journal, self._draw = rounds, journal, random.Random(0)
 
-    def point(self, wire: Wire, load: Load) -> Point:
+    def point(self, wire: Wire, load: Load, traced: Sequence[Case]) -> Point:
+        """traced: disaggregated cases of which one more turn is taken, with its messages."""
         every = cases(load.batch)
         modules = dict.fromkeys(modules_task(case, load) for case in every)
         sending = [transfer_task(case, load) for case in every if case.kind != REPLICAS]
@@ -43,11 +44,8 @@ class Measuring:
                 self._note(wire, load, turned)
         turns = {case: [turned[case] for turned, _, _ in rounds] for case in every}
         parts = _medians([alone for _, alone, _ in rounds]), _medians([sent for _, _, sent in rounds])
-        return Point(self._model, self._layers, wire, load, turns, *parts)
-
-    def traced(self, case: Case, load: Load) -> list[Decoded]:
-        """A turn of a disaggregated case, with its messages."""
-        return self._apart.ask(Task("decode", load, case, traced=True), Decoded)
+        watched = {case.name: self._apart.ask(Task("decode", load, case, traced=True), Decoded) for case in traced}
+        return Point(self._model, self._layers, wire, load, turns, *parts, watched)
 
     def _turn(self, case: Case, load: Load) -> Turn:
         return Turn.of(case, self._pair(case).ask(Task("decode", load, case), Decoded))

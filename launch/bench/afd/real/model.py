@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepladder.launch.bench.rig import wire as rig
+from stepladder.launch.bench.rig import hosts as rig
 from stepladder.parallel.checkpoint import save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights

@@ -14,7 +14,7 @@ PLAIN = "no goal"
 def rows(points: Sequence[Point]) -> list[Row]:
     made = []
     for point in points:
-        told = _plain_cases(point)
+        told = plain(point, points)["cases"]
         lag0 = told[LAG0.name]
         for case, numbers in told.items():
             name = f"{point.name}: {case}"
@@ -91,12 +91,8 @@ def plain(point: Point, points: Sequence[Point]) -> dict[str, Any]:
         "two_tC_over_module": point.weight,
         "tokens_reduce_ms": point.transfers[tokens_task(point.load)].one * 1e3,
         "best_ping_pong": point.best_ping_pong.name,
-        "cases": _plain_cases(point),
+        "cases": {case.name: _plain_case(point, case) for case in cases(point.load.batch)},
     }
-
-
-def _plain_cases(point: Point) -> dict[str, dict[str, Any]]:
-    return {case.name: _plain_case(point, case) for case in cases(point.load.batch)}
 
 
 def _plain_case(point: Point, case: Case) -> dict[str, Any]:
