@@ -46,12 +46,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", strict: bool
     return cls(**{key: _value(kinds[key], value, where + key, strict) for key, value in values.items()})
 
 
-def check_counts(options: object, *names: str) -> None:
-    """Raises ValueError if one of these options is below 1; one that is None is not."""
+def check_counts(options: object, *names: str, where: str = "") -> None:
+    """Raises ValueError if one of these options, which are at `where`, is below 1; one that is None is not."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError(f"{where}{name} is {value}; it must be at least 1")
 
 
 def _value(kind: Any, value: Any, where: str, strict: bool) -> Any:

@@ -7,8 +7,7 @@ number of tokens, in turns. The bound is what the engine's own steps would take 
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -25,7 +24,7 @@ from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 from stepladder.launch.where import BUNDLED
 from stepladder.workers.core import Request, SamplingParams, StepPlan
-from stepladder.workers.engine import Engine, Step
+from stepladder.workers.engine import Engine, Runs, Step
 from stepladder.workers.executor import Executor
 
 SHAPES: dict[str, Any] = {
@@ -122,10 +121,11 @@ def compare(case: str, model: Path, dtype: str, work: Work, repeats: int) -> tup
     """Ours and transformers' tokens per second, in turns; medians, and the median of the paired ratios."""
     llm, theirs = LLM(str(model), "cpu", dtype=dtype), _transformers(model, dtype)
     pairs = [(ours_per_second(llm.engine, work), theirs(work)) for _ in range(repeats + 1)][1:]  # the first warms up
-    with recorded(llm.engine) as steps:
-        ours_per_second(llm.engine, work)
+    executor = llm.engine.executor
+    llm.engine.executor = recording = Recording(executor)
+    ours_per_second(llm.engine, work)
     ours, rival = (median(side) for side in zip(*pairs, strict=True))
-    row = Row(case, "tokens/s", ours, "1/s", bound=work.tokens / bare_seconds(llm.engine, steps), rival=rival)
+    row = Row(case, "tokens/s", ours, "1/s", bound=work.tokens / bare_seconds(executor, recording.steps), rival=rival)
     return row, median(a / b for a, b in pairs)
 
 
@@ -148,27 +148,20 @@ def ours_per_second(engine: Engine, work: Work) -> float:
     return work.tokens / (perf_counter() - began)
 
 
-@contextmanager
-def recorded(engine: Engine) -> Iterator[Counter[int]]:
-    """Counts the steps by their number of rows."""
-    steps, inner = Counter[int](), engine.executor
+class Recording:
+    """An executor whose steps are counted by their number of rows."""
 
-    class Recording:
-        def submit(self, plan: StepPlan) -> Step:
-            steps[len(plan.tokens)] += 1
-            return inner.submit(plan)
+    def __init__(self, executor: Runs) -> None:
+        self.steps, self._executor = Counter[int](), executor
 
-    engine.executor = Recording()
-    try:
-        yield steps
-    finally:
-        engine.executor = inner
+    def submit(self, plan: StepPlan) -> Step:
+        self.steps[len(plan.tokens)] += 1
+        return self._executor.submit(plan)
 
 
 @torch.inference_mode()
-def bare_seconds(engine: Engine, steps: Counter[int]) -> float:
+def bare_seconds(executor: Runs, steps: Counter[int]) -> float:
     """What the steps' matrix products take alone: every layer's own weights, in the fastest form there is."""
-    executor = engine.executor
     assert isinstance(executor, Executor)
     spec = executor.model.spec
     shapes = _shapes() * spec.num_layers + [(spec.vocab_size, spec.hidden_size)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,11 +58,9 @@ def _cpu(ray: PrivateRay) -> dict[int, float]:
     """User and system seconds so far, by process."""
     times = {}
     for process in ray.processes(""):
-        try:
+        with suppress(psutil.NoSuchProcess):
             used = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        times[process.pid] = used.user + used.system
+            times[process.pid] = used.user + used.system
     return times
 
 

@@ -10,6 +10,7 @@ import pytest
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.text.stream import Tokenizer
 from tests.multihost.ask import Answer
+from tests.multihost.switch import cut_off, join, traffic
 from tests.multihost.test_serving import (
     HANG_SECONDS,
     LONG,
@@ -31,9 +32,9 @@ def test_attention_and_ffn_on_two_hosts_answer_as_one_process_does(possible: Non
     with deployed(2, tmp_path, "layout=afd layout.attention=1 layout.ffn=1") as deployment:
         second = deployment.hosts[1]
         assert deployment.ranks() == [1, 1]
-        before = second.traffic
+        before = traffic(second)
         texts = [deployment.ask(second, prompt) for prompt in PROMPTS]
-        after = second.traffic
+        after = traffic(second)
     assert texts == alone(PROMPTS) and len(set(texts)) == len(PROMPTS)
     spec, tokenizer = ModelSpec.load(MODEL), Tokenizer(MODEL)
     tokens = sum(len(tokenizer.encode(prompt, True)) + MAX_TOKENS - 1 for prompt in PROMPTS)
@@ -76,12 +77,12 @@ def test_a_host_that_is_cut_off_costs_time_only(possible: None, tmp_path: Path, 
         for answer in answers:
             answer.begun()
         cut = monotonic()
-        host.cut()
+        cut_off(host)
         noticed = watch.until(lambda seen: seen.phase == "mending", 40)
         if lost != "ffn":
             texts = [answer.text() for answer in answers]
             ended = monotonic()
-        host.join()
+        join(host)
         back = watch.until(lambda seen: seen.phase == "ready", 120)
         if lost == "ffn":
             texts = [answer.text() for answer in answers]

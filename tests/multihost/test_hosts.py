@@ -16,6 +16,7 @@ import pytest
 from stepladder.launch.bench.rig import netns
 from stepladder.launch.bench.rig.hosts import Hosts, Link
 from stepladder.launch.bench.rig.netns import ip
+from tests.multihost.switch import cut_off, join, traffic
 from tests.multihost.transfer import Connection
 
 pytestmark = [pytest.mark.multihost, pytest.mark.timeout(90)]
@@ -71,9 +72,10 @@ def runs(pid: int) -> bool:
 
 
 def test_bytes_go_where_they_are_sent_and_are_counted(hosts: Hosts, connection: Connection) -> None:
-    before = [host.traffic for host in hosts]
+    before = [traffic(host) for host in hosts]
     connection.transfer(MEGABYTE)
-    gone = [(a.sent - b.sent, a.received - b.received) for a, b in zip((h.traffic for h in hosts), before, strict=True)]
+    after = [traffic(host) for host in hosts]
+    gone = [(a.sent - b.sent, a.received - b.received) for a, b in zip(after, before, strict=True)]
     assert gone[0][0] >= MEGABYTE <= gone[1][1]
     assert max(gone[0][1], gone[1][0], *gone[2]) < MEGABYTE / 10
 
@@ -105,14 +107,14 @@ def test_a_link_is_as_slow_as_told_and_no_slower(hosts: Hosts, connection: Conne
 def test_a_host_that_is_cut_off_hears_nothing_until_it_joins_again(hosts: Hosts, connection: Connection) -> None:
     """Nothing of an established connection is lost, and the others do not notice."""
     other = Connection(hosts[0], hosts[2])
-    hosts[1].cut()
+    cut_off(hosts[1])
     try:
         connection.begin(1000)
         assert other.transfer(1000) < 0.5
         with pytest.raises(Empty):
             connection.seconds(timeout=0.7)
     finally:
-        hosts[1].join()
+        join(hosts[1])
     assert connection.seconds(timeout=10) > 0.7
     assert connection.transfer(1000) < 0.5
 

@@ -20,6 +20,7 @@ from stepladder.parallel.wiring import wiring
 from stepladder.workers.text.stream import Tokenizer
 from tests.cluster.jobs import eventually
 from tests.multihost.ask import Answer
+from tests.multihost.switch import cut_off, join, traffic
 from tests.multihost.watch import Watch
 
 pytestmark = [pytest.mark.ray, pytest.mark.multihost, pytest.mark.timeout(240)]
@@ -56,7 +57,7 @@ class Deployment:
     def ranks(self) -> list[int]:
         """How many ranks run on each host, by their network namespaces."""
         ranks = {p.pid for p in self.actors("Rank")}
-        return [len(ranks & {p.pid for p in netns.processes(host.namespace)}) for host in self.hosts]
+        return [len(ranks & set(netns.processes(host.namespace))) for host in self.hosts]
 
     def actors(self, *kinds: str) -> list[psutil.Process]:
         return [p for node in self.nodes for kind in kinds for p in node.processes(f"ray::{kind}Actor")]
@@ -117,9 +118,9 @@ def test_one_group_on_two_hosts_answers_as_one_process_does(deployment: Deployme
     first, second = deployment.hosts
     assert deployment.ranks() == [1, 1]
     assert not [p for kind in ("Gateway", "Controller") for p in deployment.nodes[1].processes(f"ray::{kind}Actor")]
-    before = second.traffic
+    before = traffic(second)
     texts = [deployment.ask(second, prompt) for prompt in PROMPTS]
-    after = second.traffic
+    after = traffic(second)
     assert texts == alone(PROMPTS) and len(set(texts)) == len(PROMPTS)
     tokenizer = Tokenizer(MODEL)
     least = reduced_bytes(sum(len(tokenizer.encode(prompt, True)) + MAX_TOKENS - 1 for prompt in PROMPTS))
@@ -137,10 +138,10 @@ def test_a_host_that_is_cut_off_for_a_while_costs_time_only(deployment: Deployme
         answer = Answer(first, deployment.url, PROMPTS[1], LONG)
         answer.begun()
         cut = monotonic()
-        second.cut()
+        cut_off(second)
         noticed = watch.until(lambda seen: seen.phase == "mending", 30)
         assert HANG_SECONDS - 1 < noticed.at - cut < HANG_SECONDS + 10 and "0 of 1 engines serve" in noticed.detail
-        second.join()
+        join(second)
         back = watch.until(lambda seen: seen.phase == "ready", 90)
         print(f"noticed after {noticed.at - cut:.1f} s, ready {back.at - noticed.at:.1f} s after it was joined again")
     assert (back.generation, back.nodes) == (before.generation + 1, 2) and deployment.nodes[1].runs
@@ -156,11 +157,11 @@ def test_a_host_that_ray_has_given_up_is_used_again_once_it_has_a_ray_node(deplo
     with Watch(first, deployment.ray.env, NAME) as watch:
         before = watch.until(lambda seen: seen.phase == "ready", 30)
         cut = monotonic()
-        second.cut()
+        cut_off(second)
         noticed = watch.until(lambda seen: seen.phase == "mending", 30)
         lost = watch.until(lambda seen: seen.nodes == 1, 150)
         assert lost.at - cut > HANG_SECONDS and lost.phase == "mending" and "0 of 1 engines serve" in lost.detail
-        second.join()
+        join(second)
         joined = monotonic()
         eventually(lambda: not deployment.nodes[1].runs, seconds=120)
         ended = monotonic()
@@ -185,12 +186,12 @@ def test_a_spare_host_takes_over_for_one_that_is_cut_off(possible: None, tmp_pat
         answer = Answer(deployment.hosts[0], deployment.url, PROMPTS[1], LONG)
         answer.begun()
         cut = monotonic()
-        deployment.hosts[lost].cut()
+        cut_off(deployment.hosts[lost])
         noticed = watch.until(lambda seen: seen.phase == "mending", 30)
         back = watch.until(lambda seen: seen.phase == "ready", 50)
         print(f"noticed after {noticed.at - cut:.1f} s, ready after {back.at - cut:.1f} s")
         assert (back.generation, back.nodes) == (before.generation + 1, 3)
         assert answer.text() == deployment.ask(deployment.hosts[0], PROMPTS[1], LONG)
-        deployment.hosts[lost].join()
+        join(deployment.hosts[lost])
         expected = [int(index != lost) for index in range(3)]
         eventually(lambda: deployment.ranks() == expected, deployment.ranks, seconds=90)

@@ -43,9 +43,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        ms = " ".join(
-            f"{name}={getattr(self.times, name) * 1e3:g}" for name in ("attention", "ffn", "transfer", "reduce")
-        )
+        names = ("attention", "ffn", "transfer", "reduce")
+        ms = " ".join(f"{name}={getattr(self.times, name) * 1e3:g}" for name in names)
         schedule = "ladder" if self.lag else f"ping-pong m={self.micro_batches}"
         return f"{self.attention}A{self.ffn}F {schedule}: {ms} ms"
 
@@ -127,7 +126,8 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
             link = Link(mine, replace(layout, tokens=layout.tokens[rank : rank + 1]), spec)
             side(inputs, [WholeSequences(ROWS, 1)] * case.micro_batches, link)
             windows.append((began, time.perf_counter()))
-        _close(mine)
+        for edge in mine:
+            edge.close()
         return windows[1:], record.spans
 
     def ffn(rank: int) -> list[Span]:
@@ -137,7 +137,8 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         for layout in layouts:
             lost = side(mine, layout)
             assert not lost, "an A rank is a thread of this process"
-        _close(mine)
+        for edge in mine:
+            edge.close()
         return record.spans
 
     with torch.inference_mode(), ThreadPoolExecutor(case.attention + case.ffn) as pool:
@@ -145,18 +146,9 @@ def measure(case: Case, layers: int, steps: int) -> Measured:
         attentions = [pool.submit(attention, rank) for rank in range(case.attention)]
         windows, here = zip(*(future.result() for future in attentions), strict=True)
         there = [future.result() for future in ffns]
-    return _measured(windows[0], here, there)
-
-
-def _measured(steps: Sequence[Window], here: Sequence[list[Span]], there: Sequence[list[Span]]) -> Measured:
-    """Of the steps of the first A rank and the modules of every A and every F rank."""
-    seconds = [end - begin for begin, end in steps]
-    return Measured(seconds, busy(here[0], steps), busy(there[0], steps), exposed([*chain(*here, *there)], steps))
-
-
-def _close(edges: Sequence[LateEdge]) -> None:
-    for edge in edges:
-        edge.close()
+    seconds = [end - begin for begin, end in windows[0]]
+    shares = busy(here[0], windows[0]), busy(there[0], windows[0])  # of the first rank of each pool
+    return Measured(seconds, *shares, exposed([*chain(*here, *there)], windows[0]))
 
 
 def _sleeping(blocks: Sequence[Block], seconds: float, record: Recorder) -> list[Block]:

@@ -3,8 +3,6 @@
 Emulated: time per layer of the two schedules against their formula. Real: should we disaggregate at all?
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +10,10 @@ from stepladder.launch.bench.afd import emulated_report
 from stepladder.launch.bench.afd.emulated_report import EmulatedOptions, Layer, measure_layers
 from stepladder.launch.bench.afd.figure import draw
 from stepladder.launch.bench.afd.real import report as real_report
-from stepladder.launch.bench.afd.real.part import RealOptions, Traced, measure
+from stepladder.launch.bench.afd.real.part import RealOptions, measure
 from stepladder.launch.bench.afd.real.point import Point
 from stepladder.launch.bench.afd.real.trace import perfetto
+from stepladder.launch.bench.rig.perfetto import write_trace
 from stepladder.launch.report import Report
 
 WHAT_IS_EMULATED = {
@@ -49,22 +48,16 @@ def run(config: AfdBench) -> Report:
         layers = measure_layers(config.emulated)
     if "real" in config.parts:
         journal = Path(config.run_dir) / "afd-rounds.jsonl"
-        points, traces = measure(config.real, journal, trace=config.trace is not None)
+        points = measure(config.real, journal, trace=config.trace is not None)
         if config.trace:
-            _write_trace(traces, Path(config.trace).absolute())
+            # of the point whose 2 tC takes most nearly one module's time, an emulated one if there is any
+            nearest = min(points, key=lambda point: (not point.wire.late_ms, point.far))
+            write_trace(perfetto(nearest.traced), nearest.name, Path(config.trace).absolute())
     rows = [*emulated_report.rows(layers), *real_report.rows(points)]
     lines = emulated_report.summary(layers) | real_report.summary(points)
     details = {"points": {"points": [real_report.plain(point, points) for point in points]}} if points else {}
     emulated = "; ".join(WHAT_IS_EMULATED[part] for part in dict.fromkeys(config.parts))
     return Report("afd", rows, lines, emulated, details, lambda figure: draw(figure, layers, points))
-
-
-def _write_trace(traces: Sequence[Traced], path: Path) -> None:
-    """Of the point whose 2 tC takes most nearly one module's time, an emulated one if there is any."""
-    chosen = min(traces, key=lambda traced: (not traced.point.wire.late_ms, traced.point.far))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(perfetto(chosen.turns) | {"otherData": {"case": chosen.point.name}}))
-    print(f"trace of {chosen.point.name} written to {path}; open it in https://ui.perfetto.dev")
 
 
 SUITE = AfdBench, run

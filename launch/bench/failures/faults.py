@@ -91,9 +91,8 @@ class FailuresBench:
         for kind, names in RANKS.items():
             for name in names if kind != self.kind else ():
                 if (value := getattr(self, name)) != getattr(FailuresBench, name):  # the default
-                    raise ValueError(
-                        f"{name} is {value}, but kind={self.kind} has no such ranks; omit it or use kind={kind}"
-                    )
+                    remedy = f"omit it or use kind={kind}"
+                    raise ValueError(f"{name} is {value}, but kind={self.kind} has no such ranks; {remedy}")
 
     @property
     def possible(self) -> list[str]:

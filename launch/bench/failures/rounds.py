@@ -1,8 +1,8 @@
 """One deployment, struck again and again under streaming requests; what its clients and its controller saw."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import product
+from itertools import pairwise, product
 from time import monotonic
 from typing import Any
 
@@ -13,7 +13,6 @@ from ray.exceptions import RayError
 from stepladder.cluster.error_text import error_text
 from stepladder.launch.bench.failures.deployment_under_test import DeploymentUnderTest, Engines, Watch, within
 from stepladder.launch.bench.failures.faults import FAULTS, FailuresBench, Fault, Occurrence
-from stepladder.launch.bench.failures.pauses import resumptions
 from stepladder.launch.bench.failures.retrying_client import RetryingClient
 
 # how asking a deployment that did not come back can end
@@ -172,6 +171,26 @@ def judge(
         ended=max(breaks, default=None) if hits_streams else None,
         longest_pause=max(client.longest_pause for client in clients),
     )
+
+
+def resumptions(streams: Iterable[Sequence[float]], moment: float, usual: float) -> list[float]:
+    """Seconds from the failure at `moment` to the text that ended its pause, of every stream that paused, in order.
+
+    A stream paused if it got no text for longer than `usual` from about the failure on: what was under way then may
+    still come, up to `usual` later. Streams of an engine that lives on, which go on as ever, are not among them; but
+    one that happens to be a little slower than any was undisturbed is.
+
+    Args:
+        streams: when text came (`monotonic`), of each.
+        usual: the longest pause of streams that nothing disturbs.
+    """
+    ends = []
+    for arrivals in streams:
+        gaps = [gap for gap in pairwise(arrivals) if gap[0] <= moment + usual and gap[1] > moment]
+        begin, end = max(gaps, key=lambda gap: gap[1] - gap[0], default=(moment, moment))
+        if end - begin > usual:
+            ends.append(end - moment)
+    return sorted(ends)
 
 
 def resumed_blocks(before: Engines, after: Engines) -> list[int]:

@@ -1,6 +1,5 @@
 """How long a step would take at best, from the times of its parts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepladder.launch.bench.overlap.task import BOUND
@@ -37,14 +36,11 @@ def shortest_step(parts: Parts, wiring: str) -> float:
     blocks = ([sum(layer)] if wiring.endswith("parallel") else layer) * parts.layers
     if wiring == BOUND:
         return sum(blocks) + parts.rest
-    return parts.rest + parts.reduce + _last_reduce(blocks, int(wiring.startswith("ladder")), parts)
-
-
-def _last_reduce(blocks: Sequence[float], lag: int, parts: Parts) -> float:
+    lag = int(wiring.startswith("ladder"))
     computed, done = 0.0, [float("-inf")] * (lag + 1)
     spacing = min(parts.spacing, parts.reduce)  # a token bucket that the first of two has emptied fills up in between
     for number, seconds in enumerate(blocks):
         beside = parts.cpu if lag and number else 0.0
         computed = max(computed, done[-1 - lag]) + seconds + beside
         done.append(max(computed + parts.reduce, done[-1] + spacing))
-    return done[-1]
+    return parts.rest + parts.reduce + done[-1]

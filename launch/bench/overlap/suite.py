@@ -4,13 +4,13 @@ All variants run the same shapes, weights and steps, in turns, on two ranks: on 
 of network namespaces, with gloo over a shaped link; with two GPUs two processes with NCCL, decode in a CUDA graph.
 """
 
-import json
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import chain
 from math import log
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from stepladder.launch.bench.overlap.bound import Parts, shortest_step
 from stepladder.launch.bench.overlap.figure import draw
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Answer, Case, Shapes, Task
 from stepladder.launch.bench.overlap.trace import hidden_share, perfetto, under_the_next_block
+from stepladder.launch.bench.rig import hosts as rig
 from stepladder.launch.bench.rig import netns
-from stepladder.launch.bench.rig import wire as rig
-from stepladder.launch.bench.rig.hosts import Hosts, Link
+from stepladder.launch.bench.rig.hosts import Hosts
 from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
+from stepladder.launch.bench.rig.perfetto import write_trace
 from stepladder.launch.bench.rig.processes import Ranks, Start
 from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
@@ -104,7 +105,7 @@ class Point:
     steps: dict[str, list[float]]
     parts: Parts
     answers: list[Answer]
-    ratios: dict[str, Ratio] = field(default_factory=dict)
+    ratios: dict[str, Ratio]
 
     @property
     def name(self) -> str:
@@ -122,15 +123,12 @@ class Point:
         standard, and `weight` says too little."""
         return self.wire.rate is not None and self.parts.spacing > 1.1 * self.parts.reduce
 
-    def of_bound(self, wiring: str) -> float:
-        return median(self.steps[wiring]) / shortest_step(self.parts, wiring)
-
-    def hidden(self, wiring: str) -> tuple[float, float] | None:
-        """(by the ranks' counters, by their traces), means of the ranks; None on CUDA."""
-        if not self.answers[0].hidden:
-            return None
-        traced = [hidden_share(chain.from_iterable(answer.spans[wiring])) for answer in self.answers]
-        return sum(a.hidden[wiring] for a in self.answers) / len(self.answers), sum(traced) / len(traced)
+    def hidden(self, variant: str) -> dict[str, float]:
+        """By the ranks' counters and by their traces, means of the ranks; nothing without communication, or on CUDA."""
+        if variant not in self.answers[0].hidden:
+            return {}
+        traced = [hidden_share(chain.from_iterable(answer.spans[variant])) for answer in self.answers]
+        return {"counters": fmean(answer.hidden[variant] for answer in self.answers), "trace": fmean(traced)}
 
 
 def run(config: OverlapBench) -> Report:
@@ -145,7 +143,7 @@ def run(config: OverlapBench) -> Report:
         bar = stack.enter_context(tqdm(total=len(wires) * len(config.cases), unit="case"))
         for wire in wires:
             for host in hosts or ():
-                host.shape(Link(rate=wire.rate))
+                host.shape(wire)
             for case in config.cases:
                 bar.set_postfix_str(f"{wire.name}, {case.name}")
                 points.append(_point(wire, case, ranks.ask(config.task(case, wire), Answer), config))
@@ -153,8 +151,10 @@ def run(config: OverlapBench) -> Report:
     if config.trace:
         _write_trace(points, Path(config.trace).absolute())
     emulated = None if config.cuda else "link rates by tc-tbf between namespaces of one machine, latency by waiting"
-    details = {"points": {"points": [_plain(point) for point in points]}}
-    return Report("overlap", _rows(points), _summary(points), emulated, details, lambda figure: draw(figure, points))
+    told = [_plain(point) for point in points]
+    rows = [row for point, plain in zip(points, told, strict=True) for row in _rows(point.name, plain["variants"])]
+    details = {"points": {"points": told}}
+    return Report("overlap", rows, _summary(points), emulated, details, lambda figure: draw(figure, points))
 
 
 def _hosts() -> Hosts:
@@ -164,34 +164,36 @@ def _hosts() -> Hosts:
 
 
 def _point(wire: Wire, case: Case, answers: list[Answer], config: OverlapBench) -> Point:
-    steps = {v: [max(each) for each in zip(*(a.steps[v] for a in answers), strict=True)] for v in VARIANTS}
+    steps = {name: _slower(answer.steps[name] for answer in answers) for name in VARIANTS}
     attention, ffn = (max(a.blocks[name] for a in answers) for name in ("attention", "ffn"))
-    lone, pair = (median(max(each) for each in zip(*times, strict=True)) for times in (
-        [a.reduce for a in answers], [a.pair for a in answers]))  # fmt: skip
+    lone, pair, cpu = (median(_slower(times)) for times in (
+        [a.reduce for a in answers], [a.pair for a in answers], [a.reduce_cpu for a in answers]))  # fmt: skip
     layers, alone = config.shapes.layers, median(steps[BOUND])
     scale = min(1.0, alone / (layers * (attention + ffn)))  # blocks timed one by one cannot take longer than together
     attention, ffn = attention * scale, ffn * scale
-    parts = Parts(attention, ffn, lone, max(0.0, pair - lone), alone - layers * (attention + ffn), layers)
+    rest = alone - layers * (attention + ffn)
+    parts = Parts(attention, ffn, lone, max(0.0, pair - lone), rest, layers, 0.0 if config.cuda else cpu)
     ratios = {name: paired_ratio(steps["standard"], steps[name]) for name in VARIANTS}
-    if not config.cuda:
-        parts = replace(parts, cpu=median(max(each) for each in zip(*(a.reduce_cpu for a in answers), strict=True)))
     return Point(wire, case, steps, parts, answers, ratios)
 
 
-def _rows(points: list[Point]) -> list[Row]:
-    rows = []
-    for point in points:
-        standard = median(point.steps["standard"]) * 1e3
-        for variant in VARIANTS:
-            bound = shortest_step(point.parts, variant) * 1e3
-            value = median(point.steps[variant]) * 1e3
-            rows.append(Row(point.name, f"{variant}: step", value, "ms", bound, standard))
-            if variant != "standard":
-                name, ratio = f"standard / {variant}, by pairs", point.ratios[variant]
-                rows.append(Row(point.name, name, ratio.median, "x", interval=(ratio.low, ratio.high)))
-        for wiring in WIRINGS:
-            if hidden := point.hidden(wiring):
-                rows.append(Row(point.name, f"{wiring}: reduce time hidden", hidden[0] * 100, "%", 100.0))
+def _slower(ranks: Iterable[list[float]]) -> list[float]:
+    """Of every round, the time of the slower rank."""
+    return [max(times) for times in zip(*ranks, strict=True)]
+
+
+def _rows(name: str, variants: dict[str, Any]) -> list[Row]:
+    """Of one point. variants: what `_plain` says of each."""
+    rows, standard = [], variants["standard"]["ms"]
+    for variant, told in variants.items():
+        rows.append(Row(name, f"{variant}: step", told["ms"], "ms", told["bound_ms"], standard))
+        if variant != "standard":
+            ratio = told["standard_over_this"]
+            interval = ratio["low"], ratio["high"]
+            rows.append(Row(name, f"standard / {variant}, by pairs", ratio["median"], "x", interval=interval))
+    for wiring, told in variants.items():
+        if hidden := told["hidden"]:
+            rows.append(Row(name, f"{wiring}: reduce time hidden", hidden["counters"] * 100, "%", 100.0))
     return rows
 
 
@@ -207,33 +209,26 @@ def _summary(points: list[Point]) -> dict[str, Goal]:
         if near and NEAR[0] <= near.weight <= NEAR[1]:
             where = f"{near.name} (reduce = {near.weight:.2f} modules)"
             summary[f"{kind}: standard / ladder, {where}"] = at_least(near.ratios["ladder"].median, 1.6)
-            summary[f"{kind}: ladder / its bound, {where}"] = at_most(near.of_bound("ladder"), 1.1)
+            of_bound = median(near.steps["ladder"]) / shortest_step(near.parts, "ladder")
+            summary[f"{kind}: ladder / its bound, {where}"] = at_most(of_bound, 1.1)
         elif chosen:
             name = f"{kind}: standard / ladder (no case whose reduce takes {NEAR[0]} to {NEAR[1]} modules)"
             summary[name] = at_least(None, 1.6)
     if shaped := [p for p in points if p.wire.rate]:
-        worst = min(shaped, key=lambda p: p.ratios["ladder"].low)
-        summary[f"lower end of standard / ladder, worst shaped: {worst.name}"] = at_least(
-            worst.ratios["ladder"].low, 0.98
-        )
+        low, worst = min((p.ratios["ladder"].low, p.name) for p in shaped)
+        summary[f"lower end of standard / ladder, worst shaped: {worst}"] = at_least(low, 0.98)
     if seen := [p for p in points if p.hidden("ladder") and p.parts.reduce >= LONG]:
-        apart = max(abs(a - b) for p in seen for w in WIRINGS for a, b in [p.hidden(w) or (0.0, 0.0)])
+        shares = [p.hidden(wiring) for p in seen for wiring in WIRINGS]
+        apart = max(abs(share["counters"] - share["trace"]) for share in shares)
         summary["hidden share, counters against trace, reduces >= 1 ms: points apart"] = at_most(apart * 100, 5)
     return summary
 
 
 def _write_trace(points: list[Point], path: Path) -> None:
     """The decode case whose reduces take most nearly one module's compute, standard beside ladder."""
-    chosen = [p for p in points if p.answers[0].spans and p.case.length == 1]
-    point = min(chosen, key=lambda p: abs(log(p.weight)))
+    point = min((p for p in points if p.case.length == 1), key=lambda p: abs(log(p.weight)))
     steps = {wiring: [answer.spans[wiring][0] for answer in point.answers] for wiring in WIRINGS}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(perfetto(steps) | {"otherData": {"case": point.name}}))
-    except OSError as error:  # what was measured is worth more than its trace
-        print(f"the trace is not written: {error}")
-    else:
-        print(f"trace of {point.name} written to {path}; open it in https://ui.perfetto.dev")
+    write_trace(perfetto(steps), point.name, path)
 
 
 def _plain(point: Point) -> dict[str, Any]:
@@ -242,20 +237,18 @@ def _plain(point: Point) -> dict[str, Any]:
             "ms": median(point.steps[name]) * 1e3,
             "bound_ms": shortest_step(point.parts, name) * 1e3,
             "standard_over_this": point.ratios[name]._asdict(),
-            "hidden": dict(zip(("counters", "trace"), point.hidden(name) or (), strict=False)) if name != BOUND else {},
+            "hidden": point.hidden(name),
         }
         for name in VARIANTS
     }
-    parts = {
-        name: getattr(point.parts, name) * 1e3 for name in ("attention", "ffn", "reduce", "spacing", "rest", "cpu")
-    }
+    parts = ("attention", "ffn", "reduce", "spacing", "rest", "cpu")
     return {
         "link": point.wire.name,
         "rate_mbit": point.wire.rate,
         "late_ms": point.wire.late_ms,
         "case": point.case.name,
         "reduce_over_module": point.weight,
-        "parts_ms": parts,
+        "parts_ms": {name: getattr(point.parts, name) * 1e3 for name in parts},
         "variants": wirings,
     }
 

@@ -1,11 +1,15 @@
 """What a step's trace says about its reduces, and the picture of it that Perfetto draws."""
 
 from collections.abc import Iterable
-from itertools import pairwise
-from typing import Any
 
-from stepladder.launch.bench.rig.perfetto import Event, process, took, under_way
-from stepladder.launch.bench.rig.spans import MODULE, REDUCE, WAIT, Span
+from stepladder.launch.bench.rig.perfetto import Event, drawn, process
+from stepladder.launch.bench.rig.spans import MODULE, REDUCE, WAIT, Span, covered
+
+LOOKS = {
+    MODULE: (0, "compute", "{}"),
+    WAIT: (0, "wait", "wait for {}"),
+    REDUCE: (1, "reduce", "{}"),
+}  # lane, cat, name
 
 
 def hidden_share(spans: Iterable[Span]) -> float:
@@ -13,7 +17,7 @@ def hidden_share(spans: Iterable[Span]) -> float:
     spans = list(spans)
     waits = [s for s in spans if s.kind == WAIT]
     reduces = [s for s in spans if s.kind == REDUCE]
-    return 1 - sum(_overlap(r, w) for r in reduces for w in waits) / sum(r.end - r.begin for r in reduces)
+    return 1 - sum(covered(waits, [(r.begin, r.end)]) for r in reduces) / sum(r.end - r.begin for r in reduces)
 
 
 def under_the_next_block(spans: Iterable[Span]) -> float:
@@ -21,28 +25,21 @@ def under_the_next_block(spans: Iterable[Span]) -> float:
     spans = list(spans)
     blocks = sorted((s for s in spans if s.kind == MODULE), key=lambda s: s.begin)
     reduces = sorted((s for s in spans if s.kind == REDUCE), key=lambda s: s.begin)[1:]  # without the embedding's
-    met = [_overlap(reduce, following) > 0 for reduce, (_, following) in zip(reduces, pairwise(blocks), strict=False)]
+    following = zip(reduces, blocks[1:], strict=False)
+    met = [covered([reduce], [(block.begin, block.end)]) > 0 for reduce, block in following]
     return sum(met) / len(met)
 
 
-def perfetto(steps: dict[str, list[list[Span]]]) -> dict[str, Any]:
-    """Chrome trace events: a process per wiring and rank with a lane for compute and waiting and one for reduces."""
+def perfetto(steps: dict[str, list[list[Span]]]) -> dict[str, list[Event]]:
+    """A process per wiring and rank with a lane for compute and waiting and one for reduces."""
     events: list[Event] = []
     for number, (wiring, ranks) in enumerate(steps.items()):
         zero = min(span.begin for spans in ranks for span in spans)
         for rank, spans in enumerate(ranks):
             pid = number * len(ranks) + rank
             events += process(pid, f"{wiring}, rank {rank}", ("compute", "communication"))
-            events += [event for span in spans for event in _events(span, pid, zero)]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _events(span: Span, pid: int, zero: float) -> list[Event]:
-    if span.kind == REDUCE:
-        return under_way(span, zero, f"{pid}.{span.name}", pid=pid, tid=1, cat="reduce", name=span.name)
-    cat, name = ("compute", span.name) if span.kind == MODULE else ("wait", f"wait for {span.name}")
-    return [took(span, zero, pid=pid, tid=0, cat=cat, name=name)]
-
-
-def _overlap(a: Span, b: Span) -> float:
-    return max(0.0, min(a.end, b.end) - max(a.begin, b.begin))
+            for span in spans:
+                tid, cat, name = LOOKS[span.kind]
+                key, name = f"{pid}.{span.name}", name.format(span.name)
+                events += drawn(span, zero, key, pid=pid, tid=tid, cat=cat, name=name)
+    return {"traceEvents": events}

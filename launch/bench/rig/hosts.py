@@ -7,7 +7,7 @@ processes, files, memory, clock and host name. Needs Linux, root and iproute2; `
     with Hosts(2, Link(rate=400)) as hosts:
         server = hosts[0].popen([sys.executable, "-m", "http.server", "--bind", hosts[0].address, "8000"])
         hosts[1].run(["curl", f"http://{hosts[0].address}:8000/"])
-        hosts[1].cut()
+        hosts[1].shape(Link(rate=100))
 """
 
 import json
@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from stepladder.launch.bench.rig import netns
 from stepladder.launch.bench.rig.netns import ip, tc
@@ -32,34 +32,40 @@ class Link:
 
     Attributes:
         rate: Mbit/s; None for as fast as the machine goes.
-        burst: bytes that pass at once after a silence; None: what passes in a quarter of a millisecond, 10 KiB at
-            least. With fewer, the kernel's timers make the link slower than told.
-        queue_ms: what would have to wait longer is dropped.
     """
 
     rate: float | None = None
-    burst: int | None = None
-    queue_ms: float = 100.0
 
     def __post_init__(self) -> None:
-        for name in ("rate", "burst", "queue_ms"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} of a link is {value}; it must be positive")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError(f"rate of a link is {self.rate}; it must be positive")
 
     @property
     def tbf(self) -> list[str]:
-        """The arguments of the token bucket; it must have a rate."""
+        """The arguments of the token bucket; it must have a rate.
+
+        What passes in a quarter of a millisecond, 10 KiB at least, passes at once after a silence: with less, the
+        kernel's timers make the link slower than told. What would have to wait for more than 100 ms is dropped.
+        """
         assert self.rate is not None
-        burst = self.burst or max(10 << 10, int(self.rate * 1e6 / 8 * 250e-6))
-        return ["tbf", "rate", f"{self.rate * 1e6:.0f}bit", "burst", f"{burst}b", "latency", f"{self.queue_ms}ms"]
+        burst = max(10 << 10, int(self.rate * 1e6 / 8 * 250e-6))
+        return ["tbf", "rate", f"{self.rate * 1e6:.0f}bit", "burst", f"{burst}b", "latency", "100ms"]
 
 
-class Traffic(NamedTuple):
-    """Bytes that a host has sent over its link and received from it."""
+@dataclass(frozen=True, kw_only=True)
+class Wire(Link):
+    """What a bench is told about a link. late_ms: of latency, emulated. A rate or a latency, so that a case is either
+    measured or emulated."""
 
-    sent: int
-    received: int
+    late_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.late_ms < 0:
+            raise ValueError(f"late_ms of a wire is {self.late_ms:g}; it must not be negative")
+        if self.rate is not None and self.late_ms:
+            both = f"rate {self.rate:g} and late_ms {self.late_ms:g}"
+            raise ValueError(f"a wire has {both}; it can have one of them: make it two wires")
 
 
 class Host:
@@ -67,12 +73,13 @@ class Host:
 
     Attributes:
         name: h0, h1, ... address: on the switch, where the other hosts reach it; loopback is the host's own.
-        namespace: as `ip netns` calls it. prefix: a command behind these words runs on the host.
+        namespace: as `ip netns` calls it. switch: its namespace, where the link's other end has the host's name.
+        prefix: a command behind these words runs on the host.
     """
 
     def __init__(self, lan: str, number: int) -> None:
         self.name, self.address = f"h{number}", f"10.77.0.{number + 1}"
-        self.namespace, self._switch = f"{lan}-{self.name}", f"{lan}-switch"
+        self.namespace, self.switch = f"{lan}-{self.name}", f"{lan}-switch"
         self.prefix = ("ip", "netns", "exec", self.namespace)
 
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
@@ -83,38 +90,24 @@ class Host:
         """As `subprocess.Popen`, on this host; the process id is the command's own. It is killed when the host goes."""
         return subprocess.Popen([*self.prefix, *command], **options)
 
-    def cut(self) -> None:
-        """Take the host off the switch: it keeps its address and its link is up, but nothing comes or goes."""
-        ip("-n", self._switch, "link", "set", self.name, "nomaster")
-
-    def join(self) -> None:
-        """Undo `cut`."""
-        ip("-n", self._switch, "link", "set", self.name, "master", BRIDGE)
-
     def shape(self, link: Link) -> None:
         """Give the link another rate; what is queued at the old one is dropped."""
-        for namespace, device in ((self.namespace, DEVICE), (self._switch, self.name)):
+        for namespace, device in ((self.namespace, DEVICE), (self.switch, self.name)):
             shaped = json.loads(tc("-n", namespace, "-j", "qdisc", "show", "dev", device))[0]["kind"] == "tbf"
             if link.rate is not None:
                 tc("-n", namespace, "qdisc", "replace", "dev", device, "root", *link.tbf)
             elif shaped:
                 tc("-n", namespace, "qdisc", "del", "dev", device, "root")
 
-    @property
-    def traffic(self) -> Traffic:
-        """Since the host was built."""
-        (device,) = json.loads(ip("-n", self.namespace, "-s", "-j", "link", "show", DEVICE))
-        return Traffic(device["stats64"]["tx"]["bytes"], device["stats64"]["rx"]["bytes"])
-
     def build(self, link: Link) -> None:
         """On an existing switch."""
         ip("netns", "add", self.namespace)
-        pair = f"{DEVICE} mtu {MTU} type veth peer name {self.name} mtu {MTU} netns {self._switch}"
+        pair = f"{DEVICE} mtu {MTU} type veth peer name {self.name} mtu {MTU} netns {self.switch}"
         ip("-n", self.namespace, "link", "add", *pair.split())
         ip("-n", self.namespace, "address", "add", f"{self.address}/24", "dev", DEVICE)
         for device in ("lo", DEVICE):
             ip("-n", self.namespace, "link", "set", device, "up")
-        ip("-n", self._switch, "link", "set", self.name, "master", BRIDGE, "up")
+        ip("-n", self.switch, "link", "set", self.name, "master", BRIDGE, "up")
         self.shape(link)
 
 

@@ -4,14 +4,13 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-
-import psutil
 
 PREFIX = "stepladder"
 FOLDER = Path("/run/netns")  # where iproute2 keeps them
@@ -40,13 +39,9 @@ def new_name() -> str:
     return f"{PREFIX}-{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(3)}"
 
 
-def processes(namespace: str) -> list[psutil.Process]:
-    """Those whose network is this namespace."""
-    found = []
-    for pid in ip("netns", "pids", namespace).split():
-        with suppress(psutil.NoSuchProcess):
-            found.append(psutil.Process(int(pid)))
-    return found
+def processes(namespace: str) -> list[int]:
+    """The ids of those whose network is this namespace."""
+    return [int(pid) for pid in ip("netns", "pids", namespace).split()]
 
 
 def remove(namespace: str, seconds: float = 20.0) -> None:
@@ -77,20 +72,15 @@ def unavailable() -> str | None:
         return f"network namespaces are Linux's, and this is {sys.platform}"
     if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
         return f"{' and '.join(missing)} of iproute2 cannot be found; install it"
-    probe = new_name()
+    probe, bucket = new_name(), "tbf rate 1mbit burst 4kb latency 50ms"
     try:
         ip("netns", "add", probe)
-        ip("-n", probe, *["link", "add", "bridge", "type", "bridge"])
-        ip("-n", probe, *["link", "add", "one", "type", "veth", "peer", "name", "other"])
-        tc(
-            "-n",
-            probe,
-            *["qdisc", "add", "dev", "one", "root", "tbf", "rate", "1mbit", "burst", "4kb", "latency", "50ms"],
-        )
+        for link in ("bridge type bridge", "one type veth peer name other"):
+            ip("-n", probe, "link", "add", *link.split())
+        tc("-n", probe, "qdisc", "add", "dev", "one", "root", *bucket.split())
     except RuntimeError as error:
-        return (
-            f"no network namespaces can be made here, which takes root and a kernel with veth, bridge and tbf: {error}"
-        )
+        needed = "root and a kernel with veth, bridge and tbf"
+        return f"no network namespaces can be made here, which takes {needed}: {error}"
     finally:
         remove(probe)
     return None
@@ -99,10 +89,10 @@ def unavailable() -> str | None:
 def _kill(namespace: str, deadline: float) -> None:
     while alive := processes(namespace):
         if monotonic() > deadline:
-            raise RuntimeError(f"processes {[p.pid for p in alive]} in {namespace} do not die; end them and run again")
+            raise RuntimeError(f"processes {alive} in {namespace} do not die; end them and run again")
         for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         threading.Event().wait(0.01)  # not wait_procs: it would take a child's exit code from its Popen
 
 

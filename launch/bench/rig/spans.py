@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(self, late: float = 0.0) -> None:
         self.spans: list[Span] = []
-        self._late, self._reduces = late, 0
+        self.late, self._reduces = late, 0
 
     def take(self) -> list[Span]:
         """All spans since the last call."""
@@ -67,11 +67,6 @@ class Recorder:
 
         return started
 
-    def waited(self, name: str, issued: float, asked: float, landed: float) -> None:
-        returned = perf_counter()
-        done = min(landed + self._late, returned)
-        self.spans += [Span(WAIT, name, asked, returned), Span(REDUCE, name, issued, done)]
-
 
 class _Recorded:
     def __init__(self, recorder: Recorder, name: str, issued: float, pending: Any) -> None:
@@ -83,7 +78,9 @@ class _Recorded:
         asked = perf_counter()
         tensor = self._pending.wait()
         self._stamped.wait()
-        self._recorder.waited(self._name, self._issued, asked, self._landed)
+        returned = perf_counter()
+        done = min(self._landed + self._recorder.late, returned)
+        self._recorder.spans += [Span(WAIT, self._name, asked, returned), Span(REDUCE, self._name, self._issued, done)]
         return tensor
 
     def _stamp(self, future: Any) -> None:

@@ -168,11 +168,10 @@ def _rows(name: str, case: Case, figures: dict[str, Any]) -> list[Row]:
     bound = case.request_rate
     if bound is None and case.max_concurrency and figures["mean_e2el_ms"]:
         bound = 1000 * case.max_concurrency / figures["mean_e2el_ms"]
-    rows = [Row(name, "request_throughput", figures["request_throughput"], "requests/s", bound)]
-    if figures["request_goodput"] is not None:
-        rows.append(
-            Row(name, "request_goodput", figures["request_goodput"], "requests/s", figures["request_throughput"])
-        )
+    throughput, goodput = figures["request_throughput"], figures["request_goodput"]
+    rows = [Row(name, "request_throughput", throughput, "requests/s", bound)]
+    if goodput is not None:
+        rows.append(Row(name, "request_goodput", goodput, "requests/s", throughput))
     rows.append(Row(name, "output_throughput", figures["output_throughput"], "tokens/s"))
     latencies = [f"{s}_{m}_ms" for m in ("ttft", "tpot", "itl", "e2el") for s in ("median", "p99")]
     if case.request_rate is not None:  # a closed loop waits for its answers by design

@@ -5,11 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from stepladder.kernels.rope import rope_table
 from stepladder.launch.bench.afd.real.task import Load
-from stepladder.parallel.afd.sides import AttentionSide
 from stepladder.parallel.context import KVCache, PagedSequences
-from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 
 BLOCK_SIZE = 16
@@ -43,13 +40,6 @@ class Batch:
             made.append(PagedSequences(self.cache, [self.load.context + number] * size, [1] * size, tables))
             begin += size
         return made
-
-
-def with_tables(context: PagedSequences, model: AttentionSide | Transformer) -> PagedSequences:
-    """The context of a module that is called by itself."""
-    spec = model.spec
-    context.cos, context.sin = rope_table(context.positions, model.frequencies, spec.dtype, spec.rope_interleaved)
-    return context
 
 
 def load_spec(path: str) -> ModelSpec:

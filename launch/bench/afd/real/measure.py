@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -12,8 +12,6 @@ from stepladder.launch.bench.afd.real.point import Point, Turn, cases, modules_t
 from stepladder.launch.bench.afd.real.task import AFD, REPLICAS, Case, Decoded, Load, Modules, Task, Transfer
 from stepladder.launch.bench.rig.processes import Ranks
 
-K = TypeVar("K")
-V = TypeVar("V")
 T = TypeVar("T", Modules, Transfer)
 
 
@@ -30,26 +28,24 @@ class Measuring:
         self._model, self._layers, self._apart, self._colocated = model, layers, apart, colocated
         self._rounds, self._journal, self._draw = rounds, journal, random.Random(0)
 
-    def point(self, wire: Wire, load: Load) -> Point:
+    def point(self, wire: Wire, load: Load, traced: Sequence[Case]) -> Point:
+        """traced: disaggregated cases of which one more turn is taken, with its messages."""
         every = cases(load.batch)
-        turns: dict[Case, list[Turn]] = {case: [] for case in every}
-        modules: dict[Task, list[Modules]] = {modules_task(case, load): [] for case in every}
+        modules = dict.fromkeys(modules_task(case, load) for case in every)
         sending = [transfer_task(case, load) for case in every if case.kind != REPLICAS]
-        transfers: dict[Task, list[Transfer]] = {task: [] for task in (*sending, tokens_task(load))}
+        transfers = dict.fromkeys([*sending, tokens_task(load)])
+        rounds = []
         for number in range(self._rounds + 1):
             turned = {case: self._turn(case, load) for case in self._draw.sample(every, len(every))}
             alone = {task: self._alone(task) for task in modules}
             sent = {task: self._pair(task.case).ask(task, Transfer)[0] for task in transfers}
             if number:  # the first warms up
-                _append(turned, turns)
-                _append(alone, modules)
-                _append(sent, transfers)
+                rounds.append((turned, alone, sent))
                 self._note(wire, load, turned)
-        return Point(self._model, self._layers, wire, load, turns, _medians(modules), _medians(transfers))
-
-    def traced(self, case: Case, load: Load) -> list[Decoded]:
-        """A turn of a disaggregated case, with its messages."""
-        return self._apart.ask(Task("decode", load, case, traced=True), Decoded)
+        turns = {case: [turned[case] for turned, _, _ in rounds] for case in every}
+        parts = _medians([alone for _, alone, _ in rounds]), _medians([sent for _, _, sent in rounds])
+        watched = {case.name: self._apart.ask(Task("decode", load, case, traced=True), Decoded) for case in traced}
+        return Point(self._model, self._layers, wire, load, turns, *parts, watched)
 
     def _turn(self, case: Case, load: Load) -> Turn:
         return Turn.of(case, self._pair(case).ask(Task("decode", load, case), Decoded))
@@ -70,13 +66,9 @@ class Measuring:
             file.write(json.dumps(line) + "\n")
 
 
-def _append(found: Mapping[K, V], lists: Mapping[K, list[V]]) -> None:
-    for key, value in found.items():
-        lists[key].append(value)
+def _medians(rounds: Sequence[Mapping[Task, T]]) -> dict[Task, T]:
+    return {task: _median([found[task] for found in rounds]) for task in rounds[0]}
 
 
-def _medians(found: Mapping[Task, list[T]]) -> dict[Task, T]:
-    return {
-        task: type(values[0])(*(median(each) for each in zip(*(vars(v).values() for v in values), strict=True)))
-        for task, values in found.items()
-    }
+def _median(values: Sequence[T]) -> T:
+    return type(values[0])(*(median(each) for each in zip(*(vars(v).values() for v in values), strict=True)))

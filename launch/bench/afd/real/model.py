@@ -4,8 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepladder.launch.bench.afd.real.task import Load
-from stepladder.launch.bench.rig import wire as rig
+from stepladder.launch.bench.rig import hosts as rig
 from stepladder.parallel.checkpoint import save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
@@ -77,12 +76,3 @@ class Model:
         save_weights(model, folder, spec.dtype)
         (folder / "config.json").write_text(json.dumps(spec.to_config()))
         return folder
-
-
-def check_context(spec: ModelSpec, load: Load, name: str) -> None:
-    """Raises ValueError where the sequences would become longer than the model takes."""
-    longest = load.context + load.steps + 1
-    if longest > spec.max_position:
-        raise ValueError(
-            f"model {name} takes {spec.max_position} positions, but context and steps make {longest}; lower context"
-        )

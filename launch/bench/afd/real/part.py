@@ -7,19 +7,19 @@ to four micro-batches of the same batch; tensor parallelism over the same link; 
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
 from stepladder.launch.bench.afd.real.measure import Measuring
-from stepladder.launch.bench.afd.real.model import Model, Wire, check_context
+from stepladder.launch.bench.afd.real.model import Model, Wire
 from stepladder.launch.bench.afd.real.point import Point
-from stepladder.launch.bench.afd.real.task import LADDER, LAG0, Decoded, Load
+from stepladder.launch.bench.afd.real.task import LADDER, LAG0, Load
 from stepladder.launch.bench.rig import netns
-from stepladder.launch.bench.rig.hosts import Hosts, Link
+from stepladder.launch.bench.rig.hosts import Hosts
 from stepladder.launch.bench.rig.processes import Ranks, Start
+from stepladder.launch.build import check_counts
 
 PROCESSES = ("stepladder.launch.bench.afd.real.apart", "stepladder.launch.bench.afd.real.colocated")
 
@@ -35,9 +35,7 @@ class RealOptions:
     rounds: int
 
     def __post_init__(self) -> None:
-        for name in ("context", "steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"real.{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "context", "steps", "rounds", where="real.")
         if not self.models:
             raise ValueError("real.models is empty; name at least one, or leave `real` out of parts")
 
@@ -51,22 +49,15 @@ class RealOptions:
         Raises:
             ValueError: a model is not there, or takes fewer positions.
         """
+        longest = self.context + self.steps + 1
         for model in self.models:
-            spec = model.spec
-            for batch, wire in product(model.batches, model.wires):
-                check_context(spec, self.load(batch, wire), model.name)
+            if longest > (positions := model.spec.max_position):
+                sequences = f"context and steps make {longest}; lower context"
+                raise ValueError(f"model {model.name} takes {positions} positions, but {sequences}")
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A turn of ladder AFD and one of lag 0 with m = 1, both ranks' answers of each."""
-
-    point: Point
-    turns: dict[str, list[Decoded]]
-
-
-def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Point], list[Traced]]:
-    """All points and, if asked for, a trace of each. journal: where every round is written to at once.
+def measure(options: RealOptions, journal: Path, trace: bool) -> list[Point]:
+    """All points. journal: where every round is written to at once. trace: also of ladder AFD and of lag 0 with m = 1.
 
     Raises:
         ValueError: there are no network namespaces to be had here, or no two cores; or `options.check_models` does.
@@ -77,7 +68,7 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
     on = cores()
     journal.parent.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
-    traces: list[Traced] = []
+    traced = (LADDER, LAG0) if trace else ()
     total = sum(len(model.wires) * len(model.batches) for model in options.models)
     with Hosts(2) as hosts, tqdm(total=total, unit="point") as bar:
         for model in options.models:
@@ -88,16 +79,12 @@ def measure(options: RealOptions, journal: Path, trace: bool) -> tuple[list[Poin
                 measuring = Measuring(model.name, model.spec.num_layers, apart, colocated, options.rounds, journal)
                 for wire in model.wires:
                     for host in hosts:
-                        host.shape(Link(rate=wire.rate))
+                        host.shape(wire)
                     for batch in model.batches:
                         bar.set_postfix_str(f"{model.name}, {wire.name}, batch {batch}")
-                        load = options.load(batch, wire)
-                        points.append(measuring.point(wire, load))
-                        if trace:
-                            turns = {case.name: measuring.traced(case, load) for case in (LADDER, LAG0)}
-                            traces.append(Traced(points[-1], turns))
+                        points.append(measuring.point(wire, options.load(batch, wire), traced))
                         bar.update()
-    return points, traces
+    return points
 
 
 def cores() -> list[int]:

@@ -1,7 +1,7 @@
 """One model, one link, one batch: what every case took, and how long it would take if nothing waited in vain."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
@@ -86,7 +86,8 @@ def tokens_task(load: Load) -> Task:
 
 @dataclass(frozen=True)
 class Point:
-    """turns: of every case, by round. parts: by task, the medians of the rounds."""
+    """turns: of every case, by round. modules, transfers: by task, the medians of the rounds. traced: if asked for, by
+    case, both ranks' answers of one more turn."""
 
     model: str
     layers: int
@@ -95,6 +96,7 @@ class Point:
     turns: dict[Case, list[Turn]]
     modules: dict[Task, Modules]
     transfers: dict[Task, Transfer]
+    traced: dict[str, list[Decoded]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

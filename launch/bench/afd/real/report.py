@@ -14,24 +14,19 @@ PLAIN = "no goal"
 def rows(points: Sequence[Point]) -> list[Row]:
     made = []
     for point in points:
-        lag0 = point.step(LAG0)
-        for case in cases(point.load.batch):
-            name, step, bound = f"{point.name}: {case.name}", point.step(case), point.bound(case)
+        told = plain(point, points)["cases"]
+        lag0 = told[LAG0.name]
+        for case, numbers in told.items():
+            name = f"{point.name}: {case}"
             made += [
-                Row(name, "TPOT", step * 1e3, "ms", bound.step * 1e3, lag0 * 1e3),
-                Row(name, "throughput", point.load.batch / step, "tokens/s", rival=point.load.batch / lag0),
-                *(Row(name, metric, share * 100, "%") for metric, share in busy(point, case).items()),
-                Row(name, "exposed communication", point.exposed(case) * 1e3, "ms/step"),
+                Row(name, "TPOT", numbers["TPOT_ms"], "ms", numbers["bound_ms"], lag0["TPOT_ms"]),
+                Row(name, "throughput", numbers["tokens_per_s"], "tokens/s", rival=lag0["tokens_per_s"]),
+                *(Row(name, metric, percent, "%") for metric, percent in numbers["busy_percent"].items()),
+                Row(name, "exposed communication", numbers["exposed_ms"], "ms/step"),
             ]
-            if bound.layer:
-                made.append(Row(name, "layer", point.layer(case) * 1e3, "ms", bound.layer * 1e3))
+            if numbers["layer_formula_ms"]:
+                made.append(Row(name, "layer", numbers["layer_ms"], "ms", numbers["layer_formula_ms"]))
     return made
-
-
-def busy(point: Point, case: Case) -> dict[str, float]:
-    """The share of a step that each rank spends in its modules."""
-    names = ("A busy", "F busy") if case.kind == AFD else ("rank 0 busy", "rank 1 busy")
-    return dict(zip(names, point.busy(case), strict=True))
 
 
 def summary(points: Sequence[Point]) -> dict[str, Goal]:
@@ -102,10 +97,11 @@ def plain(point: Point, points: Sequence[Point]) -> dict[str, Any]:
 
 def _plain_case(point: Point, case: Case) -> dict[str, Any]:
     (modules, sent), bound, step = point.parts(case), point.bound(case), point.step(case)
+    ranks = ("A busy", "F busy") if case.kind == AFD else ("rank 0 busy", "rank 1 busy")
     return {
         "TPOT_ms": step * 1e3,
         "tokens_per_s": point.load.batch / step,
-        "busy_percent": {name: share * 100 for name, share in busy(point, case).items()},
+        "busy_percent": {rank: share * 100 for rank, share in zip(ranks, point.busy(case), strict=True)},
         "exposed_ms": point.exposed(case) * 1e3,
         "tA_ms": modules.attention * 1e3,
         "tF_ms": modules.ffn * 1e3,
