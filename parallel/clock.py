@@ -14,10 +14,6 @@ class Split(NamedTuple):
     waiting: float = 0.0
     idle: float = 0.0
 
-    @property
-    def whole(self) -> float:
-        return self.busy + self.waiting + self.idle
-
 
 class Clock:
     """Busy, unless the loop says otherwise: `with clock.waiting: ...`, `with clock.idle: ...`; these may be nested.
@@ -31,12 +27,12 @@ class Clock:
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
         self._now = now
         self.waiting, self.idle = _State(self, WAITING), _State(self, IDLE)
-        self._mark: tuple[int, float] | None
         self.restart()
 
     def restart(self) -> None:
         """Begin anew: whatever was before the loop, such as loading, is forgotten."""
-        self._spent, self._mark = [0.0, 0.0, 0.0], (BUSY, self._now())
+        self._spent = [0.0, 0.0, 0.0]
+        self._mark: tuple[int, float] | None = BUSY, self._now()
 
     def split(self) -> Split:
         """Up to now, the state that still lasts included."""

@@ -22,12 +22,8 @@ if not (_HERE / "workers").is_dir():  # a checkout: the folders of this package 
 
 def __getattr__(name: str) -> Any:
     """What is public, once it is asked for: commands that only ask a cluster need no torch."""
-    if name in ("LLM", "Completion"):
-        from stepladder import llm
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from stepladder import llm
 
-        return getattr(llm, name)
-    if name in ("SamplingParams", "TokenLogprob"):
-        from stepladder.workers import core
-
-        return getattr(core, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(llm, name)

@@ -3,33 +3,14 @@
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from stepladder.workers.core import Output, Request, Sequence, StepPlan, StepResult
+from stepladder.workers.core import Output, Request, Sequence, StepPlan
+from stepladder.workers.executor import Executor
 from stepladder.workers.figures import counter, gauge, limit
+from stepladder.workers.sampler import Drawn
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's buckets
-
-
-class Step(Protocol):
-    """A step under way."""
-
-    def result(self) -> StepResult:
-        """Wait for it."""
-        ...
-
-
-class Runs(Protocol):
-    """What an engine needs of an executor."""
-
-    def submit(self, plan: StepPlan) -> Step:
-        """Queue a step; they run in this order."""
-        ...
-
-
-def _no_steps() -> list[int]:
-    return [0] * (len(STEP_TOKENS) + 1)
 
 
 @dataclass
@@ -53,7 +34,7 @@ class EngineStats:
     prefix_cache_queries: int = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
     prefix_cache_hits: int = counter("prefix_cache_hits", "Prompt tokens found there.")
     step_tokens: int = counter()
-    step_sizes: list[int] = field(default_factory=_no_steps)
+    step_sizes: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
 
     def count_step(self, tokens: int) -> None:
         """A step of so many tokens has been queued."""
@@ -69,13 +50,13 @@ class Engine:
     """
 
     config: SchedulerConfig
-    executor: Runs
+    executor: Executor
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
         self.stats.max_model_len = self.config.max_model_len
-        self._under_way: deque[Step] = deque()
+        self._under_way: deque[Drawn] = deque()
 
     @property
     def has_work(self) -> bool:

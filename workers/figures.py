@@ -71,10 +71,7 @@ class RankFigures:
 def together(several: Mapping[str, RankFigures]) -> dict[str, float]:
     """What engines have together, by the name of the figure."""
     numbers: dict[str, float] = {}
-    hows: dict[str, Declared] = {}
-    for figures in several.values():
-        hows |= figures.declared()
-    for name, how in hows.items():
+    for name, how in {name: how for one in several.values() for name, how in one.declared().items()}.items():
         found = [float(values[name]) for one in several.values() if name in (values := one.values())]
         if how.across != "none":
             numbers[name] = sum(found) / (len(found) if how.across == "mean" else 1)

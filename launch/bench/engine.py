@@ -24,8 +24,9 @@ from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
 from stepladder.launch.where import BUNDLED
 from stepladder.workers.core import Request, SamplingParams, StepPlan
-from stepladder.workers.engine import Engine, Runs, Step
+from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
+from stepladder.workers.sampler import Drawn
 
 SHAPES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -121,11 +122,10 @@ def compare(case: str, model: Path, dtype: str, work: Work, repeats: int) -> tup
     """Ours and transformers' tokens per second, in turns; medians, and the median of the paired ratios."""
     llm, theirs = LLM(str(model), "cpu", dtype=dtype), _transformers(model, dtype)
     pairs = [(ours_per_second(llm.engine, work), theirs(work)) for _ in range(repeats + 1)][1:]  # the first warms up
-    executor = llm.engine.executor
-    llm.engine.executor = recording = Recording(executor)
+    llm.engine.executor = recording = Recording(llm.engine.executor)
     ours_per_second(llm.engine, work)
     ours, rival = (median(side) for side in zip(*pairs, strict=True))
-    row = Row(case, "tokens/s", ours, "1/s", bound=work.tokens / bare_seconds(executor, recording.steps), rival=rival)
+    row = Row(case, "tokens/s", ours, "1/s", bound=work.tokens / bare_seconds(recording), rival=rival)
     return row, median(a / b for a, b in pairs)
 
 
@@ -148,22 +148,22 @@ def ours_per_second(engine: Engine, work: Work) -> float:
     return work.tokens / (perf_counter() - began)
 
 
-class Recording:
-    """An executor whose steps are counted by their number of rows."""
+class Recording(Executor):
+    """Another executor's steps, counted by their number of rows."""
 
-    def __init__(self, executor: Runs) -> None:
-        self.steps, self._executor = Counter[int](), executor
+    def __init__(self, inner: Executor) -> None:
+        super().__init__(inner.forward, inner.mesh)
+        self.steps = Counter[int]()
 
-    def submit(self, plan: StepPlan) -> Step:
+    def submit(self, plan: StepPlan) -> Drawn:
         self.steps[len(plan.tokens)] += 1
-        return self._executor.submit(plan)
+        return super().submit(plan)
 
 
 @torch.inference_mode()
-def bare_seconds(executor: Runs, steps: Counter[int]) -> float:
+def bare_seconds(recorded: Recording) -> float:
     """What the steps' matrix products take alone: every layer's own weights, in the fastest form there is."""
-    assert isinstance(executor, Executor)
-    spec = executor.model.spec
+    spec, steps = recorded.model.spec, recorded.steps
     shapes = _shapes() * spec.num_layers + [(spec.vocab_size, spec.hidden_size)]
     weights = [torch.randn(shape).to(spec.dtype) for shape in shapes]
     weights = [pack(weight) if can_pack(weight) else weight for weight in weights]

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import wire_to_ffn
-from stepladder.parallel.mesh import SingleRank
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import fixed_number
 from stepladder.workers.afd.pool import FeedForwardPool
@@ -66,13 +65,12 @@ class AttentionRank(EngineRank):
         )
 
     def _build(self, path: str) -> Executor:
-        config, afd = self.config, self.config.afd
-        config.engine.graphs_on(self._mesh.device)  # refuses what it cannot do
+        config, engine, afd = self.config, self.config.engine, self.config.afd
+        engine.graphs_on(self._mesh.device)  # refuses what it cannot do
         wire, seconds = wire_to_ffn(afd.wire, self._spec), afd.patience_seconds
         member = Membership(self._spec, config.host, config.secret, self._timeout, seconds, wire, self._mesh.clock)
         number = fixed_number(afd.schedule, afd.micro_batches, self._spec)
-        engine = config.engine
-        assert isinstance(self._mesh, SingleRank)
+        assert self._mesh.shard.size == 1, "no tensor-parallel group of attention ranks yet"
         return attention_executor(
             self._spec, path, member, number, engine.max_sequences, engine.batch_invariant, self._mesh
         )
