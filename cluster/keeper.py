@@ -13,8 +13,7 @@ from stepladder.cluster.gang import Gang
 from stepladder.cluster.journal import Journal
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
-from stepladder.workers.afd.membership import PoolAddress
-from stepladder.workers.rank import Notice
+from stepladder.workers.rank import Notice, PoolAddress
 
 log = logging.getLogger(__name__)
 

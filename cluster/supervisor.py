@@ -20,9 +20,8 @@ from stepladder.cluster.keeper import Keeper
 from stepladder.cluster.monitor import Monitors
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
-from stepladder.workers.afd.membership import PoolNotice
 from stepladder.workers.figures import RankFigures, together
-from stepladder.workers.rank import ATTENTION, FFN
+from stepladder.workers.rank import ATTENTION, FFN, PoolNotice
 from stepladder.workers.roles import ROLES
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from stepladder.launch.logs import LogOptions, logs
 from stepladder.launch.table import table
 
 OK, ABSENT, USAGE, NOT_READY, LATE = 0, 1, 2, 3, 4
-KNOCK_SECONDS = 5.0
+REACH_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
 POLL_SECONDS = 0.2
 
@@ -144,7 +144,7 @@ def connected() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "")
-    _knock(address)
+    _reach(address)
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -156,14 +156,14 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
+def _reach(address: str) -> None:
     """Ray itself would try for minutes before it says that nobody is there."""
     if address.startswith("http"):
         raise ConnectionError(f"RAY_ADDRESS is {address}; `ctl` needs the head's own address, such as head:6379")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
         except OSError as error:
             raise ConnectionError(f"no Ray cluster at {address}: {error.strerror or error}") from None
 

@@ -109,7 +109,7 @@ Begun = tuple[Line, int]  # and how many tokens its prompt has
 def _rows(llm: LLM, lines: Iterable[Line], stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """A row per line, as each ends; a new one is taken in then. What has not when `stopping` turns true is dropped."""
     waiting, done = iter(lines), deque[tuple[Begun, Completion]]()
-    room = 2 * llm.engine.config.max_sequences  # one batch runs while the next one waits at the door
+    room = 2 * llm.engine.config.max_sequences  # one batch runs while the next one waits
     while not stopping():
         while llm.under_way < room and (line := next(waiting, None)):
             try:

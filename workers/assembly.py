@@ -1,4 +1,4 @@
-"""The one place where an executor and its engine are put together: of a server's rank, of `LLM`, of a bench, of a test.
+"""The one place where an engine is put together: for a server's rank, for `LLM`, for a bench, for a test.
 
 An engine comes to be in two steps, since the ranks of a group agree on the size of the cache between them:
 `load` (weights, executor), then `begin` (cache, engine).
@@ -8,14 +8,11 @@ from pathlib import Path
 
 import torch
 
-from stepladder.parallel.afd.sides import AttentionSide
 from stepladder.parallel.checkpoint import load_weights
-from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.pack import pack_weights
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.afd.membership import Membership
-from stepladder.workers.afd.pool_forward import PoolForward
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
@@ -67,21 +64,6 @@ def whole_executor(
     if num_blocks:
         executor.allocate(num_blocks, block_size)
     return executor
-
-
-def attention_executor(
-    spec: ModelSpec,
-    path: str,
-    member: Membership,
-    micro_batches: int | None,
-    probe_sequences: int,
-    batch_invariant: bool = False,
-    mesh: SingleRank | None = None,
-) -> Executor:
-    """The attention half of the model on one rank, FFNs in a pool; arguments as `PoolForward`'s."""
-    fill(model := AttentionSide(spec), path, batch_invariant)
-    forward = PoolForward(model, member, micro_batches, probe_sequences, batch_invariant)
-    return Executor(forward, mesh or SingleRank())
 
 
 def fill(model: Transformer, path: str | Path, batch_invariant: bool) -> None:

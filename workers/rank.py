@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,27 @@ import torch.distributed as dist
 from stepladder.parallel.mesh import Mesh, join
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.afd.membership import PoolNotice
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
+
+
+class PoolAddress(NamedTuple):
+    """A life of the FFN pool. address: host:port of its store; prefix: of its names there; size: how many ranks."""
+
+    generation: int
+    address: str
+    prefix: str
+    size: int
+
+
+class PoolNotice(NamedTuple):
+    """What attention ranks are told: the FFN pool that there is now; None while there is none."""
+
+    pool: PoolAddress | None
+
+
 Notice = PoolNotice  # what a running rank can be told; one type per kind of news
 
 

@@ -29,14 +29,15 @@ from stepladder.parallel.afd.wire import FP8, PLAIN, Wire
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.afd.membership import JOINS, Membership, PoolAddress, PoolNotice, edge_name, join_key, token
+from stepladder.workers.afd.membership import JOINS, Membership, edge_name, join_key, token
+from stepladder.workers.afd.pool_forward import attention_executor
 from stepladder.workers.afd.ranks import AttentionRank, FeedForwardRank
-from stepladder.workers.assembly import attention_executor, whole_executor
+from stepladder.workers.assembly import whole_executor
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.core import Request, SamplingParams, TokenLogprob
 from stepladder.workers.engine import Engine
 from stepladder.workers.limits import SchedulerConfig
-from stepladder.workers.rank import ATTENTION, FFN, RankConfig
+from stepladder.workers.rank import ATTENTION, FFN, PoolAddress, PoolNotice, RankConfig
 from stepladder.workers.roles import rank_of
 from tests.llama import write_llama
 

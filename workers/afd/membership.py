@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
-from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -19,26 +18,12 @@ from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.wire import Wire
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.rank import PoolAddress
 
 log = logging.getLogger(__name__)
 
 SIGN_SECONDS = 0.5  # while it waits for a pool, how often this rank says that it is alive, and tries to join
 UNNAMED_SECONDS = 2.0  # how long a pool is kept that is not named any more: a new controller has to find it first
-
-
-class PoolAddress(NamedTuple):
-    """A life of the FFN pool. address: host:port of its store; prefix: of its names there; size: how many ranks."""
-
-    generation: int
-    address: str
-    prefix: str
-    size: int
-
-
-class PoolNotice(NamedTuple):
-    """What attention ranks are told: the FFN pool that there is now; None while there is none."""
-
-    pool: PoolAddress | None
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ from stepladder.kernels.transfer import upload
 from stepladder.parallel.afd.pool_link import Link, Pool
 from stepladder.parallel.afd.sides import AttentionSide
 from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import best_number, split
+from stepladder.workers.assembly import fill
 from stepladder.workers.core import StepPlan
+from stepladder.workers.executor import Executor
 from stepladder.workers.forward import Forward
 
 log = logging.getLogger(__name__)
@@ -93,3 +97,18 @@ class PoolForward(Forward):
         number = best_number(busy, transfer)
         log.info("an FFN takes %.2f ms, a transfer %.2f ms: %d micro-batches", 1e3 * busy, 1e3 * transfer, number)
         return number
+
+
+def attention_executor(
+    spec: ModelSpec,
+    path: str,
+    member: Membership,
+    micro_batches: int | None,
+    probe_sequences: int,
+    batch_invariant: bool = False,
+    mesh: SingleRank | None = None,
+) -> Executor:
+    """The attention half of the model on one rank, FFNs in a pool; arguments as `PoolForward`'s."""
+    fill(model := AttentionSide(spec), path, batch_invariant)
+    forward = PoolForward(model, member, micro_batches, probe_sequences, batch_invariant)
+    return Executor(forward, mesh or SingleRank())

@@ -11,8 +11,8 @@ from stepladder.parallel.afd.wire import wire_to_ffn
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import fixed_number
 from stepladder.workers.afd.pool import FeedForwardPool
-from stepladder.workers.afd.pool_forward import PoolForward
-from stepladder.workers.assembly import attention_executor, fill
+from stepladder.workers.afd.pool_forward import PoolForward, attention_executor
+from stepladder.workers.assembly import fill
 from stepladder.workers.engine_rank import EngineFigures, EngineRank
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter, gauge, limit
