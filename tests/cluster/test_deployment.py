@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -71,20 +72,10 @@ def reachable(job: Job) -> bool:
 
 
 def disturbed(job: Job, strike: Callable[[], None]) -> list[str]:
-    """All prompts at once; `strike` happens when the first of them is under way."""
-    struck = []
-
-    def once() -> None:
-        if not struck:
-            struck.append(True)
-            strike()
-
+    """All prompts at once; `strike` happens when all of them are under way: one that comes later may find no engine."""
+    under_way = threading.Barrier(len(PROMPTS), strike, timeout=60)
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        texts = list(
-            pool.map(lambda index: complete(job, index, once if index == 0 else lambda: None), range(len(PROMPTS)))
-        )
-    assert struck
-    return texts
+        return list(pool.map(lambda index: complete(job, index, lambda: under_way.wait()), range(len(PROMPTS))))
 
 
 def test_serves_what_it_was_asked_to(job: Job, undisturbed: list[str]) -> None:
