@@ -68,8 +68,9 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """x_0, [T] -> [T, hidden]; sets the context's rotary tables."""
         x = self.reduce(self.embedding.embed(tokens)).wait()
-        interleaved = self.spec.rope_interleaved
-        context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype, interleaved)
+        interleaved, scaling = self.spec.rope_interleaved, self.spec.rope_scaling
+        factor = scaling.attention_factor if scaling else 1.0
+        context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype, interleaved, factor)
         return x
 
     def finish(

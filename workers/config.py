@@ -98,7 +98,8 @@ class EngineConfig:
 
     def of(self, spec: ModelSpec) -> ModelSpec:
         """The model as this engine runs it."""
-        return spec if self.dtype is None else replace(spec, dtype=DTYPES[self.dtype])
+        scaling = spec.rope_scaling and spec.rope_scaling.within(self.max_model_len or spec.max_position)
+        return replace(spec, rope_scaling=scaling, dtype=DTYPES[self.dtype] if self.dtype else spec.dtype)
 
     def graphs_on(self, device: torch.device) -> bool:
         """Whether decode steps are launched as CUDA graphs.

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.context import WholeSequences
@@ -16,11 +18,12 @@ from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.assembly import whole_executor
+from stepladder.workers.config import EngineConfig
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.scheduler import SchedulerConfig
 from tests.families import FAMILIES, read_oracle, write_family
-from tests.llama import oracle_greedy, oracle_logits
+from tests.llama import SMALL, oracle_greedy, oracle_logits
 from tests.parallel.test_transformers import load, run_in_steps
 from tests.ranks import run_ranks
 
@@ -139,3 +142,60 @@ def test_bfloat16_is_as_close_to_fp32_as_in_transformers(
     assert got.dtype == torch.bfloat16
     ours, oracles = (float((x.float() - want).square().mean() / want.square().mean()) ** 0.5 for x in (got, theirs))
     assert ours <= 0.02 and ours <= 1.25 * oracles
+
+
+HALF = 6  # frequencies of a head
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "yarn": ("qwen3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "yarn, as DeepSeek has it": (
+        "llama",
+        {
+            **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8},
+            **{"beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False},
+        },
+    ),
+    "longrope": (
+        "llama",
+        {
+            **{"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 8.0},
+            **{"short_factor": [1.0 + 0.1 * i for i in range(HALF)], "long_factor": [1.0 + i for i in range(HALF)]},
+        },
+    ),
+    "dynamic": ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@torch.inference_mode()
+def test_stretched_contexts_equal_transformers(name: str, tmp_path: Path) -> None:
+    """As read from its files, and as written by us."""
+    family, rope = ROPES[name]
+    fields = SMALL | {"layer_norm_eps": 1e-5, "pad_token_id": None, "model_type": family}
+    del fields["rope_theta"]
+    torch.manual_seed(4)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields, rope_parameters={**rope, "rope_theta": 1e4}))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(tmp_path)
+    spec = ModelSpec.load(tmp_path)
+    assert ModelSpec.from_config(json.loads(json.dumps(spec.to_config()))) == spec
+    model = Transformer(spec)
+    load_weights(model, tmp_path)
+    tokens = torch.randint(0, 101, (1, 40), generator=torch.Generator().manual_seed(3))
+    got = model.logits(model(tokens.view(-1), WholeSequences(1, 40)))
+    want = read_oracle(tmp_path)(tokens).logits[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+@torch.inference_mode()
+def test_longrope_takes_the_short_factors_for_an_engine_of_short_contexts(tmp_path: Path) -> None:
+    """All of its contexts then have them, as in vLLM; `transformers` decides for each."""
+    test_stretched_contexts_equal_transformers("longrope", tmp_path)
+    spec = EngineConfig(max_model_len=16).of(ModelSpec.load(tmp_path))
+    model = Transformer(spec)
+    load_weights(model, tmp_path)
+    tokens = torch.randint(0, 101, (1, 16), generator=torch.Generator().manual_seed(5))
+    want = read_oracle(tmp_path)(tokens).logits[0]
+    got = model.logits(model(tokens.view(-1), WholeSequences(1, 16)))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert EngineConfig().of(ModelSpec.load(tmp_path)) == ModelSpec.load(tmp_path)

@@ -86,7 +86,7 @@ def test_windows_of_layers(families: dict[str, Path]) -> None:
         ("qwen2", {"mlp_bias": True}, "mlp_bias is True; for qwen2 only False"),
         ("qwen2", {"use_mrope": True}, "use_mrope is True; for qwen2 only False"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters has 'full_attention'"),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; this version does"),
+        ("qwen3", {"rope_scaling": {"rope_type": "proportional"}}, "rope_type is 'proportional'; this version does"),
         ("llama3", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "0 < low_freq_factor < high_freq_factor"),
         ("llama3", {"use_qk_norm": True}, "use_qk_norm is True; for llama only False"),
         ("cohere", {"logit_scale": None}, "logit_scale is None; it must be a positive number"),
