@@ -1,12 +1,13 @@
 """`LLM`: generate text in one process, without Ray."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.mesh import SingleRank
@@ -17,6 +18,10 @@ from stepladder.workers.core import FinishReason, Output, Request, SamplingParam
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import kv_size
 from stepladder.workers.text.stream import TextStream, Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True)
@@ -108,31 +113,63 @@ class LLM:
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 
-    def generate(self, prompts: list[str], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, progress: bool = False
+    ) -> list[Completion]:
         """Continue every prompt, batched; results are in the prompts' order.
 
         Args:
-            params: None takes the model's `defaults`, with max_tokens as far as the context goes.
+            prompts: texts, or token ids of texts; one of either is one prompt.
+            params: of all prompts, or one for each; None takes the model's `defaults`, with max_tokens as far as the
+                context goes.
+            progress: show a bar on stderr.
         """
-        done = dict(self.stream(prompts, params))
-        return [done[index] for index in range(len(prompts))]
+        asked = _several(prompts)
+        done = dict(tqdm(self.stream(asked, params), total=len(asked), unit="prompt", disable=not progress))
+        return [done[index] for index in range(len(asked))]
 
-    def stream(self, prompts: list[str], params: SamplingParams | None = None) -> Iterator[tuple[int, Completion]]:
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """The model's next turn in one conversation or in several, batched, by its chat template.
+
+        Args:
+            conversations: messages {"role": ..., "content": ...}, or lists of such; else as `generate`.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses the messages.
+        """
+        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        texts = [self.tokenizer.chat(list(one)) for one in several]  # type: ignore[arg-type]
+        tokens = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        completions = self.generate(tokens, params, progress)
+        return [replace(one, prompt=text) for one, text in zip(completions, texts, strict=True)]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but yields (index of the prompt, completion) as each one ends.
 
         Several streams may be read in turn. One that is not read to its end takes its requests along when it is closed.
 
         Raises:
-            ValueError: a prompt is empty or does not fit; then none of them is run.
+            ValueError: a prompt is empty or does not fit, or there are not as many params as prompts; then none of them
+                is run.
         """
         done: deque[tuple[int, Completion]] = deque()
         own: list[str] = []
+        asked = _several(prompts)
+        each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else [*params]
+        if len(each) != len(asked):
+            raise ValueError(f"there are {len(each)} params for {len(asked)} prompts; give one, or one for each")
         try:
-            for index, prompt in enumerate(prompts):
-                tokens = tuple(self.tokenizer.encode(prompt))
-                wanted = params or self.engine.config.fit(self.defaults, len(tokens))
-                own.append(self.begin(index, prompt, tokens, wanted, done))
-            for _ in prompts:
+            for index, (prompt, wanted) in enumerate(zip(asked, each, strict=True)):
+                tokens = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+                text = prompt if isinstance(prompt, str) else self.tokenizer.decode(list(tokens))
+                wanted = wanted or self.engine.config.fit(self.defaults, len(tokens))
+                own.append(self.begin(index, text, tokens, wanted, done))
+            for _ in asked:
                 while not done:
                     self.step()
                 yield done.popleft()
@@ -164,3 +201,10 @@ class LLM:
                 self._growing.pop(output.id).complete(reason)
                 if not output.finish_reason:  # a stop string, which the engine does not know
                     self.engine.abort(output.id)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One text, or the ids of one, is one prompt and not one for each character or id."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return [*prompts]

@@ -211,3 +211,40 @@ def test_a_model_in_bfloat16(path: Path, tmp_path: Path, oracle: tuple[LlamaForC
     [got] = small.generate(PROMPTS[2:3], SamplingParams(max_tokens=8, temperature=0.0))
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager")
     assert got.tokens[0] == oracle_greedy(model, small.tokenizer.encode(PROMPTS[2]), 1)[0]
+
+
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0)
+
+
+def test_one_string_is_one_prompt_and_so_are_its_tokens(llm: LLM) -> None:
+    (text,) = llm.generate("def main():", PARAMS)
+    assert text == llm.generate(["def main():"], PARAMS)[0]
+    ids = llm.tokenizer.encode("def main():")
+    assert llm.generate(ids, PARAMS) == llm.generate([tuple(ids)], PARAMS) == [text]
+    mixed = llm.generate(["import os", ids], PARAMS)
+    assert mixed[1] == text and mixed[0] == llm.generate("import os", PARAMS)[0]
+    assert llm.generate([], PARAMS) == []
+
+
+def test_each_prompt_may_have_params_of_its_own(llm: LLM) -> None:
+    asked = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (2, 5)]
+    assert [len(one.tokens) for one in llm.generate(["import os", "import os"], asked)] == [2, 5]
+    with pytest.raises(ValueError, match="there are 2 params for 1 prompts; give one, or one for each"):
+        llm.generate("import os", asked)
+
+
+def test_chat_is_the_template_and_then_generate() -> None:
+    llm = LLM("launch/demo_model", kv_tokens=2048, max_model_len=512)
+    one, other = ([{"role": "user", "content": text}] for text in ("hello", "what is a list?"))
+    prompts = [llm.tokenizer.encode(llm.tokenizer.chat(c), add_special_tokens=False) for c in (one, other)]
+    wanted = [completion.tokens for completion in llm.generate(prompts, PARAMS)]
+    assert [completion.tokens for completion in llm.chat([one, other], PARAMS)] == wanted
+    assert [completion.tokens for completion in llm.chat(one, PARAMS)] == wanted[:1]
+    assert llm.chat(one, PARAMS)[0].prompt == llm.tokenizer.chat(one)
+
+
+def test_a_progress_bar_is_shown_if_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], PARAMS)
+    assert capsys.readouterr().err == ""
+    llm.generate(["a", "b"], PARAMS, progress=True)
+    assert "2/2" in capsys.readouterr().err
