@@ -1,6 +1,7 @@
 """How large a measured KV cache becomes, and what a container's limits have to do with it."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import psutil
 import pytest
 import torch
 
+from stepladder.parallel.afd.wire import PLAIN
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import executor as executor_module
 from stepladder.workers import sizing
+from stepladder.workers.afd.membership import Membership
+from stepladder.workers.afd.pool_forward import attention_executor
 from stepladder.workers.assembly import whole_executor
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import StepPlan
@@ -115,6 +119,21 @@ def test_the_warm_up_has_a_prefill_and_the_largest_decode_and_samples(
     assert steps == [(50, 49), (9, 49)] and drawn == [9, 9]
     executor.warm_up(4, 9, 16)
     assert steps[2:] == [(4, 3), (4, 3)], "no step is larger"
+
+
+def test_an_attention_rank_warms_up_alike(untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pool, but with all that is drawn, so that its cache is not measured too large."""
+    spec, drawn, draw = ModelSpec.load(untied), list[int](), executor_module.draw
+    member = Membership(spec, "127.0.0.1", "secret", timedelta(seconds=1), 1.0, PLAIN)
+    executor = attention_executor(spec, str(untied), member, 2, 4)
+
+    def noted(logits: torch.Tensor, plan: StepPlan) -> Any:
+        assert logits.shape == (9, spec.vocab_size)
+        drawn.append(len(draw(logits, plan).result().tokens))
+
+    monkeypatch.setattr(executor_module, "draw", noted)
+    executor.warm_up(50, 9, 16)
+    assert drawn == [9, 9] and executor.forward.waited == 0  # type: ignore[attr-defined]
 
 
 def test_all_ranks_warm_up_together(untied: Path) -> None:
