@@ -1,15 +1,17 @@
 """End a process wherever it runs, also one that hangs: a stopped process ignores Ray."""
 
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stepladder.workers.actors import Place
+if TYPE_CHECKING:  # the task that kills need not load torch first
+    from stepladder.workers.actors import Place
 
 
-def kill_process(place: Place) -> ray.ObjectRef:
+def kill_process(place: "Place") -> ray.ObjectRef:
     """SIGKILL, from a task on the process's own node, without waiting for it; the result is there when it has ended."""
     here = NodeAffinitySchedulingStrategy(place.node, soft=False)
     return _kill.options(scheduling_strategy=here).remote(place.pid, place.born)

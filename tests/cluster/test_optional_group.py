@@ -3,6 +3,8 @@
 import os
 import secrets
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -167,6 +169,12 @@ def streamed(url: str, count: int, begun: Callable[[], None]) -> tuple[list[str]
     return [text for text, _ in found], max(pause for _, pause in found)
 
 
+def start_a_stranger() -> None:
+    """A process that has nothing to do with the deployment imports what a rank does: on a small machine, that alone
+    makes streams pause."""
+    subprocess.Popen([sys.executable, "-c", "import ray, stepladder.workers.actors"])
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_killed_under_load(
@@ -175,11 +183,11 @@ def test_killed_under_load(
     """The phase stays ready at every look, the streams are the same, and it comes back under a new generation."""
     with deployed(model, tmp_path) as (controller, url):
         eventually(lambda: ray.get(controller.report.remote())["pools"]["spare"]["serves"], seconds=60)
-        calm, spread = streamed(url, 3, lambda: None)
-        again, other = streamed(url, 3, lambda: None)
         rank = ray.get_actor("spare/1/spare/0")  # in the namespace of whoever started the controller
         place = ray.get(rank.where.remote())
         with Watch(controller) as watch:
+            calm, spread = streamed(url, 3, lambda: None)
+            again, beside = streamed(url, 3, start_a_stranger)
             texts, pause = streamed(url, 3, lambda: os.kill(place.pid, signal.SIGKILL))
             eventually(lambda: not psutil.pid_exists(place.pid))
             eventually(lambda: _generation(controller) == 2, seconds=60)
@@ -187,7 +195,7 @@ def test_killed_under_load(
         assert watch.phases == {"ready"}
         assert calm == again == texts and all(len(text) > 100 for text in texts)
         with capsys.disabled():
-            print(f"longest pause {pause:.3f} s; undisturbed {spread:.3f} s and {other:.3f} s")
+            print(f"longest pause {pause:.3f} s; {beside:.3f} s while a stranger starts, {spread:.3f} s undisturbed")
         assert pause < 2.0, "nothing was started again for these streams"
     said = capsys.readouterr().out
     assert "waiting for peers" in said and "engine-0/0" in said and "spare/0" in said, "every rank's clock is shown"
