@@ -28,7 +28,8 @@ class Group:
 
     Attributes:
         role: what they are for; a key of `ROLES`.
-        needed: whether serving needs it; the others may be away without anybody noticing.
+        needed: whether serving needs it; the others may be away without anybody noticing, and run on the CPU time
+            that is left over (Linux' idle class).
     """
 
     name: str

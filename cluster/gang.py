@@ -1,6 +1,8 @@
 """A gang: the ranks of one group in their placement group. It starts, lives and dies as a whole."""
 
 import logging
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -63,6 +65,10 @@ class Gang:
         """Whether the cluster is full: longer than placing takes."""
         return self.asked is not None and monotonic() - self.asked > self.ROOM_SECONDS
 
+    @property
+    def _gpu(self) -> bool:
+        return self.deployment.cluster.device == "cuda"
+
     def start(self, go: Callable[[], bool]) -> None:
         """Place the ranks, load the model, begin serving.
 
@@ -71,7 +77,7 @@ class Gang:
             TimeoutError, RayError: no room, or a process died.
         """
         cluster, size = self.deployment.cluster, self.plan.size
-        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._gpu else {})
         self.asked = monotonic()
         group = placement.place(self.group, bundle, size, cluster.strategy, cluster.start_seconds, go)
         self.asked = None
@@ -148,14 +154,23 @@ class Gang:
 
     def _actor(self, group: Any, index: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        gpu = self.deployment.cluster.device == "cuda"
         return RankActor.options(  # type: ignore[attr-defined]
             name=f"{self.group}/{index}",
             lifetime="detached",
             scheduling_strategy=strategy,
-            num_gpus=1 if gpu else 0,
-            runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}} if gpu else None,
+            num_gpus=1 if self._gpu else 0,
+            runtime_env=self._runtime_env(),
         ).remote(self.group, self.deployment.cluster.orphan_seconds)
+
+    def _runtime_env(self) -> dict[str, Any]:
+        """A rank sees all GPUs of its node. One that serving does not need takes what CPU time is left over, from its
+        first import on: in Linux' idle class, so that no thread of those that serve ever waits for it."""
+        found: dict[str, Any] = {}
+        if self._gpu:
+            found["env_vars"] = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        if not self.plan.needed:
+            found["py_executable"] = f"chrt --idle 0 {shlex.quote(sys.executable)}"
+        return found
 
     def _config(self, rank: int) -> RankConfig:
         place = self.places[rank]

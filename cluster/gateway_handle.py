@@ -118,7 +118,7 @@ class GatewayHandle:
             with suppress(RayError):
                 ray.kill(self.actor)
         if self.place is not None:
-            ray.wait([kill_process(self.place)], timeout=self.deployment.cluster.hang_seconds)
+            kill_process(self.place, self.deployment.cluster.hang_seconds)
         self.actor, self.place, self.stats = None, None, {}
 
     def _answer(self, call: Any) -> Any:

@@ -97,7 +97,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        while not self._over.wait(0.02):
+        while not self._over.wait(0.2):
             self.phases.add(ray.get(self._controller.status.remote(), timeout=30).phase)
 
     def __enter__(self) -> "Watch":
@@ -185,6 +185,7 @@ def test_killed_under_load(
         eventually(lambda: ray.get(controller.report.remote())["pools"]["spare"]["serves"], seconds=60)
         rank = ray.get_actor("spare/1/spare/0")  # in the namespace of whoever started the controller
         place = ray.get(rank.where.remote())
+        assert os.sched_getscheduler(place.pid) == os.SCHED_IDLE, "it runs on the CPU time that is left over"
         with Watch(controller) as watch:
             calm, spread = streamed(url, 3, lambda: None)
             again, beside = streamed(url, 3, start_a_stranger)
