@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.parallel.mesh import Mesh, join
+from stepladder.parallel.rendezvous import open_store
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
@@ -101,8 +102,8 @@ class Rank(ABC):
         return None
 
     def open_store(self) -> int:
-        """On rank 0: open the rendezvous on a free port and return it."""
-        self._store = dist.TCPStore(self.config.host, 0, None, True, wait_for_workers=False)
+        """On rank 0: open the rendezvous on a free port of this rank's address and return it."""
+        self._store = open_store(self.config.host)
         return self._store.port
 
     def load(self, store_host: str, store_port: int) -> int:
