@@ -174,12 +174,14 @@ class Gang:
 
     def _config(self, rank: int) -> RankConfig:
         place = self.places[rank]
+        group_here = sum(other.node == place.node for other in self.places)
         return RankConfig(
             model=self.deployment.model.path,
             shard=Shard(rank, len(self.ranks)),
             prefix=self.group,
             host=place.host,
-            ranks_here=max(sum(other.node == place.node for other in self.places), self._expected_per_node()),
+            ranks_here=max(group_here, self._expected_per_node()),
+            group_here=group_here,
             device=self.deployment.cluster.device,
             secret=self.deployment.secret,
             collective_seconds=self.deployment.cluster.collective_seconds,

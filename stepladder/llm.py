@@ -16,7 +16,7 @@ from stepladder.workers import assembly
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from stepladder.workers.rank import resolve
-from stepladder.workers.sizing import kv_size
+from stepladder.workers.sizing import check_kv, fitting, kv_size
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -108,8 +108,10 @@ class LLM:
         self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
         self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        executor = assembly.load(spec, path, mesh, engine)
-        self.engine = assembly.begin(executor, engine, kv, kv_size(executor, engine, kv, mesh.device))
+        check_kv(spec, kv, mesh.device)
+        with fitting("the model with its KV cache"):
+            executor = assembly.load(spec, path, mesh, engine)
+            self.engine = assembly.begin(executor, engine, kv, kv_size(executor, engine, kv, mesh.device))
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 

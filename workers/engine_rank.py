@@ -11,7 +11,7 @@ from stepladder.workers.figures import RankFigures, counter
 from stepladder.workers.rank import Rank, RankConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
-from stepladder.workers.sizing import kv_size
+from stepladder.workers.sizing import check_kv, kv_size
 
 
 @dataclass
@@ -44,18 +44,19 @@ class EngineRank(Rank):
         return self._channel.address if self._channel else None
 
     def _load(self, path: str) -> int:
-        config = self.config
+        config, device = self.config, self._mesh.device
+        here = config.ranks_here, config.group_here
+        check_kv(self._spec, config.kv, device, config.shard, *here)
         self._executor = self._build(path)
-        return kv_size(self._executor, config.engine, config.kv, self._mesh.device, config.ranks_here)
+        return kv_size(self._executor, config.engine, config.kv, device, *here)
 
     def _build(self, path: str) -> Executor:
         return assembly.load(self._spec, path, self._mesh, self.config.engine)
 
-    def begin(self, kv_tokens: int) -> str | None:
+    def _begin(self, kv_tokens: int) -> None:
         engine = assembly.begin(self._executor, self.config.engine, self.config.kv, kv_tokens)
         if self.config.shard.rank == 0:
             self._engine, self._channel = engine, Channel(self.config.host, self.config.secret)
-        return self.address
 
     def _run(self) -> None:
         if self._engine is None or self._channel is None:

@@ -19,6 +19,7 @@ from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
+from stepladder.workers.sizing import fitting
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -50,7 +51,7 @@ class RankConfig:
             installed project.
         prefix: names this life of this group in the store; it carries `generation`, which life it is.
         host: the address of this rank's machine that gateways and other ranks can reach.
-        ranks_here: how many ranks of the deployment share this machine.
+        ranks_here: how many ranks of the deployment share this machine. group_here: how many of this group.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
         role: what the group is for; a key of `ROLES`.
@@ -67,6 +68,7 @@ class RankConfig:
     engine: EngineConfig
     kv: KvConfig
     generation: int = 1
+    group_here: int = 1
     role: str = WHOLE
     afd: AfdConfig = field(default_factory=AfdConfig)
 
@@ -116,19 +118,26 @@ class Rank(ABC):
         self._spec = self.config.engine.of(ModelSpec.load(path))
         self._join(store_host, store_port)
         self._take_device()
-        return self._load(path)
+        with fitting("the model"):
+            return self._load(path)
 
     @abstractmethod
     def _load(self, path: str) -> int:
         """Read the weights; see `load`."""
 
-    @abstractmethod
     def begin(self, kv_tokens: int) -> str | None:
         """The last step before the loop, with what all ranks of the group have agreed on; returns `address`.
 
         Raises:
-            ValueError: the limits contradict each other or the model.
+            ValueError: the limits contradict each other, the model or the memory that there is.
         """
+        with fitting(f"a KV cache of {kv_tokens} tokens"):
+            self._begin(kv_tokens)
+        return self.address
+
+    @abstractmethod
+    def _begin(self, kv_tokens: int) -> None:
+        """See `begin`."""
 
     def run(self) -> None:
         """Until `stop`, or until the group breaks (then it raises)."""

@@ -149,6 +149,9 @@ def test_an_engine_that_has_worked_is_tried_again_while_the_other_serves(turns: 
 @pytest.mark.parametrize(("errors", "why"), [
     ([ROOM], str(ROOM)),
     ([ValueError("layout.tp is 3")], "layout.tp is 3"),
+    ([remote(ValueError("kv.tokens is 3"))], "kv.tokens is 3 (on node 10.0.0.7)"),
+    ([remote(TypeError("a list where a number is needed"))], "TypeError: a list where a number is needed"),
+    ([remote(KeyError("rope_theta"))], "KeyError: 'rope_theta'"),
     ([RayError("gone")] * 3, "3 starts of engine-1 failed, the last one with: gone"),
     ([GetTimeoutError("late")] * 3, "3 starts of engine-1 failed, the last one with: late"),
     ([TimeoutError(errno.ETIMEDOUT, "of a socket")] * 3, "3 starts of engine-1 failed, the last one with: [Errno"),

@@ -98,8 +98,8 @@ class FeedForwardRank(Rank):
         self._pool = FeedForwardPool(config, side, self._mesh, self._connect, self._silence, wire)
         return UNBOUNDED
 
-    def begin(self, kv_tokens: int) -> str | None:
-        return self.address
+    def _begin(self, kv_tokens: int) -> None:
+        """It has no cache."""
 
     def _run(self) -> None:
         if self.config.shard.rank:
