@@ -5,7 +5,6 @@ wants to know. The controller does the rest. On SIGTERM (`ray job stop`) the dep
 it is when this process just dies.
 """
 
-import logging
 import secrets
 import signal
 import sys
@@ -25,6 +24,7 @@ from stepladder.cluster.gateway.actor import GatewayActor
 from stepladder.cluster.names import namespace
 from stepladder.cluster.supervisor import Status
 from stepladder.launch.build import build, plain
+from stepladder.launch.ray_cluster import Head, attach
 from stepladder.launch.where import CONF
 
 HEARTBEAT_SECONDS = 1.0
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
     try:
         deployment = deployment_of(config)
         sys.exit(serve(deployment))
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         sys.exit(f"stepladder: {error}")
 
 
@@ -55,9 +55,13 @@ def deployment_of(config: DictConfig) -> Deployment:
 
 
 def serve(deployment: Deployment) -> int:
-    """Run until the deployment has ended, or only until it is ready if it is detached. Returns the exit code."""
+    """Run until the deployment has ended, or only until it is ready if it is detached. Returns the exit code.
+
+    Raises:
+        ConnectionError: no Ray cluster lets us in. ValueError: a deployment of this name runs there.
+    """
     if not ray.is_initialized():
-        ray.init(namespace=namespace(deployment.name), log_to_driver=False, logging_level=logging.WARNING)
+        attach(namespace(deployment.name), start=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which installs handlers of its own
         signal.signal(number, lambda *_: stop.set())
@@ -69,7 +73,7 @@ def serve(deployment: Deployment) -> int:
 def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Event) -> int:
     """Heartbeats until the controller is gone; prints what changes."""
     seen: Status | None = None
-    pause, told = threading.Event(), False
+    pause, told, headless = threading.Event(), False, ""
     while True:
         if told:
             pause.wait(ENDING_SECONDS)  # `stop` is set, and would not wait
@@ -78,8 +82,11 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
             told = True
         try:
             status: Status = ray.get(controller.heartbeat.remote(), timeout=deployment.cluster.hang_seconds)
-        except (GetTimeoutError, ActorUnavailableError):
-            continue  # it is busy or restarting; Ray tells when it is gone for good
+        except (GetTimeoutError, ActorUnavailableError):  # busy or restarting; Ray tells when it is gone for good
+            headless, before = _headless(), headless
+            if headless and not before:  # Ray ends this process after a minute of that
+                print(f"stepladder: {headless}", flush=True)
+            continue
         except RayActorError as error:
             if told or seen:  # somebody has ended it
                 return 0
@@ -93,6 +100,16 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
             return 1
         if status.phase == "ready" and deployment.detach:
             return 0
+
+
+def _headless() -> str:
+    """Why the cluster's head does not answer; empty if it does."""
+    try:
+        if head := Head.of_environment(start=True):
+            head.ask()
+    except ConnectionError as error:
+        return str(error)
+    return ""
 
 
 def _tell(status: Status, before: Status | None) -> None:
