@@ -183,9 +183,7 @@ def test_ctl_prints_logs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert any("INFO stepladder.cluster." in line for line in lines)
     assert ctl.main(["logs", "name=tests", "actor=typo"]) == ctl.ABSENT
     said = capsys.readouterr().err
-    assert said.startswith(
-        "stepladder: no actor of tests has 'typo' in its name; there are controller, tests/gateway-0"
-    )
+    assert said.startswith("stepladder: no actor of tests has 'typo' in its name; there are controller, tests/")
     assert said.count("\n") == 1
 
 
