@@ -300,6 +300,17 @@ def test_ranks_without_a_controller_end_themselves(cluster: PrivateRay) -> None:
     assert monotonic() - silent > 1.5
 
 
+def test_a_gateway_without_its_resource_is_told(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
+    options = ("cluster.start_seconds=12", "gateway.resource=gpu_room")
+    with pytest.raises(SystemExit) as failed:
+        submit(cluster, "homeless", model, tmp_path, *options, layout=("layout.tp=1",)).__enter__()
+    why = (
+        r"gateway.resource is 'gpu_room', but no node of the cluster has the resource 'gpu_room'; nodes have CPU, \S+.*"
+    )
+    assert re.search(rf"stepladder starting: .*; the gateway: {why} \(waiting up to 12 s for one\)", str(failed.value))
+    assert re.search(rf"stepladder failed: {why}; set it to one of these, or to null", str(failed.value))
+
+
 def test_ranks_without_room_are_told(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as failed:
         submit(cluster, "crowded", model, tmp_path, "cluster.start_seconds=12", layout=("layout.tp=6",)).__enter__()
