@@ -7,11 +7,9 @@ it is when this process just dies.
 
 import secrets
 import signal
-import sys
 import threading
 from pathlib import Path
 
-import hydra
 import ray
 from omegaconf import DictConfig
 from ray.actor import ActorHandle
@@ -24,20 +22,15 @@ from stepladder.cluster.gateway.actor import GatewayActor
 from stepladder.cluster.names import namespace
 from stepladder.cluster.supervisor import Status
 from stepladder.launch.build import build, plain
+from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.ray_cluster import Head, attach
-from stepladder.launch.where import CONF
 
 HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="serve")
-def main(config: DictConfig) -> None:
-    try:
-        deployment = deployment_of(config)
-        sys.exit(serve(deployment))
-    except (ValueError, ConnectionError) as error:
-        sys.exit(f"stepladder: {error}")
+def main() -> None:
+    run_command("serve", lambda _: Deployment, lambda config: serve(deployment_of(config)))
 
 
 def deployment_of(config: DictConfig) -> Deployment:
@@ -46,7 +39,9 @@ def deployment_of(config: DictConfig) -> Deployment:
     Raises:
         ValueError: an option that does not exist or cannot be.
     """
-    deployment = build(Deployment, {**plain(config), "secret": secrets.token_hex(32)})
+    values = plain(config)
+    values["run_dir"] = of_this_job(values["run_dir"])
+    deployment = build(Deployment, {**values, "secret": secrets.token_hex(32)})
     if not Path(deployment.run_dir).is_absolute():
         raise ValueError(
             f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary"

@@ -304,9 +304,7 @@ def test_a_gateway_without_its_resource_is_told(cluster: PrivateRay, model: Path
     options = ("cluster.start_seconds=12", "gateway.resource=gpu_room")
     with pytest.raises(SystemExit) as failed:
         submit(cluster, "homeless", model, tmp_path, *options, layout=("layout.tp=1",)).__enter__()
-    why = (
-        r"gateway.resource is 'gpu_room', but no node of the cluster has the resource 'gpu_room'; nodes have CPU, \S+.*"
-    )
+    why = r"gateway.resource is 'gpu_room', but no node of the cluster has the resource 'gpu_room'; nodes have CPU, .*"
     assert re.search(rf"stepladder starting: .*; the gateway: {why} \(waiting up to 12 s for one\)", str(failed.value))
     assert re.search(rf"stepladder failed: {why}; set it to one of these, or to null", str(failed.value))
 
