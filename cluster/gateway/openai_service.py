@@ -1,6 +1,7 @@
 """Between HTTP and engines: requests become token ids, tokens become text and chunks. Knows no HTTP library."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ import msgspec
 from stepladder.cluster.gateway.choices import Chat, Choice, Choices, Completion, Format, Piece
 from stepladder.cluster.gateway.errors import BadRequest, NotFound, Unavailable
 from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
+from stepladder.cluster.gateway.logprob_json import is_broken
 from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
 from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stepladder.cluster.gateway.router import Router
-from stepladder.workers.core import Request, SamplingParams
+from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
 from stepladder.workers.text.stream import TextStream, Tokenizer
+
+log = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
 TOKENIZE_INLINE = 4096  # characters, about a millisecond; longer texts are tokenized in a thread
@@ -66,6 +70,7 @@ class OpenAIService:
         self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
         self.metrics.in_flight.set_function(lambda: len(self.in_flight))
         self._router, self.tokenizer = router, tokenizer
+        self._broken = False
 
     @property
     def ready(self) -> bool:
@@ -240,6 +245,7 @@ class OpenAIService:
                         break
                     if not output.tokens and not output.finish_reason:
                         continue  # a retry that found its request still in the queue
+                    self._look(output)
                     before = choice.num_tokens
                     piece = choice.take(output)
                     meter.output(choice.num_tokens - before)
@@ -253,6 +259,12 @@ class OpenAIService:
             raise
         finally:
             meter.end(ended, choice.start)
+
+    def _look(self, output: Output) -> None:
+        """Say once that a model is broken, as far as its log-probabilities tell."""
+        if not self._broken and is_broken(output):
+            self._broken = True
+            log.error("model %s: its logits are not numbers (NaN); check its weights", self.config.model_name)
 
 
 def event(data: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ A library inside each gateway, fed the table of engines by the controller.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from time import monotonic
@@ -14,11 +15,14 @@ from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.affinity import PrefixMemory
 from stepladder.cluster.gateway.engine_link import EngineLink, Flight
-from stepladder.cluster.gateway.errors import Unavailable
+from stepladder.cluster.gateway.errors import BadRequest, Unavailable
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import EngineStats
 
+log = logging.getLogger(__name__)
+
 WORTH = 8  # a busier engine is preferred while it has at most this many more KV tokens per prompt token that it saves
+MAX_LOST = 3  # engines in a row that a request loses without a token; it may be what ends them
 FIRST_WORD_SECONDS = 1.0  # an engine that is new in the table has this long to say whose orphans it has
 
 
@@ -83,7 +87,8 @@ class Router:
         """The outputs of `request`, across replays, until one has a finish reason. Closing it aborts the request.
 
         Raises:
-            Unavailable: there is no engine; Overloaded: its queue is full; BadRequest: it can never be served.
+            Unavailable: there is no engine, or MAX_LOST were lost with it; Overloaded: its queue is full; BadRequest:
+                it can never be served.
         """
         if not self.ready():
             raise Unavailable("no engine is ready", retry_after=2)
@@ -160,6 +165,7 @@ class Router:
 
     def _replay(self, flights: list[Flight]) -> None:
         """In the background: it may have to wait for an engine, and whoever brings the news of one must not."""
+        flights = [flight for flight in flights if not _is_given_up(flight)]
         self.replays += len(flights)
         task = asyncio.create_task(self._submit_all(flights, monotonic() + self._patience))
         self._background.add(task)
@@ -169,7 +175,7 @@ class Router:
         for flight in flights:
             try:
                 await self._submit(flight, until)
-            except Unavailable as error:
+            except (BadRequest, Unavailable) as error:
                 flight.events.put_nowait(error)
 
     async def _notify(self) -> None:
@@ -180,3 +186,14 @@ class Router:
 def _take_back(link: EngineLink) -> list[Flight]:
     """What was under way there, which the link then forgets."""
     return [flight for wire_id in list(link.flights) if (flight := link.forget(wire_id))]
+
+
+def _is_given_up(flight: Flight) -> bool:
+    """One more engine was lost with it."""
+    flight.lost += 1
+    if flight.lost < MAX_LOST:
+        return False
+    log.error("%d engines in a row were lost with request %s; it is given up", flight.lost, flight.request.id)
+    sentence = f"{flight.lost} engines in a row were lost while they worked on this request; it is given up"
+    flight.events.put_nowait(Unavailable(sentence))
+    return True

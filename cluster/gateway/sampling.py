@@ -1,14 +1,13 @@
 """The sampling parameters of a request, and how they become the engine's."""
 
 import random
-import sys
 from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
 from stepladder.cluster.gateway.strict_json import Body, Text
-from stepladder.workers.params import SamplingParams
+from stepladder.workers.params import MAX_COUNT, SamplingParams
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 4, 256  # a growing text is compared with every beginning of every stop string
 
@@ -54,7 +53,7 @@ class Sampling(Body):
     @classmethod
     def _judge(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name in Sampling.model_fields:
-            fields = {"max_tokens": sys.maxsize, info.field_name: value}
+            fields = {"max_tokens": MAX_COUNT, info.field_name: value}
             SamplingParams(**fields)
         return value
 

@@ -1,7 +1,9 @@
 """Router and engine service over real ZeroMQ: replays, refusals, and who may talk at all."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -10,6 +12,7 @@ import pytest
 from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig
 from stepladder.cluster.gateway.errors import BadRequest, Overloaded, Unavailable
 from stepladder.cluster.gateway.router import Router
+from stepladder.workers.core import Request
 from tests.cluster.engines import (
     LENGTH,
     PROMPT,
@@ -170,6 +173,71 @@ def test_lost_messages_are_noticed_and_replayed(random_model: Path, expected: li
 
     with served(random_model) as (engine,):
         within(scene(engine))
+
+
+def never_sent() -> Request:
+    """msgpack has no such integer."""
+    return replace(request("odd"), prompt=(2**70,))
+
+
+def never_read() -> Request:
+    """It is sent, but an engine takes no such top_k."""
+    odd = request("odd")
+    object.__setattr__(odd.params, "top_k", 50.5)
+    return odd
+
+
+@pytest.mark.parametrize("odd, sentence", [(never_sent, "cannot be sent"), (never_read, "Expected `int`, got `float`")])
+def test_a_request_that_does_not_fit_the_wire_is_refused_and_felt_by_nobody(
+    random_model: Path, expected: list[int], odd: Callable[[], Request], sentence: str
+) -> None:
+    async def scene(engine: Served) -> None:
+        router, outputs = await routed(engine), []
+        async for output in router.generate(request()):
+            outputs.append(output)
+            if len(outputs) == 10:
+                with pytest.raises(BadRequest, match=sentence):
+                    _ = [one async for one in router.generate(odd())]
+        assert tokens_of(outputs) == expected and router.replays == 0
+        assert tokens_of(await collect(router, "another")) == expected, "the numbers of messages go on"
+        (link,) = router._links.values()
+        assert link.load == 0 and not link.flights
+        await router.close()
+
+    with served(random_model) as (engine,):
+        within(scene(engine))
+
+
+def test_a_request_that_ends_engines_is_given_up_after_three(random_model: Path, expected: list[int]) -> None:
+    async def scene(*engines: Served) -> None:
+        gates, router = [engine.hold() for engine in engines], await routed(engines[0])
+        answer = asyncio.create_task(collect(router))
+        for engine in engines[1:]:
+            await under_way(router, 1)
+            await router.update([engine.endpoint])
+        with pytest.raises(Unavailable, match="3 engines in a row were lost while they worked on this request"):
+            await answer
+        assert router.replays == 2
+        gates[-1].set()
+        assert tokens_of(await collect(router)) == expected
+        await router.close()
+
+    with served(random_model, *(f"engine-{i}" for i in range(4))) as engines:
+        within(scene(*engines))
+
+
+def test_a_request_that_gets_on_in_every_life_is_not_given_up(random_model: Path, expected: list[int]) -> None:
+    async def scene(*engines: Served) -> None:
+        router, outputs = await routed(engines[0]), []
+        async for output in router.generate(request()):
+            outputs.append(output)
+            if (count := len(tokens_of(outputs))) in (5, 10, 15, 20):
+                await router.update([engines[count // 5].endpoint])
+        assert tokens_of(outputs) == expected and router.replays == 4
+        await router.close()
+
+    with served(random_model, *(f"engine-{i}" for i in range(5))) as engines:
+        within(scene(*engines))
 
 
 def test_closing_the_generator_aborts(random_model: Path) -> None:

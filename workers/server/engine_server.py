@@ -11,7 +11,7 @@ from stepladder.parallel.clock import Clock
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import Engine
 from stepladder.workers.server.channel import Channel
-from stepladder.workers.server.messages import Abort, Hello, Refusal, Submit
+from stepladder.workers.server.messages import Abort, Hello, Refusal, Submit, Unreadable
 from stepladder.workers.server.orphans import Orphans
 
 
@@ -83,6 +83,8 @@ class EngineServer:
                     self._submit(gateway, message)
                 case Abort(id=name):
                     self._abort(gateway, name)
+                case Unreadable(id=name, why=why):
+                    self._refusals[gateway].append(Refusal(name, why, full=False))
 
     def _submit(self, gateway: bytes, message: Submit) -> None:
         request, queued = message.request, self._engine.queued_tokens

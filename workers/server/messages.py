@@ -38,6 +38,14 @@ class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
     id: str
 
 
+class Unreadable(NamedTuple):
+    """A `Submit` whose request cannot be read, with its number and the name of the request, which is refused."""
+
+    number: int
+    id: str
+    why: str
+
+
 class Refusal(msgspec.Struct, array_like=True, frozen=True):
     """A request that this engine does not take. full: its queue is, so that another time may be better."""
 
@@ -64,8 +72,19 @@ class Update(msgspec.Struct, array_like=True, frozen=True):
 ToEngine = Hello | Submit | Abort
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_update = msgspec.msgpack.Decoder(Update).decode
+
+
+def decode_to_engine(body: bytes) -> ToEngine | Unreadable:
+    """Raises msgspec.DecodeError: it is not even a request that could be refused."""
+    try:
+        return _decode_to_engine(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        match msgspec.msgpack.decode(body):
+            case ["submit", int(number), {"id": str(name)}, *_]:
+                return Unreadable(number, name, f"the engine cannot read this request: {error}")
+        raise
 
 
 class Keys(NamedTuple):
