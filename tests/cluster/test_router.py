@@ -218,6 +218,8 @@ def test_a_request_that_ends_engines_is_given_up_after_three(random_model: Path,
         with pytest.raises(Unavailable, match="3 engines in a row were lost while they worked on this request"):
             await answer
         assert router.replays == 2
+        while not router.ready():
+            await asyncio.sleep(0.01)
         gates[-1].set()
         assert tokens_of(await collect(router)) == expected
         await router.close()
