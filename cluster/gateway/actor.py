@@ -14,6 +14,7 @@ from stepladder import __version__
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.api import build_app
+from stepladder.cluster.gateway.http_limits import HttpLimits, http_config
 from stepladder.cluster.gateway.listening import listen
 from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
 from stepladder.cluster.gateway.router import Router
@@ -21,7 +22,7 @@ from stepladder.cluster.gateway.tracing import Traces
 from stepladder.cluster.processes import kill_process
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.actors import Place, configure_logging
+from stepladder.workers.actors import Place, configure_logging, settle_memory
 from stepladder.workers.params import SamplingParams
 from stepladder.workers.rank import resolve
 from stepladder.workers.text.stream import Tokenizer
@@ -85,7 +86,8 @@ class GatewayActor:
         self._traces = Traces(endpoint, config.version) if endpoint else None
         listener = listen(deployment.gateway.host, port)
         app = build_app(self._service, self._traces)
-        self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+        self._server = _Server(http_config(app, HttpLimits(body_bytes=8 * config.body_limit)))
+        settle_memory()
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         self._watching = asyncio.create_task(self._watch())
         return listener.getsockname()[1]

@@ -7,10 +7,27 @@ well-known ones that are not supported, with the values at which leaving them ou
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    model_validator,
+)
 
 from stepladder.cluster.gateway.sampling import Sampling
-from stepladder.cluster.gateway.strict_json import ANYTHING, Body, Neutral, Text, refusal
+from stepladder.cluster.gateway.strict_json import (
+    ANYTHING,
+    Body,
+    Bounds,
+    Neutral,
+    Text,
+    at_most,
+    bounded,
+    refusal,
+    unicode,
+)
 from stepladder.workers.params import MAX_LOGPROBS
 
 MAX_N = 128
@@ -112,7 +129,8 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
-        Text | list[TextPart],
+        Text | Annotated[list[TextPart], Field(fail_fast=True)],
+        bounded("content", lambda bounds: bounds.tokens),
         _one_error('content must be a string or a list of {"type": "text", "text": ...}; nothing else is supported'),
     ]
     name: Text | None = None
@@ -123,10 +141,15 @@ class Message(Body):
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 
 
+Messages = Annotated[
+    list[Message], Field(fail_fast=True), Field(min_length=1), bounded("messages", lambda bounds: bounds.tokens)
+]
+
+
 class ChatRequest(Generating):
     NEUTRAL = _CHAT_NEUTRAL
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -146,6 +169,39 @@ class ChatRequest(Generating):
         return {"logprobs": self.top_logprobs if self.logprobs else None, "prompt_logprobs": self.prompt_logprobs}
 
 
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _prompt(value: Any, info: ValidationInfo) -> Prompt:
+    """By hand, since a union would judge a list once for each of its members."""
+    bounds = info.context
+    match value:
+        case "" | []:
+            raise ValueError("prompt is empty; it must come to at least one token")
+        case str():
+            return unicode(value)
+        case [int(), *_]:
+            return _token_ids(value, bounds)
+        case [str(), *_] | [list(), *_]:
+            at_most(value, bounds.prompts if bounds else None, "prompt")
+            kinds = {type(one) for one in value}
+            if kinds == {str}:
+                return [unicode(one) for one in value]
+            if kinds == {list}:
+                return [_token_ids(one, bounds) for one in value]
+    raise ValueError(_PROMPT_KINDS)
+
+
+def _token_ids(value: list[Any], bounds: Bounds | None) -> list[int]:
+    at_most(value, bounds.tokens if bounds else None, "a prompt")
+    if any(type(token) is not int for token in value):
+        raise ValueError(_PROMPT_KINDS)
+    return value
+
+
+_PROMPT_KINDS = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+
+
 class CompletionRequest(Generating):
     """echo: the text begins with the prompt. With it, max_tokens may be 0: the prompt is only scored."""
 
@@ -154,11 +210,7 @@ class CompletionRequest(Generating):
     max_tokens: int | None = Field(None, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    prompt: Annotated[
-        Text | list[Text] | list[int] | list[list[int]],
-        _one_error("prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
-        Field(min_length=1),
-    ]
+    prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
 
     @model_validator(mode="after")
     def _nothing_needs_echo(self) -> "CompletionRequest":
@@ -190,7 +242,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
@@ -202,4 +254,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[int] = Field(fail_fast=True)

@@ -32,10 +32,17 @@ class Tokenizer:
         self._special = {token for token, entry in added.items() if entry.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        """In a batch of one: only then does the library let other threads run meanwhile."""
+        (found,) = self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return found.ids
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.fast.decode(tokens, skip_special_tokens=True)
+    def decode(self, tokens: list[int], skip_special: bool = True) -> str:
+        return self.fast.decode(tokens, skip_special_tokens=skip_special)
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: a text has at least a token for every so many of its own."""
+        return max(map(len, self.fast.get_vocab()), default=1)
 
     def chat(self, messages: list[dict[str, Any]]) -> str:
         """The prompt text of a conversation, rendered in a sandbox with the model's own chat template.
