@@ -186,7 +186,7 @@ class LLM:
         """
         request = Request(id=next(self._ids), prompt=tokens, params=params)
         self.engine.add(request)
-        self._growing[request.id] = _Growing(key, prompt, params, TextStream.of(self.tokenizer, params), done)
+        self._growing[request.id] = _Growing(key, prompt, params, TextStream.of(self.tokenizer, params, tokens), done)
         return request.id
 
     @property

@@ -20,7 +20,7 @@ from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, 
 from stepladder.cluster.gateway.router import Router
 from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.stream import TextStream, Tokenizer, settled
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +115,29 @@ class OpenAIService:
             raise BadRequest(
                 f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
             )
-        prompts = [await self._encode(p, special=True) if isinstance(p, str) else p for p in body.prompts]
+        prompts = [await self._encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in body.prompts]
         asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
         limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
         answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits)
         if body.echo:
-            for choice in answer.choices:
-                prompt = body.prompts[choice.index // body.n]
-                choice.echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-                choice.scoring_only = body.max_tokens == 0
+            await self._echo(answer.choices, body)
         return answer
+
+    async def _echo(self, choices: list[Choice], body: CompletionRequest) -> None:
+        """Have them begin with their prompts."""
+        for first in range(0, len(choices), body.n):
+            prompt, offsets = body.prompts[first // body.n], list[int]()
+            if isinstance(prompt, str):
+                text = prompt
+                if body.logprobs is not None:
+                    offsets = await asyncio.to_thread(self.tokenizer.offsets, text, body.add_special_tokens)
+            else:
+                decode = self.tokenizer.decode if body.skip_special_tokens else self.tokenizer.decode_all
+                whole = body.max_tokens == 0
+                text = decode(prompt) if whole else settled(self.tokenizer, prompt, not body.skip_special_tokens)
+            for choice in choices[first : first + body.n]:
+                choice.echo, choice.echo_offsets = text, offsets
+                choice.scoring_only = body.max_tokens == 0
 
     async def run(self, answer: Choices) -> dict[str, Any]:
         """The whole answer."""
@@ -190,7 +203,7 @@ class OpenAIService:
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
                 request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
-                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params)))
+                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, request.prompt)))
         return Choices(http.id, http.arrived, body, format, choices, sum(map(len, prompts)))
 
     def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:

@@ -18,7 +18,6 @@ MAX_N = 128
 _SAMPLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "priority": (0,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "user": (ANYTHING,),
 }
@@ -51,7 +50,6 @@ _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **_SAMPLING_NEUTRAL,
-    "add_special_tokens": (True,),
     "suffix": ("",),
 }
 
@@ -147,12 +145,14 @@ class ChatRequest(Generating):
 
 
 class CompletionRequest(Generating):
-    """echo: the text begins with the prompt. With it, max_tokens may be 0: the prompt is only scored."""
+    """echo: the text begins with the prompt. With it, max_tokens may be 0: the prompt is only scored.
+    add_special_tokens: a prompt of text gets those that the tokenizer puts around a text."""
 
     NEUTRAL = _COMPLETION_NEUTRAL
 
     max_tokens: int | None = Field(None, ge=0)
     echo: bool = False
+    add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt: Annotated[
         Text | list[Text] | list[int] | list[list[int]],

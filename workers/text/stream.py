@@ -2,7 +2,9 @@
 
 import codecs
 import json
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,15 @@ from stepladder.workers.text.token_bytes import TokenBytes
 class Tokenizer:
     """`tokenizer.json` and the chat template of a Hugging Face directory. Knows text, nothing of engines.
 
+    Attributes:
+        fast: it cuts and pads nothing, whatever the file says: what fits is judged by who knows the context.
+
     Raises:
         ValueError: the directory has no readable tokenizer.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        path = Path(directory) / "tokenizer.json"
-        try:
-            self.fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} cannot be read: {error}") from None
+        self.fast = read_tokenizer(Path(directory) / "tokenizer.json")
         self._config = _read_json(Path(directory) / "tokenizer_config.json")
         self._chat_template = _chat_template(Path(directory), self._config)
         added = self.fast.get_added_tokens_decoder()
@@ -36,6 +37,18 @@ class Tokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         return self.fast.decode(tokens, skip_special_tokens=True)
+
+    def decode_all(self, tokens: list[int]) -> str:
+        """Special tokens are written out."""
+        return self.fast.decode(tokens, skip_special_tokens=False)
+
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where in `text` each token of `encode(text)` begins, in characters; several may share a character."""
+        encoding, end, found = self.fast.encode(text, add_special_tokens=add_special_tokens), 0, list[int]()
+        for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            found.append(end if added else min(start, end))  # some tokenizers leave the space before a word out
+            end = end if added else max(end, stop)
+        return found
 
     def chat(self, messages: list[dict[str, Any]]) -> str:
         """The prompt text of a conversation, rendered in a sandbox with the model's own chat template.
@@ -62,7 +75,11 @@ class Tokenizer:
 
     def shows(self, token: int) -> bool:
         """Whether it can add to a text: special tokens and ids beyond the vocabulary cannot."""
-        return token not in self._special and self.fast.id_to_token(token) is not None
+        return token not in self._special and self.knows(token)
+
+    def knows(self, token: int) -> bool:
+        """Whether the vocabulary holds it."""
+        return self.fast.id_to_token(token) is not None
 
     def bytes_of(self, token: int) -> bytes:
         """What one token stands for, special ones written out; it may be part of a character."""
@@ -87,14 +104,23 @@ class TextStream:
         stop: strings that end the text.
         min_tokens: in the text of so many first tokens no stop string is looked for.
         include_stop: the stop string stays in the text.
+        before: the tokens that the sequence follows, not part of the text; without them, a first word would lose the
+            space before it with many a tokenizer.
+        special: special tokens are written out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        before: Sequence[int] = (),
+        special: bool = False,
     ) -> None:
         self.tokenizer, self._stop, self._include_stop = tokenizer, stop, include_stop
         self._unsearched = min_tokens  # tokens
-        self._window = TokenWindow(tokenizer)
+        self._window = TokenWindow(tokenizer, before, special)
         self._shown: list[str] = []
         self._num_shown = 0
         self._tail = ""  # not shown yet; only here a stop string can be
@@ -102,8 +128,10 @@ class TextStream:
         self.stopped = False
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, params: SamplingParams) -> "TextStream":
-        return cls(tokenizer, params.stop, params.min_tokens, params.include_stop_str_in_output)
+    def of(cls, tokenizer: Tokenizer, params: SamplingParams, before: Sequence[int]) -> "TextStream":
+        """The text that follows a prompt of the tokens `before`."""
+        searched = params.stop, params.min_tokens, params.include_stop_str_in_output
+        return cls(tokenizer, *searched, before, not params.skip_special_tokens)
 
     def visible(self, output: Output) -> int:
         """How many of an output's tokens belong to the text: a token that ended it does so only with include_stop."""
@@ -157,19 +185,36 @@ class TextStream:
 
 class TokenWindow:
     """Decodes a growing sequence in pieces: a window over its newest tokens, wide enough for merges and spaces to come
-    out as in the whole text, and never wider than WIDEST, so that any text costs time linear in its length."""
+    out as in the whole text, and never wider than WIDEST, so that any text costs time linear in its length.
+
+    Args:
+        before: the tokens that the sequence follows; the window begins with the newest of them.
+        special: special tokens are written out.
+    """
 
     WIDEST, KEPT = 24, 12
+    LOOK_BACK = 256  # tokens of `before` among which there may be special ones
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._shows = tokenizer.knows if special else tokenizer.shows
+        self.decode = tokenizer.decode_all if special else tokenizer.decode
         self._tokens: list[int] = []
         self._read = 0  # tokens that had been read when the window last moved
         self._given = 0  # characters of the window's text that have been returned
+        if before:
+            self._begin_behind(before)
+
+    def _begin_behind(self, before: Sequence[int]) -> None:
+        newest = islice(filter(self._shows, reversed(before[-self.LOOK_BACK :])), self.KEPT)
+        self._tokens = [*newest][::-1]
+        while self._tokens and _is_inside_character(self._tokenizer.bytes_of(self._tokens[0])):
+            del self._tokens[0]
+        self._move(0)
 
     def push(self, token: int) -> str:
         """The text that is certain because of one more token."""
-        if not self._tokenizer.shows(token):
+        if not self._shows(token):
             return ""
         self._tokens.append(token)
         text, whole = self._certain()
@@ -182,11 +227,11 @@ class TokenWindow:
 
     def flush(self) -> str:
         """The text that was held back."""
-        return self._tokenizer.decode(self._tokens)[self._given :]
+        return self.decode(self._tokens)[self._given :]
 
     def _certain(self) -> tuple[str, bool]:
         """The window's text without the beginning of a character at its end, and whether that is all of it."""
-        text = self._tokenizer.decode(self._tokens)
+        text = self.decode(self._tokens)
         if not text.endswith("\ufffd"):
             return text, True
         pieces = [self._tokenizer.bytes_of(token) for token in self._tokens[-3:]]  # an unfinished one has 3 bytes
@@ -197,7 +242,7 @@ class TokenWindow:
         for held in range(1, 4):
             size = sum(map(len, pieces[-held:]))
             if size == unfinished:  # with a byte fallback, it would break the characters before it, too
-                return self._tokenizer.decode(self._tokens[:-held]), False
+                return self.decode(self._tokens[:-held]), False
             if size > unfinished:
                 break
         return text[:-1], False  # it begins within a token, where only byte-level decoding writes it, as one \ufffd
@@ -206,6 +251,33 @@ class TokenWindow:
         self._tokens = self._tokens[start:]
         self._read = len(self._tokens)
         self._given = len(self._certain()[0])
+
+
+def settled(tokenizer: Tokenizer, tokens: Sequence[int], special: bool = False) -> str:
+    """The text of `tokens` without the beginning of a character at its end, which is the first that a stream behind
+    them shows. special: special tokens are written out."""
+    window = TokenWindow(tokenizer, tokens, special)
+    return window.decode([*tokens]).removesuffix(window.flush())
+
+
+def read_tokenizer(path: Path) -> FastTokenizer:
+    """A `tokenizer.json` without the truncation and padding of whoever saved it, as `transformers` reads it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _is_inside_character(raw: bytes) -> bool:
+    """Whether it goes on with a character of UTF-8 that has begun before."""
+    return bool(raw) and 0x80 <= raw[0] < 0xC0
 
 
 def _read_json(path: Path) -> dict[str, Any]:
