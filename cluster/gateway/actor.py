@@ -50,6 +50,7 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         version=__version__,
         api_key=deployment.gateway.api_key,
         tokenizer_info=deployment.gateway.tokenizer_info,
+        special_tokens_in_content=deployment.gateway.special_tokens_in_content,
         defaults=replace(SamplingParams(), **recommended.sampling),
         chat_max_tokens=recommended.max_tokens,
     )

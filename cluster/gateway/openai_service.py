@@ -16,7 +16,14 @@ from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
 from stepladder.cluster.gateway.logprob_json import is_broken
 from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
-from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Conversing,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
 from stepladder.cluster.gateway.router import Router
 from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
@@ -46,6 +53,7 @@ class ServiceConfig:
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
             The only place for such defaults, as of a generation_config.json.
+        special_tokens_in_content: what spells a special token in a chat message is one, where a request does not say.
         chat_max_tokens: as many tokens may follow a chat that leaves max_tokens out, if the context has room for them;
             None fills the context.
     """
@@ -59,6 +67,7 @@ class ServiceConfig:
     max_body_bytes: int = 16 << 20
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
+    special_tokens_in_content: bool = False
     defaults: SamplingParams = field(default_factory=SamplingParams)
     chat_max_tokens: int | None = None
 
@@ -102,7 +111,7 @@ class OpenAIService:
     async def chat(self, body: ChatRequest, http: InFlightRequest) -> Choices:
         """Raises BadRequest or NotFound, as `completion` does."""
         self.check_model(body.model)
-        prompt = await self._encode_chat(body.messages)
+        prompt = await self._encode_chat(body.messages, body)
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
         limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
@@ -158,7 +167,7 @@ class OpenAIService:
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._encode_chat(body.messages, special=bool(body.add_special_tokens))
+            tokens = await self._encode_chat(body.messages, body)
         else:
             assert body.prompt is not None
             tokens = await self._encode(body.prompt, special=body.add_special_tokens is not False)
@@ -181,13 +190,14 @@ class OpenAIService:
             return self.tokenizer.encode(text, special)
         return await asyncio.to_thread(self.tokenizer.encode, text, special)
 
-    async def _encode_chat(self, messages: list[Any], special: bool = False) -> list[int]:
+    async def _encode_chat(self, messages: list[Message], body: Conversing) -> list[int]:
         """Chat templates write special tokens themselves."""
+        options = body.chat_options(self.config.special_tokens_in_content)
         try:
-            text = self.tokenizer.chat([message.for_template() for message in messages])
+            text = self.tokenizer.chat([message.for_template() for message in messages], options=options)
+            return await self._encode(text, bool(body.add_special_tokens))
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
-        return await self._encode(text, special)
 
     def _answer(
         self,

@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,17 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from stepladder.parallel.special_tokens import named_tokens
 from stepladder.workers.core import Output, SamplingParams
-from stepladder.workers.text.templates import compile_template
+from stepladder.workers.text.chat import DEFAULTS, ChatOptions, ChatTemplate, Message
+from stepladder.workers.text.control_tokens import (
+    MARK,
+    ControlTokens,
+    MarkedText,
+    marked_text,
+    reader_of_marks,
+)
+from stepladder.workers.text.templates import compile_template, literals
 from stepladder.workers.text.token_bytes import TokenBytes
 
 
@@ -29,11 +39,21 @@ class Tokenizer:
         self.fast = read_tokenizer(Path(directory) / "tokenizer.json")
         self._config = _read_json(Path(directory) / "tokenizer_config.json")
         self._chat_template = _chat_template(Path(directory), self._config)
-        added = self.fast.get_added_tokens_decoder()
-        self._special = {token for token, entry in added.items() if entry.special}
+        self._named = named_tokens(directory)
+        self._added = self.fast.get_added_tokens_decoder()
+        self._special = {token for token, entry in self._added.items() if entry.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises ValueError: a marked text spells a token that this tokenizer cannot write as text."""
+        if not isinstance(text, MarkedText):
+            return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        encoding = self._reader.encode(text, add_special_tokens=add_special_tokens)
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self._added and MARK in text[start:stop]:
+                spelled = self._added[token].content
+                if spelled in self._control_tokens:
+                    raise ValueError(f"a message holds {spelled!r}, which this tokenizer cannot write as text")
+        return encoding.ids
 
     def decode(self, tokens: list[int]) -> str:
         return self.fast.decode(tokens, skip_special_tokens=True)
@@ -50,21 +70,49 @@ class Tokenizer:
             end = end if added else max(end, stop)
         return found
 
-    def chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of a conversation, rendered in a sandbox with the model's own chat template.
+    def chat(self, messages: Sequence[Message], tools: list[Any] | None = None, options: ChatOptions = DEFAULTS) -> str:
+        """The prompt of a conversation for `encode`, rendered in a sandbox with the model's own chat template.
+
+        Args:
+            messages: as OpenAI has them. Where the template takes no lists of parts, their texts are joined; where it
+                takes no strings, they become parts. Arguments of tool calls may be objects or JSON.
+            tools: what the template is to tell the model of.
+
+        Returns:
+            The text; a MarkedText if a message spells a special token, or another one that the template writes.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses these messages.
         """
         if not self._chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
-        special = {key: _texts(self._config.get(key)) or "" for key in ("bos_token", "eos_token")}
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
-            )
+            given = self._template.fitted(messages), tools, options
+            marked = given if options.special_tokens_in_content else self._marked(*given)
+            text = self._template.render(*marked)
         except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
+            raise ValueError(f"the chat template refuses these messages: {error}".replace(MARK, "")) from None
+        return text if marked == given else marked_text(text)
+
+    def _marked(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, options: ChatOptions
+    ) -> tuple[list[dict[str, Any]], list[Any] | None, ChatOptions]:
+        """What a client has written, with marks where it spells control tokens."""
+        marked = [
+            {
+                name: value if name == "role" else self._control(message.get("role")).mark_all(value)
+                for name, value in message.items()
+            }
+            for message in messages
+        ]
+        others = self._control("user")
+        further = others.mark_all({**options.template_kwargs})
+        return marked, others.mark_all(tools), replace(options, template_kwargs=further)
+
+    def _control(self, role: Any) -> ControlTokens:
+        """The tokens that no message of a role can write: the special ones, and those of the template. Answers of the
+        model may hold the latter, such as <think>, and are sent back."""
+        return self._special_tokens if role == "assistant" else self._control_tokens
 
     def info(self) -> dict[str, Any]:
         """`tokenizer_config.json` with the chat template in use, as vLLM's /tokenizer_info shows it: special tokens as
@@ -86,8 +134,22 @@ class Tokenizer:
         return self._bytes[token]
 
     @cached_property
-    def _template(self) -> Any:
-        return compile_template(self._chat_template or "")
+    def _template(self) -> ChatTemplate:
+        empty = {"bos_token": "", "eos_token": ""}  # templates add them to texts without asking whether there are any
+        return ChatTemplate(compile_template(self._chat_template or ""), empty | self._named)
+
+    @cached_property
+    def _special_tokens(self) -> ControlTokens:
+        return ControlTokens(entry.content for entry in self._added.values() if entry.special)
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        written = "\0".join(literals(self._chat_template or ""))
+        return ControlTokens(e.content for e in self._added.values() if e.special or e.content in written)
+
+    @cached_property
+    def _reader(self) -> FastTokenizer:
+        return reader_of_marks(self.fast, self._control_tokens)
 
     @cached_property
     def _bytes(self) -> TokenBytes:
