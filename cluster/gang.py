@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stepladder.cluster import placement
@@ -98,8 +98,8 @@ class Gang:
         """Take over the ranks that an earlier controller left running; False unless all of them answer."""
         try:
             actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.plan.size)]
-            places = ray.get([a.where.remote() for a in actors], timeout=self.deployment.cluster.hang_seconds)
-        except (ValueError, RayError):
+            places = wait_for([a.where.remote() for a in actors], self.deployment.cluster.hang_seconds)
+        except (ValueError, RayError, TimeoutError):
             return False
         if any(place.rank is None for place in places):
             return False
@@ -119,12 +119,12 @@ class Gang:
         """Whether every rank answers and its loop runs; collects their figures."""
         seconds = self.deployment.cluster.hang_seconds
         try:
-            signs: list[Sign] = ray.get([a.ping.remote() for a in self.ranks], timeout=seconds)
-        except GetTimeoutError:
-            log.error("%s: a rank has not answered for %.0f s", self.group, seconds)
-            return False
+            signs: list[Sign] = wait_for([a.ping.remote() for a in self.ranks], seconds)
         except RayError as error:
             log.error("%s: a rank died: %s", self.group, error_text(error))
+            return False
+        except TimeoutError:
+            log.error("%s: a rank has not answered for %.0f s", self.group, seconds)
             return False
         self.figures = [sign.figures for sign in signs if sign.figures]
         return all(sign.loop_runs for sign in signs)

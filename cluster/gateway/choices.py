@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from stepladder.cluster.gateway.logprob_json import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
+import msgspec
+
+from stepladder.cluster.gateway.logprob_json import (
+    Json,
+    ScoredToken,
+    chat_shape,
+    completion_shape,
+    encode_json,
+    prompt_shape,
+)
 from stepladder.cluster.gateway.metrics import SequenceMeter
 from stepladder.cluster.gateway.protocol import Generating
 from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
@@ -206,11 +215,16 @@ class Choices:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def body(self) -> Json:
-        """The whole answer, once every choice has finished."""
-        choices = [self.format.whole(choice) for choice in self.choices]
+    @property
+    def num_reported(self) -> int:
+        """Tokens with log-probabilities."""
+        return sum(len(choice.scored) + len(choice.prompt_logprobs or ()) for choice in self.choices)
+
+    def body(self) -> bytes:
+        """The whole answer, once every choice has finished. In a thread, others run between any two choices."""
+        choices = [msgspec.Raw(encode_json(self.format.whole(choice))) for choice in self.choices]
         extra = self.format.extra(self.choices)
-        return self._envelope(self.format.object, choices) | {"usage": self.usage} | extra
+        return encode_json(self._envelope(self.format.object, choices) | {"usage": self.usage} | extra)
 
     def chunks(self, piece: Piece) -> list[Json]:
         """What to send for a piece: nothing while its text is held back, and the end as a chunk of its own."""
@@ -234,7 +248,7 @@ class Choices:
             chunk["usage"] = None
         return chunk
 
-    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+    def _envelope(self, kind: str, choices: Sequence[Json | msgspec.Raw]) -> Json:
         return {
             "id": self.format.prefix + self.id,
             "object": kind,

@@ -23,6 +23,9 @@ from stepladder.workers.server.messages import (
     decode_update,
     encode,
 )
+from stepladder.workers.silence import Silence
+
+TICK = 1.0  # seconds; how often somebody looks whether engines are silent
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,8 @@ class EngineLink:
     """
 
     def __init__(self, context: zmq.asyncio.Context, gateway: str, secret: str, endpoint: Endpoint) -> None:
-        self.endpoint, self.stats, self.last_heard = endpoint, EngineStats(), monotonic()
+        self.endpoint, self.stats, self.silence = endpoint, EngineStats(), Silence(TICK)
+        self.begun = monotonic()
         self.alive = False
         self.flights: dict[str, Flight] = {}
         self.orphans: set[str] = set()  # names of requests that lost their gateway and run on there
@@ -78,7 +82,8 @@ class EngineLink:
         """Begin anew: the engine forgets whatever this gateway had asked for."""
         self._sent, self._heard = -1, 0  # its own number is 0
         self._session += 1
-        self.last_heard = monotonic()
+        self.begun = monotonic()
+        self.silence.broken()
         await self._send(encode(Hello(self._session)))
 
     async def submit(self, flight: Flight) -> None:
@@ -114,7 +119,8 @@ class EngineLink:
             return False
         if update.session != self._session:
             return True  # sent before the engine heard that we had begun anew
-        self.alive, self.last_heard, self.stats = True, monotonic(), update.stats
+        self.alive, self.stats = True, update.stats
+        self.silence.broken()
         self.orphans = set(update.orphans)
         if update.number != self._heard:
             return False

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from math import isnan
 from typing import Any, NamedTuple
 
+import msgspec
+
 from stepladder.workers.core import Output, TokenLogprob
 from stepladder.workers.text.stream import Tokenizer
 
 Json = dict[str, Any]
+encode_json = msgspec.json.Encoder().encode
 LOWEST = -9999.0  # OpenAI's figure for the very unlikely; JSON has no infinity, and no NaN
 
 

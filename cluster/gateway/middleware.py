@@ -6,6 +6,7 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepladder.cluster.gateway.errors import ApiError, BadRequest, BodyTooLarge, Unauthorized
@@ -48,6 +49,8 @@ class Gatekeeper:
         try:
             self._check(scope["path"], headers, given not in (None, request_id))
             await self._app(scope, self._bounded(receive), send_with_id)
+        except ClientDisconnect:
+            pass
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
         except Exception:

@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
+from starlette.requests import Request as HttpRequest
 
 from stepladder.cluster.gateway.choices import Chat, Choice, Choices, Completion, Format, Piece
 from stepladder.cluster.gateway.errors import BadRequest, NotFound, Unavailable
 from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
-from stepladder.cluster.gateway.logprob_json import is_broken
+from stepladder.cluster.gateway.logprob_json import encode_json, is_broken
 from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
 from stepladder.cluster.gateway.protocol import (
@@ -24,17 +25,23 @@ from stepladder.cluster.gateway.protocol import (
     Message,
     TokenizeRequest,
 )
+from stepladder.cluster.gateway.reading import body_bytes, read
 from stepladder.cluster.gateway.router import Router
+from stepladder.cluster.gateway.strict_json import Body, Bounds
+from stepladder.cluster.gateway.work_pool import WorkPool
 from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
+from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream, Tokenizer, settled
 
 log = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
-TOKENIZE_INLINE = 4096  # characters, about a millisecond; longer texts are tokenized in a thread
+INLINE = 32  # tokens whose log-probabilities, or messages that, are written at once; more are in a thread
+INLINE_SHARE = 128  # characters that are tokenized in the time that one of those takes
 
-_encode_json = msgspec.json.Encoder().encode
+T = TypeVar("T")
+B = TypeVar("B", bound=Body)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,9 @@ class ServiceConfig:
         version: of Stepladder.
         api_key: bearer token that requests need, not empty; None lets everybody in.
         max_choices: prompts times n of one HTTP request.
-        max_body_bytes: of one HTTP request.
+        max_body_bytes: of one HTTP request; None takes what the context may need.
+        max_reported: log-probabilities of one answer: tokens that are reported, of prompts and choices, times the
+            likeliest tokens beside each.
         created: when the model came to be, in Unix seconds.
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
@@ -64,12 +73,22 @@ class ServiceConfig:
     version: str
     api_key: str | None = field(default=None, repr=False)
     max_choices: int = 128
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int | None = None
+    max_reported: int = 1 << 17
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
     special_tokens_in_content: bool = False
     defaults: SamplingParams = field(default_factory=SamplingParams)
     chat_max_tokens: int | None = None
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.max_model_len, self.max_choices)
+
+    @property
+    def body_limit(self) -> int:
+        """Bytes of one HTTP request's body."""
+        return self.max_body_bytes or body_bytes(self.max_model_len)
 
 
 class OpenAIService:
@@ -79,7 +98,8 @@ class OpenAIService:
         self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
         self.metrics.in_flight.set_function(lambda: len(self.in_flight))
         self._router, self.tokenizer = router, tokenizer
-        self._broken = False
+        tokenizer.prepare()
+        self._pool, self._broken = WorkPool(), False
 
     @property
     def ready(self) -> bool:
@@ -100,6 +120,10 @@ class OpenAIService:
             "max_model_len": self.max_model_len,
         }
 
+    async def read(self, http: HttpRequest, kind: type[B]) -> B:
+        """The body of a request, or BadRequest."""
+        return await read(http, kind, self.config.bounds, self._pool)
+
     async def drain(self, seconds: float) -> None:
         """Admit no more requests; return when all have ended, at the latest after `seconds`."""
         await self.in_flight.drain(seconds)
@@ -111,7 +135,7 @@ class OpenAIService:
     async def chat(self, body: ChatRequest, http: InFlightRequest) -> Choices:
         """Raises BadRequest or NotFound, as `completion` does."""
         self.check_model(body.model)
-        prompt = await self._encode_chat(body.messages, body)
+        prompt = await self._encode_chat(body.messages, body, fits="messages")
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
         limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
@@ -124,7 +148,8 @@ class OpenAIService:
             raise BadRequest(
                 f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
             )
-        prompts = [await self._encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in body.prompts]
+        special = body.add_special_tokens
+        prompts = [await self._encode(p, special, "prompt") if isinstance(p, str) else p for p in body.prompts]
         asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
         limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
         answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits)
@@ -134,33 +159,34 @@ class OpenAIService:
 
     async def _echo(self, choices: list[Choice], body: CompletionRequest) -> None:
         """Have them begin with their prompts."""
+        skip = body.skip_special_tokens
         for first in range(0, len(choices), body.n):
             prompt, offsets = body.prompts[first // body.n], list[int]()
             if isinstance(prompt, str):
                 text = prompt
                 if body.logprobs is not None:
-                    offsets = await asyncio.to_thread(self.tokenizer.offsets, text, body.add_special_tokens)
+                    offsets = await self._pool.run(self.tokenizer.offsets, text, body.add_special_tokens)
+            elif body.max_tokens == 0:
+                text = await self._pool.run(self.tokenizer.decode, prompt, skip)
             else:
-                decode = self.tokenizer.decode if body.skip_special_tokens else self.tokenizer.decode_all
-                whole = body.max_tokens == 0
-                text = decode(prompt) if whole else settled(self.tokenizer, prompt, not body.skip_special_tokens)
+                text = await self._pool.run(settled, self.tokenizer, prompt, not skip)
             for choice in choices[first : first + body.n]:
                 choice.echo, choice.echo_offsets = text, offsets
                 choice.scoring_only = body.max_tokens == 0
 
-    async def run(self, answer: Choices) -> dict[str, Any]:
-        """The whole answer."""
+    async def run(self, answer: Choices) -> bytes:
+        """The whole answer, as JSON."""
         async with aclosing(self._pieces(answer)) as pieces:
             async for _ in pieces:
                 pass
-        return answer.body()
+        return await self._work(answer.body, answer.num_reported)
 
     async def stream(self, answer: Choices) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
         async with aclosing(self._pieces(answer)) as pieces:
             async for piece in pieces:
-                if chunks := answer.chunks(piece):
-                    yield b"".join(map(event, chunks))
+                if events := await self._work(partial(_events, answer, piece), len(piece.scored)):
+                    yield events
         options = answer.asked.stream_options
         yield (event(answer.usage_chunk()) if options and options.include_usage else b"") + DONE
 
@@ -177,7 +203,7 @@ class OpenAIService:
         """Special tokens are written out, so that it undoes `tokenize`."""
         self.check_model(body.model)
         self._check_ids(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self.tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
+        return {"prompt": await self._pool.run(partial(self.tokenizer.decode, skip_special=False), body.tokens)}
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound unless it is this one's name, or None."""
@@ -185,19 +211,29 @@ class OpenAIService:
             sentence = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise NotFound(sentence, param="model", code="model_not_found")
 
-    async def _encode(self, text: str, special: bool) -> list[int]:
-        if len(text) <= TOKENIZE_INLINE:
-            return self.tokenizer.encode(text, special)
-        return await asyncio.to_thread(self.tokenizer.encode, text, special)
+    async def _encode(self, text: str, special: bool, fits: str | None = None) -> list[int]:
+        """With `fits`, the name of a parameter, what cannot fit into the context is refused before it is tokenized."""
+        at_least, context = len(plain(text)) // self.tokenizer.longest, self.max_model_len
+        if fits and at_least > context:
+            sentence = f"this model's context is {context} tokens, but the prompt has more than {at_least}; shorten it"
+            raise BadRequest(sentence, param=fits, code="context_length_exceeded")
+        return await self._work(partial(self.tokenizer.encode, text, special), len(text) // INLINE_SHARE)
 
-    async def _encode_chat(self, messages: list[Message], body: Conversing) -> list[int]:
+    async def _encode_chat(self, messages: list[Message], body: Conversing, fits: str | None = None) -> list[int]:
         """Chat templates write special tokens themselves."""
         options = body.chat_options(self.config.special_tokens_in_content)
         try:
-            text = self.tokenizer.chat([message.for_template() for message in messages], options=options)
-            return await self._encode(text, bool(body.add_special_tokens))
+            text = await self._work(
+                lambda: self.tokenizer.chat([message.for_template() for message in messages], options=options),
+                len(messages) + sum(message.length for message in messages) // INLINE_SHARE,
+            )
+            return await self._encode(text, bool(body.add_special_tokens), fits)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
+
+    async def _work(self, work: Callable[[], T], size: int) -> T:
+        """Here if it is small, else in a thread, so that nobody waits for it."""
+        return work() if size <= INLINE else await self._pool.run(work)
 
     def _answer(
         self,
@@ -209,11 +245,12 @@ class OpenAIService:
     ) -> Choices:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
         choices: list[Choice] = []
-        for prompt, max_tokens in zip(prompts, limits, strict=True):
+        for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
-                request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
-                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, request.prompt)))
+                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params)
+                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, prompt)))
+        self._check_reported([choice.request for choice in choices])
         return Choices(http.id, http.arrived, body, format, choices, sum(map(len, prompts)))
 
     def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
@@ -225,6 +262,17 @@ class OpenAIService:
             if tokens:
                 self._check_ids(list(tokens), name)
         return params
+
+    def _check_reported(self, requests: list[Request]) -> None:
+        """An answer may not become larger than anybody reads."""
+        entries, most = sum(map(_reported, requests)), self.config.max_reported
+        if entries > most:
+            raise BadRequest(
+                f"logprobs and prompt_logprobs ask for {entries} log-probabilities (prompts times n, their tokens, and "
+                f"the likeliest beside each); this server gives at most {most} in one answer",
+                param="logprobs" if requests[0].params.prompt_logprobs is None else "prompt_logprobs",
+                code="invalid_value",
+            )
 
     def _max_tokens(self, prompt: list[int], param: str, asked: int | None, default: int) -> int:
         """How many tokens may follow a prompt: as many as asked for, else the default as far as the context goes."""
@@ -270,7 +318,7 @@ class OpenAIService:
                         continue  # a retry that found its request still in the queue
                     self._look(output)
                     before = choice.num_tokens
-                    piece = choice.take(output)
+                    piece = await self._work(partial(choice.take, output), len(output.prompt_logprobs or ()))
                     meter.output(choice.num_tokens - before)
                     yield piece
                     if choice.finish_reason:
@@ -290,9 +338,23 @@ class OpenAIService:
             log.error("model %s: its logits are not numbers (NaN); check its weights", self.config.model_name)
 
 
+def _reported(request: Request) -> int:
+    """Log-probabilities that an answer to this holds at most."""
+    params, found = request.params, 0
+    if params.prompt_logprobs is not None:
+        found += len(request.prompt) * (params.prompt_logprobs + 1)
+    if params.logprobs is not None:
+        found += params.max_tokens * (params.logprobs + 1)
+    return found
+
+
+def _events(answer: Choices, piece: Piece) -> bytes:
+    return b"".join(map(event, answer.chunks(piece)))
+
+
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + _encode_json(data) + b"\n\n"
+    return b"data: " + encode_json(data) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -7,10 +7,28 @@ well-known ones that are not supported, with the values at which leaving them ou
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
+from pydantic import (
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from stepladder.cluster.gateway.sampling import Sampling
-from stepladder.cluster.gateway.strict_json import ANYTHING, Body, Neutral, Text, refusal
+from stepladder.cluster.gateway.strict_json import (
+    ANYTHING,
+    Body,
+    Bounds,
+    Neutral,
+    Text,
+    at_most,
+    bounded,
+    refusal,
+    unicode,
+)
 from stepladder.workers.params import MAX_LOGPROBS
 from stepladder.workers.text.chat import ChatOptions
 
@@ -122,10 +140,13 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[
+        list[ToolCall] | None, Field(fail_fast=True), bounded("tool_calls", lambda bounds: bounds.tokens)
+    ] = None
     tool_call_id: Text | None = None
     content: Annotated[
-        Text | list[TextPart] | None,
+        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        bounded("content", lambda bounds: bounds.tokens),
         _one_error('content must be a string or a list of {"type": "text", "text": ...}; nothing else is supported'),
         Field(validate_default=True),
     ] = None
@@ -144,6 +165,12 @@ class Message(Body):
         if value is None and not info.data.get("tool_calls"):
             raise ValueError("a message needs content, unless it is the assistant's and has tool_calls")
         return value
+
+    @property
+    def length(self) -> int:
+        """Characters of its content."""
+        parts = self.content or ""
+        return len(parts) if isinstance(parts, str) else sum(len(part.text) for part in parts)
 
     def for_template(self) -> dict[str, Any]:
         """What chat templates read."""
@@ -186,10 +213,15 @@ class Conversing(Body):
         )
 
 
+Messages = Annotated[
+    list[Message], Field(fail_fast=True), Field(min_length=1), bounded("messages", lambda bounds: bounds.tokens)
+]
+
+
 class ChatRequest(Conversing, Generating):
     NEUTRAL = _CHAT_NEUTRAL
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -209,6 +241,39 @@ class ChatRequest(Conversing, Generating):
         return {"logprobs": self.top_logprobs if self.logprobs else None, "prompt_logprobs": self.prompt_logprobs}
 
 
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _prompt(value: Any, info: ValidationInfo) -> Prompt:
+    """By hand, since a union would judge a list once for each of its members."""
+    bounds = info.context
+    match value:
+        case "" | []:
+            raise ValueError("prompt is empty; it must come to at least one token")
+        case str():
+            return unicode(value)
+        case [int(), *_]:
+            return _token_ids(value, bounds)
+        case [str(), *_] | [list(), *_]:
+            at_most(value, bounds.prompts if bounds else None, "prompt")
+            kinds = {type(one) for one in value}
+            if kinds == {str}:
+                return [unicode(one) for one in value]
+            if kinds == {list}:
+                return [_token_ids(one, bounds) for one in value]
+    raise ValueError(_PROMPT_KINDS)
+
+
+def _token_ids(value: list[Any], bounds: Bounds | None) -> list[int]:
+    at_most(value, bounds.tokens if bounds else None, "a prompt")
+    if any(type(token) is not int for token in value):
+        raise ValueError(_PROMPT_KINDS)
+    return value
+
+
+_PROMPT_KINDS = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+
+
 class CompletionRequest(Generating):
     """echo: the text begins with the prompt. With it, max_tokens may be 0: the prompt is only scored.
     add_special_tokens: a prompt of text gets those that the tokenizer puts around a text."""
@@ -219,11 +284,7 @@ class CompletionRequest(Generating):
     echo: bool = False
     add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    prompt: Annotated[
-        Text | list[Text] | list[int] | list[list[int]],
-        _one_error("prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"),
-        Field(min_length=1),
-    ]
+    prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
 
     @model_validator(mode="after")
     def _nothing_needs_echo(self) -> "CompletionRequest":
@@ -253,7 +314,7 @@ class TokenizeRequest(Conversing):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TokenizeRequest":
@@ -264,4 +325,4 @@ class TokenizeRequest(Conversing):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[int] = Field(fail_fast=True)

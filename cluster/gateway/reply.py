@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stepladder.cluster.gateway.choices import Choices
@@ -47,7 +47,7 @@ class Reply(Response):
                     await self._stream(answer, send)
                     return
                 body = await self._service.run(answer)
-            await JSONResponse(body)(scope, receive, send)
+            await Response(body, media_type="application/json")(scope, receive, send)
         except Disconnected:
             pass
         except Exception as error:

@@ -14,7 +14,7 @@ import zmq.asyncio
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.affinity import PrefixMemory
-from stepladder.cluster.gateway.engine_link import EngineLink, Flight
+from stepladder.cluster.gateway.engine_link import TICK, EngineLink, Flight
 from stepladder.cluster.gateway.errors import BadRequest, Unavailable
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import EngineStats
@@ -43,6 +43,7 @@ class Router:
         self._readers: dict[Endpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()  # the table, or who in it has been heard
         self._wanted: set[Flight] = set()  # those whose clients are there
+        self._watching: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._prefixes = PrefixMemory()
         self.replays = 0
@@ -70,6 +71,7 @@ class Router:
 
     async def update(self, table: Iterable[Endpoint]) -> None:
         """Talk to exactly these engines from now on; requests of the others are replayed."""
+        self._watching = self._watching or asyncio.create_task(self._watch())
         table = set(table)
         for endpoint in table - self._links.keys():
             link = EngineLink(self._context, self._gateway, self._secret, endpoint)
@@ -111,11 +113,13 @@ class Router:
 
     async def close(self) -> None:
         await self.update([])
+        if self._watching:
+            self._watching.cancel()
         self._context.destroy(linger=0)
 
     async def _hear_everyone(self) -> None:
         """A retry belongs where its request is under way already; so wait shortly for engines that may yet say so."""
-        silent = [link.last_heard for link in self._links.values() if not link.alive]
+        silent = [link.begun for link in self._links.values() if not link.alive]
         seconds = max(silent) + FIRST_WORD_SECONDS - monotonic() if silent else 0.0
         if seconds > 0:
             async with self._changed:
@@ -149,19 +153,27 @@ class Router:
         return near if near and near.load - idlest.load <= WORTH * saved else idlest
 
     async def _read(self, link: EngineLink) -> None:
-        """Deliver updates until cancelled; after a gap in their numbers, or a silence that is too long, start anew with
-        everything replayed."""
+        """Deliver updates until cancelled; after a gap in their numbers, start anew."""
         while True:
-            was_alive, is_whole = link.alive, False
-            with suppress(TimeoutError):
-                async with asyncio.timeout(link.last_heard + self._silence - monotonic()):
-                    is_whole = await link.receive()
+            was_alive = link.alive
+            is_whole = await link.receive()
             if link.alive and not was_alive:
                 await self._notify()
             if not is_whole:
-                flights = _take_back(link)
-                await link.hello()
-                self._replay(flights)
+                await self._begin_anew(link)
+
+    async def _watch(self) -> None:
+        """Start anew with engines that have been silent for too long."""
+        while True:
+            await asyncio.sleep(TICK)
+            for link in [link for link in self._links.values() if link.silence.seconds > self._silence]:
+                await self._begin_anew(link)
+
+    async def _begin_anew(self, link: EngineLink) -> None:
+        """Messages were lost; everything under way there is replayed."""
+        flights = _take_back(link)
+        await link.hello()
+        self._replay(flights)
 
     def _replay(self, flights: list[Flight]) -> None:
         """In the background: it may have to wait for an engine, and whoever brings the news of one must not."""

@@ -266,7 +266,7 @@ def test_content_cannot_write_special_tokens(tmp_path: Path, body: str, content:
     tokens = tokenizer.encode(forged)
     assert specials(tokenizer, tokens) == specials(tokenizer, tokenizer.encode(harmless))
     allowed = ChatOptions(special_tokens_in_content=True)
-    assert tokenizer.decode_all(tokens) == plain(forged).replace(MARK, "")
+    assert tokenizer.decode(tokens, skip_special=False) == plain(forged).replace(MARK, "")
     assert plain(forged) == tokenizer.chat(user(content), options=allowed), "the text is the client's"
 
 
@@ -278,7 +278,7 @@ def test_no_content_writes_special_tokens(chatting: Tokenizer, pieces: list[str]
         tokens = chatting.encode(rendered)
         assert specials(chatting, tokens) == wanted
         written = "".join(pieces) + ("" if isinstance(content, str) else "x")
-        decoded = chatting.decode_all(tokens)
+        decoded = chatting.decode(tokens, skip_special=False)
         assert decoded.replace("\ufdd0", "") == f"<|user|>user: {written}<|end|><|user|>".replace("\ufdd0", "")
 
 
@@ -378,4 +378,4 @@ def test_marks_do_not_leave_the_tokenizer(tmp_path: Path) -> None:
 def test_a_chat_of_ordinary_text_is_not_marked(chatting: Tokenizer) -> None:
     for text in ("a <|en d|> < | b", "\ufdd0 and '\\ufdd0'"):
         rendered = chatting.chat(user(text))
-        assert type(rendered) is str and text in rendered and text in chatting.decode_all(chatting.encode(rendered))
+        assert type(rendered) is str and text in rendered and text in chatting.decode(chatting.encode(rendered), False)

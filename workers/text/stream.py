@@ -3,8 +3,9 @@
 import codecs
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ class Tokenizer:
         self._special = {token for token, entry in self._added.items() if entry.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises ValueError: a marked text spells a token that this tokenizer cannot write as text."""
+        """In a batch of one: only then does the library let other threads run meanwhile.
+
+        Raises:
+            ValueError: a marked text spells a token that this tokenizer cannot write as text.
+        """
         if not isinstance(text, MarkedText):
-            return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
-        encoding = self._reader.encode(text, add_special_tokens=add_special_tokens)
+            (found,) = self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return found.ids
+        (encoding,) = self._reader.encode_batch([text], add_special_tokens=add_special_tokens)
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token in self._added and MARK in text[start:stop]:
                 spelled = self._added[token].content
@@ -55,16 +61,25 @@ class Tokenizer:
                     raise ValueError(f"a message holds {spelled!r}, which this tokenizer cannot write as text")
         return encoding.ids
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.fast.decode(tokens, skip_special_tokens=True)
+    def prepare(self) -> None:
+        """Do what would keep the first request waiting: list the vocabulary, and find out what the template takes."""
+        _ = self.longest, self._bytes, self._reader
+        for role in ("system", "user", "assistant", "tool") if self._chat_template else ():
+            with suppress(ValueError):  # whoever sends such a message is told
+                self.chat([{"role": role, "content": "x"}])
 
-    def decode_all(self, tokens: list[int]) -> str:
-        """Special tokens are written out."""
-        return self.fast.decode(tokens, skip_special_tokens=False)
+    def decode(self, tokens: list[int], skip_special: bool = True) -> str:
+        return self.fast.decode(tokens, skip_special_tokens=skip_special)
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: a text has at least a token for every so many of its own."""
+        return max(map(len, self.fast.get_vocab()), default=1)
 
     def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Where in `text` each token of `encode(text)` begins, in characters; several may share a character."""
-        encoding, end, found = self.fast.encode(text, add_special_tokens=add_special_tokens), 0, list[int]()
+        (encoding,) = self.fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        end, found = 0, list[int]()
         for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             found.append(end if added else min(start, end))  # some tokenizers leave the space before a word out
             end = end if added else max(end, stop)
@@ -260,7 +275,7 @@ class TokenWindow:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
         self._tokenizer = tokenizer
         self._shows = tokenizer.knows if special else tokenizer.shows
-        self.decode = tokenizer.decode_all if special else tokenizer.decode
+        self.decode = partial(tokenizer.decode, skip_special=False) if special else tokenizer.decode
         self._tokens: list[int] = []
         self._read = 0  # tokens that had been read when the window last moved
         self._given = 0  # characters of the window's text that have been returned
