@@ -13,7 +13,7 @@ from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import assembly
-from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import kv_size
@@ -100,8 +100,8 @@ class LLM:
         kv: KvConfig | None = None,
         **options: Any,
     ) -> None:
-        if "max_queued_tokens" in options:
-            raise ValueError("max_queued_tokens is for servers, which refuse requests; an LLM queues all it is given")
+        if name := next((name for name in FOR_SERVERS if name in options), None):
+            raise ValueError(f"{name} is for servers, which refuse requests; an LLM queues all it is given")
         engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
         if engine.threads:
             torch.set_num_threads(engine.threads)

@@ -61,8 +61,8 @@ class EngineRank(Rank):
         if self._engine is None or self._channel is None:
             self._executor.follow()
             return
-        limit = self.config.engine.max_queued_tokens
-        self._serve(EngineServer(self._engine, self._channel, limit, clock=self._mesh.clock))
+        limits = self.config.engine.queue_limits
+        self._serve(EngineServer(self._engine, self._channel, limits, clock=self._mesh.clock))
         self._executor.stop()
         self._channel.close()
 

@@ -52,6 +52,8 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         api_key=deployment.gateway.api_key,
         tokenizer_info=deployment.gateway.tokenizer_info,
         special_tokens_in_content=deployment.gateway.special_tokens_in_content,
+        request_seconds=deployment.gateway.request_seconds,
+        max_body_bytes=deployment.gateway.max_body_bytes,
         defaults=replace(SamplingParams(), **recommended.sampling),
         chat_max_tokens=recommended.max_tokens,
     )

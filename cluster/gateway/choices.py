@@ -190,13 +190,14 @@ class Choices:
 
     Attributes:
         id: of the request, without the endpoint's prefix.
-        arrived: `time.monotonic()` when the request came in.
+        arrived: `time.monotonic()` when the request came in. until: when its client will be gone, if anybody knows.
         asked: what the client sent.
         num_prompt_tokens: of all prompts, each counted once.
     """
 
     id: str
     arrived: float
+    until: float | None
     asked: Generating
     format: Format
     choices: list[Choice]

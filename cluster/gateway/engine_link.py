@@ -35,10 +35,12 @@ class Flight:
     """A request under way. `sent` is what the client has; a replay continues behind it.
 
     Attributes:
+        until: when its client will be gone (`time.monotonic`), if anybody knows.
         attempt: how often it was sent to an engine. lost: how many of its last attempts were lost without a token.
     """
 
     request: Request
+    until: float | None = None
     link: "EngineLink | None" = None
     attempt: int = 0
     lost: int = 0
@@ -91,8 +93,9 @@ class EngineLink:
         flight.attempt += 1
         output = (*flight.request.output, *flight.sent)
         request = replace(flight.request, id=flight.wire_id, output=output)
+        patience = None if flight.until is None else flight.until - monotonic()
         try:
-            message = encode(Submit(self._sent + 1, request))
+            message = encode(Submit(self._sent + 1, request, patience))
         except (OverflowError, TypeError, ValueError) as error:
             raise BadRequest(f"this request cannot be sent to an engine: {error}") from None
         flight.link, self.flights[flight.wire_id] = self, flight
@@ -134,8 +137,8 @@ class EngineLink:
     def _deliver(self, update: Update) -> None:
         for refusal in update.refusals:
             if flight := self.forget(refusal.id):
-                why = refusal.message
-                flight.events.put_nowait(Overloaded(why, retry_after=1) if refusal.full else BadRequest(why))
+                why, again = refusal.message, refusal.retry_after
+                flight.events.put_nowait(Overloaded(why, retry_after=again) if refusal.full else BadRequest(why))
         for output in update.outputs:
             if flight := self.flights.get(output.id):
                 flight.sent.extend(output.tokens)

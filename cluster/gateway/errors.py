@@ -69,6 +69,12 @@ class Unavailable(ApiError):
     status, type, code = 503, "server_error", "service_unavailable"
 
 
+class Late(Unavailable):
+    """The time that was given to the request is over."""
+
+    code = "deadline_exceeded"
+
+
 def install_handlers(app: FastAPI) -> None:
     """Answer FastAPI's own errors, such as unknown routes, in OpenAI's shape, as `Gatekeeper` does with ours."""
     app.exception_handler(HTTPException)(_from_http)

@@ -58,6 +58,7 @@ class ServiceConfig:
         max_body_bytes: of one HTTP request; None takes what the context may need.
         max_reported: log-probabilities of one answer: tokens that are reported, of prompts and choices, times the
             likeliest tokens beside each.
+        request_seconds: how long a request may take, queue included; None leaves it to clients (`timeout`).
         created: when the model came to be, in Unix seconds.
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
@@ -75,6 +76,7 @@ class ServiceConfig:
     max_choices: int = 128
     max_body_bytes: int | None = None
     max_reported: int = 1 << 17
+    request_seconds: float | None = None
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
     special_tokens_in_content: bool = False
@@ -134,7 +136,7 @@ class OpenAIService:
 
     async def chat(self, body: ChatRequest, http: InFlightRequest) -> Choices:
         """Raises BadRequest or NotFound, as `completion` does."""
-        self.check_model(body.model)
+        self._begin(body, http)
         prompt = await self._encode_chat(body.messages, body, fits="messages")
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
@@ -143,7 +145,7 @@ class OpenAIService:
 
     async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Choices:
         """A prompt of token ids is taken as it is."""
-        self.check_model(body.model)
+        self._begin(body, http)
         if len(body.prompts) * body.n > self.config.max_choices:
             raise BadRequest(
                 f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
@@ -173,6 +175,11 @@ class OpenAIService:
             for choice in choices[first : first + body.n]:
                 choice.echo, choice.echo_offsets = text, offsets
                 choice.scoring_only = body.max_tokens == 0
+
+    def _begin(self, body: ChatRequest | CompletionRequest, http: InFlightRequest) -> None:
+        self.check_model(body.model)
+        if seconds := min((s for s in (body.timeout, self.config.request_seconds) if s), default=None):
+            http.must_end(seconds)
 
     async def run(self, answer: Choices) -> bytes:
         """The whole answer, as JSON."""
@@ -251,7 +258,7 @@ class OpenAIService:
                 request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params)
                 choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, prompt)))
         self._check_reported([choice.request for choice in choices])
-        return Choices(http.id, http.arrived, body, format, choices, sum(map(len, prompts)))
+        return Choices(http.id, http.arrived, http.until, body, format, choices, sum(map(len, prompts)))
 
     def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
         try:
@@ -296,7 +303,7 @@ class OpenAIService:
 
     async def _pieces(self, answer: Choices) -> AsyncGenerator[Piece, None]:
         """What every output of the engines adds."""
-        streams = [self._pieces_of(choice, answer.arrived) for choice in answer.choices]
+        streams = [self._pieces_of(choice, answer) for choice in answer.choices]
         async with aclosing(merge(streams)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -305,12 +312,12 @@ class OpenAIService:
             counts = [choice.num_tokens for choice in choices[first : first + n]]
             self.metrics.answered(choices[first].request.params.max_tokens, counts)
 
-    async def _pieces_of(self, choice: Choice, arrived: float) -> AsyncGenerator[Piece, None]:
+    async def _pieces_of(self, choice: Choice, answer: Choices) -> AsyncGenerator[Piece, None]:
         """An end without a reason, or for the engine's own reasons, is an error."""
-        meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"
+        meter, ended = SequenceMeter(self.metrics, answer.arrived, len(choice.request.prompt)), "error"
         choice.meter = meter
         try:
-            async with aclosing(self._router.generate(choice.request)) as outputs:
+            async with aclosing(self._router.generate(choice.request, answer.until)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "abort":
                         break

@@ -92,10 +92,11 @@ class StreamOptions(Body):
 
 
 class Generating(Sampling):
-    """What both generating endpoints share."""
+    """What both generating endpoints share. timeout: seconds after which nobody waits for the answer any longer."""
 
     model: str
     n: int = Field(1, ge=1, le=MAX_N)
+    timeout: float | None = Field(None, gt=0, le=86400)
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -85,8 +85,11 @@ class Router:
         self._replay([flight for link in lost for flight in _take_back(link)])
         await self._notify()
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def generate(self, request: Request, until: float | None = None) -> AsyncGenerator[Output, None]:
         """The outputs of `request`, across replays, until one has a finish reason. Closing it aborts the request.
+
+        Args:
+            until: when its client will be gone (`time.monotonic`), if anybody knows.
 
         Raises:
             Unavailable: there is no engine, or MAX_LOST were lost with it; Overloaded: its queue is full; BadRequest:
@@ -94,7 +97,7 @@ class Router:
         """
         if not self.ready():
             raise Unavailable("no engine is ready", retry_after=2)
-        flight = Flight(request)
+        flight = Flight(request, until)
         self._wanted.add(flight)
         try:
             await self._hear_everyone()

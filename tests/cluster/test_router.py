@@ -271,6 +271,49 @@ def test_refusals_have_their_reasons(random_model: Path) -> None:
         within(scene(engine))
 
 
+def test_an_overloaded_engine_serves_those_it_accepts_and_tells_the_others_when_to_come(random_model: Path) -> None:
+    """Eight times what it can do: nobody waits for longer than it says, and whoever leaves, leaves the queue."""
+
+    async def scene(engine: Served) -> None:
+        router = await routed(engine)
+
+        async def ask(index: int) -> tuple[float, Exception | None]:
+            await asyncio.sleep(index * 0.004)
+            began = monotonic()
+            try:
+                await collect(router, f"r{index}", max_tokens=20)
+            except Overloaded as error:
+                return monotonic() - began, error
+            return monotonic() - began, None
+
+        found = await asyncio.gather(*map(ask, range(1500)))
+        served = [seconds for seconds, error in found if error is None]
+        late = [error for _, error in found if error and "a place would come after about" in error.message]
+        assert len(late) > 100 and len(served) > 20
+        assert all(error.retry_after and 1.0 <= error.retry_after < 20 for error in late)
+        assert max(served[len(served) // 2 :]) < 10 * 1.0, "the limit is one second"
+        await router.close()
+
+    with served(random_model, requests=10_000, seconds=1.0) as (engine,):
+        within(scene(engine), seconds=100)
+
+
+def test_the_time_that_a_client_gives_travels_with_its_request(random_model: Path) -> None:
+    async def scene(engine: Served) -> None:
+        router, go = await routed(engine), engine.hold()
+        first = asyncio.create_task(collect(router, "first"))
+        await waiting(engine, 1)
+        engine.service._queue.pace.stepped(10, 2.0)  # 5 tokens/s
+        with pytest.raises(Overloaded, match="more than 3"):
+            _ = [one async for one in router.generate(request("hasty"), monotonic() + 3.0)]
+        go.set()
+        await first
+        await router.close()
+
+    with served(random_model) as (engine,):
+        within(scene(engine))
+
+
 def test_nobody_without_the_secret_is_heard(random_model: Path) -> None:
     async def scene(engine: Served) -> None:
         stranger = unconnected("stranger", "guessed")

@@ -22,10 +22,12 @@ class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
-    """request.id: the client's name for it, `#` and the number of the attempt, from 1."""
+    """request.id: the client's name for it, `#` and the number of the attempt, from 1. patience: seconds after which
+    its client will be gone, None if it has not said."""
 
     number: int
     request: Request
+    patience: float | None = None
 
     @property
     def is_replay(self) -> bool:
@@ -47,11 +49,12 @@ class Unreadable(NamedTuple):
 
 
 class Refusal(msgspec.Struct, array_like=True, frozen=True):
-    """A request that this engine does not take. full: its queue is, so that another time may be better."""
+    """A request that this engine does not take. full: its queue is, and after `retry_after` seconds it may not be."""
 
     id: str
     message: str
     full: bool
+    retry_after: float = 1.0
 
 
 class Update(msgspec.Struct, array_like=True, frozen=True):
