@@ -229,10 +229,11 @@ class OpenAIService:
     async def _encode_chat(self, messages: list[Message], body: Conversing, fits: str | None = None) -> list[int]:
         """Chat templates write special tokens themselves."""
         options = body.chat_options(self.config.special_tokens_in_content)
+        variables = len(str(body.chat_template_kwargs))
         try:
             text = await self._work(
                 lambda: self.tokenizer.chat([message.for_template() for message in messages], options=options),
-                len(messages) + sum(message.length for message in messages) // INLINE_SHARE,
+                len(messages) + (sum(message.length for message in messages) + variables) // INLINE_SHARE,
             )
             return await self._encode(text, bool(body.add_special_tokens), fits)
         except ValueError as error:
