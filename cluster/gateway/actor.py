@@ -53,6 +53,7 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         api_key=deployment.gateway.api_key,
         api_key_file=deployment.gateway.api_key_file,
         tokenizer_info=deployment.gateway.tokenizer_info,
+        special_tokens_in_content=deployment.gateway.special_tokens_in_content,
         request_seconds=deployment.gateway.request_seconds,
         max_body_bytes=deployment.gateway.max_body_bytes,
         defaults=replace(SamplingParams(), **recommended.sampling),
