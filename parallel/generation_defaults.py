@@ -15,7 +15,7 @@ FIELDS: Mapping[str, Kind] = {  # as SamplingParams takes them
     "top_p": optional(number(0, 1, above=True)),
     "top_k": optional(whole(-1, MOST)),
     "min_p": optional(number(0, 1)),
-    "repetition_penalty": optional(number(0, above=True)),
+    "repetition_penalty": optional(number(0.001, 1000)),
     "max_new_tokens": optional(whole(1, MOST)),
     "eos_token_id": TOKEN_IDS,
 }

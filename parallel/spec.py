@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from stepladder.kernels.rope import RopeScaling
+from stepladder.parallel.config_fields import FIELDS
 from stepladder.parallel.families import DTYPES, FAMILIES, dtype_name, fields_of, identity
 from stepladder.parallel.generation_defaults import GENERATION_CONFIG, GenerationDefaults
 from stepladder.parallel.rope_config import write_scaling
-from stepladder.parallel.typed_json import naming, read_object
+from stepladder.parallel.typed_json import naming, read_object, typed
 from stepladder.parallel.weight_files import WeightFiles
 
 CHOICES = {
@@ -90,7 +91,8 @@ class ModelSpec:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"eos_token_id is {token}; the vocabulary has the ids 0 to {self.vocab_size - 1}")
         scaling = self.rope_scaling
-        if scaling and {len(scaling.factors), len(scaling.short_factors)} - {self.head_dim // 2, 0}:
+        wanted = {self.head_dim // 2 if scaling and scaling.kind == "longrope" else 0}
+        if scaling and {len(scaling.factors), len(scaling.short_factors)} != wanted:
             raise ValueError(
                 f"long_factor and short_factor have {len(scaling.factors)} and {len(scaling.short_factors)} entries; a "
                 f"head_dim of {self.head_dim} needs {self.head_dim // 2}"
@@ -152,9 +154,10 @@ class ModelSpec:
             raise ValueError(f"{path} does not exist; model.path must be a Hugging Face model directory") from None
         eos_ids = GenerationDefaults.load(directory).eos_ids
         with naming(path):
+            config = typed(config, FIELDS)
             if dtype_name(config) is None:
                 config |= {"dtype": WeightFiles(directory).dtype_name()}
-            spec = cls.from_config(config if eos_ids is None else config | {"eos_token_id": None})
+            spec = cls.from_config(config)
         with naming(path.with_name(GENERATION_CONFIG)):
             return spec if eos_ids is None else replace(spec, eos_ids=eos_ids)
 

@@ -51,6 +51,7 @@ def number(least: float, most: float = LARGEST, above: bool = False) -> Kind:
 
 FLAG = Kind("true or false", lambda value: value if isinstance(value, bool) else NO)
 TEXT = Kind("a short text", lambda value: value if isinstance(value, str) and len(value) <= SHORT else NO)
+LONG_TEXT = Kind("a text", lambda value: value if isinstance(value, str) else NO)
 OBJECT = Kind("an object", lambda value: value if isinstance(value, dict) else NO)
 
 
@@ -76,6 +77,18 @@ def either(one: Kind, other: Kind) -> Kind:
         return one.take(value) if one.take(value) is not NO else other.take(value)
 
     return Kind(f"{one.wanted}, or {other.wanted}", take)
+
+
+def record(**kinds: Kind) -> Kind:
+    """An object that has these fields at least, each as its kind has it."""
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, dict) or kinds.keys() - value.keys():
+            return NO
+        taken = {name: kind.take(value[name]) for name, kind in kinds.items()}
+        return NO if NO in taken.values() else value | taken
+
+    return Kind(f"an object with {' and '.join(kinds)}", take)
 
 
 def typed(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str = "") -> dict[str, Any]:

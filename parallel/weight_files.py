@@ -119,5 +119,5 @@ class WeightFiles:
                 check_regular(path)
                 self._opened[file] = safe_open(path, framework="pt")
             return self._opened[file]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last one where it cannot be mapped
             raise ValueError(f"{path} cannot be read: {error}; copy the checkpoint again") from None

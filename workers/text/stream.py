@@ -1,16 +1,34 @@
 """Between text and tokens: the tokenizer of a model directory, and text that grows token by token."""
 
 import codecs
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from stepladder.parallel.typed_json import (
+    LONG_TEXT,
+    TEXT,
+    check_regular,
+    either,
+    naming,
+    optional,
+    read_object,
+    read_text,
+    record,
+    several,
+    typed,
+)
 from stepladder.workers.core import Output, SamplingParams
 from stepladder.workers.text.templates import compile_template
 from stepladder.workers.text.token_bytes import TokenBytes
+
+_TOKEN = optional(either(TEXT, record(content=TEXT)))
+_FIELDS = {  # of tokenizer_config.json, as far as they are read
+    "chat_template": optional(either(LONG_TEXT, several(record(name=TEXT, template=LONG_TEXT)))),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+}
 
 
 class Tokenizer:
@@ -23,10 +41,11 @@ class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         path = Path(directory) / "tokenizer.json"
         try:
+            check_regular(path)
             self.fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} cannot be read: {error}") from None
-        self._config = _read_json(Path(directory) / "tokenizer_config.json")
+        self._config = _tokenizer_config(Path(directory) / "tokenizer_config.json")
         self._chat_template = _chat_template(Path(directory), self._config)
         added = self.fast.get_added_tokens_decoder()
         self._special = {token for token, entry in added.items() if entry.special}
@@ -215,20 +234,22 @@ class TokenWindow:
         self._given = len(self._certain()[0])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _tokenizer_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        config = read_object(path)
+    except FileNotFoundError:
+        return {}
+    with naming(path):
+        return typed(config, _FIELDS)
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     """From a file of its own (transformers 5), or from the configuration: one, or several with names."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text()
-    found = config.get("chat_template")
-    if isinstance(found, list):
+    try:
+        return read_text(directory / "chat_template.jinja")
+    except FileNotFoundError:
+        found = config.get("chat_template")
+    if isinstance(found, tuple):
         return next((entry["template"] for entry in found if entry["name"] == "default"), None)
     return found
 
