@@ -40,6 +40,9 @@ class Rewired(nn.Module):
     lag: int
     parallel: bool
     last: bool
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
 
     def forward(self, hidden_states: Any, **others: Any) -> Any:
         stream, newest = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)

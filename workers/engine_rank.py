@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from stepladder.parallel.layers import POOLS
 from stepladder.workers import assembly
@@ -33,7 +33,7 @@ class EngineRank(Rank):
     """One of a tensor-parallel group that has all of the model."""
 
     takes_requests = True
-    pools = POOLS
+    pools: ClassVar[tuple[str, ...]] = POOLS
     _executor: Executor
 
     def __init__(self, config: RankConfig) -> None:
