@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from stepladder.parallel.layers import POOLS
 from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
@@ -32,6 +33,7 @@ class EngineRank(Rank):
     """One of a tensor-parallel group that has all of the model."""
 
     takes_requests = True
+    pools: ClassVar[tuple[str, ...]] = POOLS
     _executor: Executor
 
     def __init__(self, config: RankConfig) -> None:

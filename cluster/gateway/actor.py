@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -22,7 +22,7 @@ from stepladder.cluster.processes import kill_process
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.actors import Place, configure_logging, settle_memory
-from stepladder.workers.params import SamplingParams
+from stepladder.workers.model_check import recommended_params
 from stepladder.workers.rank import resolve
 from stepladder.workers.silence import Silence
 from stepladder.workers.text.stream import Tokenizer
@@ -43,7 +43,7 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
     Raises:
         ValueError: the model's configuration or the limits are unusable.
     """
-    spec, recommended = ModelSpec.load(directory), GenerationDefaults.load(directory)
+    spec = ModelSpec.load(directory)
     return ServiceConfig(
         model_name=deployment.model.name,
         max_model_len=deployment.engine.model_len(spec, deployment.kv, deployment.kv.tokens),
@@ -56,8 +56,8 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         special_tokens_in_content=deployment.gateway.special_tokens_in_content,
         request_seconds=deployment.gateway.request_seconds,
         max_body_bytes=deployment.gateway.max_body_bytes,
-        defaults=replace(SamplingParams(), **recommended.sampling),
-        chat_max_tokens=recommended.max_tokens,
+        defaults=recommended_params(directory),
+        chat_max_tokens=GenerationDefaults.load(directory).max_tokens,
     )
 
 
