@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from time import time
 from typing import Any, TypeVar
 
@@ -53,7 +54,9 @@ class ServiceConfig:
         max_model_len: prompt and output together, in tokens; the engines may have room for less.
         vocab_size: token ids from 0 to this are the model's.
         version: of Stepladder.
-        api_key: bearer token that requests need, not empty; None lets everybody in.
+        root: where the model lies, as vLLM's clients want to know.
+        api_key: bearer token that requests need, not empty. api_key_file: of more of them (`ApiKeys`). Without either,
+            everybody may come in.
         max_choices: prompts times n of one HTTP request.
         max_body_bytes: of one HTTP request; None takes what the context may need.
         max_reported: log-probabilities of one answer: tokens that are reported, of prompts and choices, times the
@@ -72,7 +75,9 @@ class ServiceConfig:
     max_model_len: int
     vocab_size: int
     version: str
+    root: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    api_key_file: str | None = None
     max_choices: int = 128
     max_body_bytes: int | None = None
     max_reported: int = 1 << 17
@@ -119,6 +124,8 @@ class OpenAIService:
             "object": "model",
             "created": self.config.created,
             "owned_by": "stepladder",
+            "root": self.config.root or self.config.model_name,
+            "parent": None,
             "max_model_len": self.max_model_len,
         }
 
@@ -252,11 +259,11 @@ class OpenAIService:
         limits: list[int],
     ) -> Choices:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
-        choices: list[Choice] = []
+        choices, owner = list[Choice](), _owner(http, body)
         for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
-                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params)
+                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner)
                 choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, prompt)))
         self._check_reported([choice.request for choice in choices])
         return Choices(http.id, http.arrived, http.until, body, format, choices, sum(map(len, prompts)))
@@ -344,6 +351,12 @@ class OpenAIService:
         if not self._broken and is_broken(output):
             self._broken = True
             log.error("model %s: its logits are not numbers (NaN); check its weights", self.config.model_name)
+
+
+def _owner(http: InFlightRequest, body: ChatRequest | CompletionRequest) -> str:
+    """Whose requests continue one another: those of one key that name the same seed, or none."""
+    parts = [http.owner] + ([f"seed {body.seed}"] if "seed" in body.model_fields_set else [])
+    return blake2b(" ".join(parts).encode(), digest_size=8).hexdigest() if any(parts) else ""
 
 
 def _reported(request: Request) -> int:
