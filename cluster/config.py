@@ -133,24 +133,36 @@ class GatewayConfig:
         host: address to listen on; loopback unless told otherwise.
         port: 0 takes a free one, which then stays the same for the deployment's life.
         api_key: if set, requests need it as a bearer token; never empty.
+        api_key_file: of hashed keys, any of which will do, on every node that may run the gateway (`ApiKeys`).
         drain_seconds: how long requests in flight may still run after SIGTERM.
+        request_seconds: how long a request may take, queue included, before it is ended; None leaves it to clients.
+        max_body_bytes: of a request; None takes what the context may need.
         resource: a Ray resource that the gateway's node must have, such as node:__internal_head__ for the head; None
             takes any node.
         otlp_traces_endpoint: an OpenTelemetry collector that gets a span per request, over HTTP; None sends none.
         tokenizer_info: serve /tokenizer_info, which shows the chat template.
+        special_tokens_in_content: what spells a special token in a chat message is one; as text, it cannot forge turns.
+            A request may say otherwise for itself.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str | None = None
+    api_key_file: str | None = None
     drain_seconds: float = 30.0
+    request_seconds: float | None = None
+    max_body_bytes: int | None = None
     resource: str | None = None
     otlp_traces_endpoint: str | None = None
     tokenizer_info: bool = False
+    special_tokens_in_content: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port is {self.port}; it must be between 0 and 65535")
+        for name in ("request_seconds", "max_body_bytes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"gateway.{name} is {value}; it must be above 0, or null")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("gateway.api_key is empty; give a key that clients can send, or null to let everybody in")
         if self.otlp_traces_endpoint is not None:

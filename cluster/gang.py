@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stepladder.cluster import placement
@@ -98,8 +98,8 @@ class Gang:
         """Take over the ranks that an earlier controller left running; False unless all of them answer."""
         try:
             actors = [ray.get_actor(f"{self.group}/{index}") for index in range(self.plan.size)]
-            places = ray.get([a.where.remote() for a in actors], timeout=self.deployment.cluster.hang_seconds)
-        except (ValueError, RayError):
+            places = wait_for([a.where.remote() for a in actors], self.deployment.cluster.hang_seconds)
+        except (ValueError, RayError, TimeoutError):
             return False
         if any(place.rank is None for place in places):
             return False
@@ -119,12 +119,12 @@ class Gang:
         """Whether every rank answers and its loop runs; collects their figures."""
         seconds = self.deployment.cluster.hang_seconds
         try:
-            signs: list[Sign] = ray.get([a.ping.remote() for a in self.ranks], timeout=seconds)
-        except GetTimeoutError:
-            log.error("%s: a rank has not answered for %.0f s", self.group, seconds)
-            return False
+            signs: list[Sign] = wait_for([a.ping.remote() for a in self.ranks], seconds)
         except RayError as error:
             log.error("%s: a rank died: %s", self.group, error_text(error))
+            return False
+        except TimeoutError:
+            log.error("%s: a rank has not answered for %.0f s", self.group, seconds)
             return False
         self.figures = [sign.figures for sign in signs if sign.figures]
         return all(sign.loop_runs for sign in signs)
@@ -146,9 +146,10 @@ class Gang:
 
     def _compare_checkpoints(self, go: Callable[[], bool]) -> None:
         """All nodes must have the same files, those of other gangs too, before any rank reads them."""
-        path, seconds = self.deployment.model.path, self.deployment.cluster.start_seconds
+        deployment = self.deployment
+        asked, seconds = (deployment.model.path, deployment.engine), deployment.cluster.start_seconds
         one_per_node = {place.host: actor for place, actor in zip(self.places, self.ranks, strict=True)}
-        found = wait_for([actor.fingerprints.remote(path) for actor in one_per_node.values()], seconds, go)
+        found = wait_for([actor.fingerprints.remote(*asked) for actor in one_per_node.values()], seconds, go)
         for host, files in zip(one_per_node, found, strict=True):
             self.agreement.compare(host, files)
 
@@ -174,14 +175,14 @@ class Gang:
 
     def _config(self, rank: int) -> RankConfig:
         place = self.places[rank]
-        group_here = sum(other.node == place.node for other in self.places)
+        own = sum(other.node == place.node for other in self.places)
         return RankConfig(
             model=self.deployment.model.path,
             shard=Shard(rank, len(self.ranks)),
             prefix=self.group,
             host=place.host,
-            ranks_here=max(group_here, self._expected_per_node()),
-            group_here=group_here,
+            ranks_here=max(own, self._expected_per_node()),
+            own_ranks_here=own,
             device=self.deployment.cluster.device,
             secret=self.deployment.secret,
             collective_seconds=self.deployment.cluster.collective_seconds,

@@ -82,7 +82,7 @@ class GatewayHandle:
         try:
             self.actor = ray.get_actor(self._actor_name)
             self.place = self._answer(self.actor.where.remote())
-        except (ValueError, RayError):
+        except (ValueError, RayError, TimeoutError):
             return False
         return self.alive()
 
@@ -92,7 +92,7 @@ class GatewayHandle:
             return False
         try:
             self.stats = self._answer(self.actor.ping.remote(self._here))
-        except RayError as error:
+        except (RayError, TimeoutError) as error:
             log.error("%s does not answer: %s", self._actor_name, error_text(error))
             return False
         return True
@@ -100,13 +100,13 @@ class GatewayHandle:
     def show(self, table: list[Endpoint], admit: bool) -> None:
         """Tell it which engines there are and whether to admit new requests, if that has changed."""
         if self.actor is not None and (table, admit) != self._told:
-            with suppress(RayError):
+            with suppress(RayError, TimeoutError):
                 self._answer(self.actor.update.remote(table, admit))
                 self._told = (table, admit)
 
     def take_figures(self) -> dict[str, Any]:
         """What happened since the last time this was asked; empty if it does not answer."""
-        with suppress(RayError):
+        with suppress(RayError, TimeoutError):
             return self._answer(self.actor.take_figures.remote()) if self.actor else {}
         return {}
 
@@ -129,7 +129,9 @@ class GatewayHandle:
         self.actor, self.place, self.stats = None, None, {}
 
     def _answer(self, call: Any) -> Any:
-        return ray.get(call, timeout=self.deployment.cluster.hang_seconds)
+        """Raises TimeoutError or RayError: it hangs or is dead."""
+        (answer,) = wait_for([call], self.deployment.cluster.hang_seconds)
+        return answer
 
     @property
     def _actor_name(self) -> str:

@@ -1,10 +1,11 @@
 """Waiting for Ray results in slices, so that whoever waits can also be told to stop."""
 
 from collections.abc import Callable
-from time import monotonic
 from typing import Any
 
 import ray
+
+from stepladder.workers.silence import Silence
 
 
 class Cancelled(Exception):
@@ -15,14 +16,15 @@ def wait_for(refs: list[Any], seconds: float, go: Callable[[], bool] = lambda: T
     """All results, in order; the first failure is raised as soon as it is there.
 
     Raises:
-        TimeoutError: not all were there within `seconds`. Cancelled: `go` turned False.
+        TimeoutError: not all were there within `seconds`, in which we ran. Cancelled: `go` turned False.
     """
-    deadline, missing = monotonic() + seconds, list(refs)
+    tick = min(0.5, seconds)
+    silence, missing = Silence(tick), list(refs)
     while missing:
         if not go():
             raise Cancelled
-        if monotonic() > deadline:
+        if silence.seconds > seconds:
             raise TimeoutError(f"no answer within {seconds:.0f} s")
-        done, missing = ray.wait(missing, num_returns=1, timeout=min(0.5, seconds))
+        done, missing = ray.wait(missing, num_returns=1, timeout=tick)
         ray.get(done)
     return ray.get(refs)

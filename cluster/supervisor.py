@@ -23,6 +23,7 @@ from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.figures import RankFigures, together
 from stepladder.workers.rank import ATTENTION, FFN, PoolNotice
 from stepladder.workers.roles import ROLES
+from stepladder.workers.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Supervisor:
         agreement = CheckpointAgreement(deployment.model.path)
         self._journal = journal = Journal(Path(deployment.run_dir) / "journal.json", identity)
         self._ending, self._wake = threading.Event(), threading.Event()
-        self._driver_heard = self._logged = monotonic()
+        self._logged = monotonic()
+        self._driver = Silence(deployment.cluster.hang_seconds)  # a turn may take that long
         groups = deployment.layout.groups()
         self._keepers = [Keeper(deployment, group, journal, agreement, self._changed) for group in groups]
         self._needed = [keeper for keeper in self._keepers if keeper.group.needed]
@@ -112,7 +114,7 @@ class Supervisor:
 
     def heartbeat(self) -> Status:
         """The driver's sign of life, answered with the state of things."""
-        self._driver_heard = monotonic()
+        self._driver.broken()
         return self.status()
 
     def shut_down(self) -> None:
@@ -246,7 +248,7 @@ class Supervisor:
 
     def _go(self) -> bool:
         """Whether to carry on: nobody has asked to end, and the driver (if it must be there) is."""
-        if not self.deployment.detach and monotonic() - self._driver_heard > self.deployment.cluster.driver_seconds:
+        if not self.deployment.detach and self._driver.seconds > self.deployment.cluster.driver_seconds:
             log.warning("the driver has been silent for %.0f s", self.deployment.cluster.driver_seconds)
             self._ending.set()
         return not self._ending.is_set()

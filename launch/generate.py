@@ -25,7 +25,7 @@ from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.prompts import Line, Options, OutputFile, read_lines
 from stepladder.parallel.generation_defaults import GenerationDefaults
-from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.rank import resolve
 
 TERMINATED = 128 + signal.SIGTERM
@@ -100,8 +100,9 @@ def options_of(config: GenerateConfig) -> Options:
 
 def _load(config: GenerateConfig) -> LLM:
     options = asdict(config.engine)
-    if options.pop("max_queued_tokens") != EngineConfig.max_queued_tokens:
-        raise ValueError("engine.max_queued_tokens is for servers; offline, everything is queued")
+    for name in FOR_SERVERS:
+        if options.pop(name) != getattr(EngineConfig, name):
+            raise ValueError(f"engine.{name} is for servers; offline, everything is queued")
     return LLM(resolve(config.model.path), config.device, kv=config.kv, **options)
 
 

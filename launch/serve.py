@@ -8,6 +8,7 @@ it is when this process just dies.
 import secrets
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -24,13 +25,21 @@ from stepladder.cluster.supervisor import Status
 from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.ray_cluster import Head, attach
+from stepladder.workers.model_check import check_model
+from stepladder.workers.rank import NoModel, resolve
 
 HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
 
 
 def main() -> None:
-    run_command("serve", lambda _: Deployment, lambda config: serve(deployment_of(config)))
+    run_command("serve", lambda _: Deployment, _serve)
+
+
+def _serve(config: DictConfig) -> int:
+    deployment = deployment_of(config)
+    check_here(deployment)
+    return serve(deployment)
 
 
 def deployment_of(config: DictConfig) -> Deployment:
@@ -47,6 +56,17 @@ def deployment_of(config: DictConfig) -> Deployment:
             f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary"
         )
     return deployment
+
+
+def check_here(deployment: Deployment) -> None:
+    """Judge the model before anything is started, where this machine has it; the nodes judge theirs again.
+
+    Raises:
+        ValueError: a file, a limit or a field is unusable.
+    """
+    with suppress(NoModel):
+        model = check_model(resolve(deployment.model.path), deployment.engine)
+        deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
 
 
 def serve(deployment: Deployment) -> int:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.mesh import SingleRank
-from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import assembly
-from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import check_kv, fitting, kv_size
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.chat import ChatOptions
+from stepladder.workers.text.control_tokens import plain
+from stepladder.workers.text.stream import TextStream
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -98,16 +99,14 @@ class LLM:
         kv: KvConfig | None = None,
         **options: Any,
     ) -> None:
-        if "max_queued_tokens" in options:
-            raise ValueError("max_queued_tokens is for servers, which refuse requests; an LLM queues all it is given")
+        if name := next((name for name in FOR_SERVERS if name in options), None):
+            raise ValueError(f"{name} is for servers, which refuse requests; an LLM queues all it is given")
         engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
         if engine.threads:
             torch.set_num_threads(engine.threads)
         path = resolve(path)
-        spec = engine.of(ModelSpec.load(path))
-        self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
-        self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        spec, self.defaults, self.tokenizer = check_model(path, engine, str(mesh.device))
         check_kv(spec, kv, mesh.device)
         with fitting("the model with its KV cache"):
             executor = assembly.load(spec, path, mesh, engine)
@@ -135,20 +134,25 @@ class LLM:
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: Params = None,
         progress: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> list[Completion]:
         """The model's next turn in one conversation or in several, batched, by its chat template.
 
         Args:
             conversations: messages {"role": ..., "content": ...}, or lists of such; else as `generate`.
+            tools: what the model may call, as the template tells it: OpenAI's {"type": "function", ...}.
+            options: fields of `ChatOptions`, such as continue_final_message, and add_special_tokens.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
         """
+        special, chosen = options.pop("add_special_tokens", False), ChatOptions(**options)
         several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
-        texts = [self.tokenizer.chat(list(one)) for one in several]  # type: ignore[arg-type]
-        tokens = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        texts = [self.tokenizer.chat(list(one), tools, chosen) for one in several]  # type: ignore[arg-type]
+        tokens = [self.tokenizer.encode(text, add_special_tokens=special) for text in texts]
         completions = self.generate(tokens, params, progress)
-        return [replace(one, prompt=text) for one, text in zip(completions, texts, strict=True)]
+        return [replace(one, prompt=plain(text)) for one, text in zip(completions, texts, strict=True)]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but yields (index of the prompt, completion) as each one ends.
@@ -188,7 +192,9 @@ class LLM:
         """
         request = Request(id=next(self._ids), prompt=tokens, params=params)
         self.engine.add(request)
-        self._growing[request.id] = _Growing(key, prompt, params, TextStream.of(self.tokenizer, params), done)
+        self._growing[request.id] = _Growing(
+            key, plain(prompt), params, TextStream.of(self.tokenizer, params, tokens), done
+        )
         return request.id
 
     @property

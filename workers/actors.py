@@ -1,19 +1,22 @@
 """Ray actors around ranks. Ray places and owns the process; it is not in the token path."""
 
+import gc
 import logging
 import os
 import threading
 from dataclasses import replace
-from time import monotonic
 from typing import NamedTuple
 
 import psutil
 import ray
 
 from stepladder.parallel.checkpoint import fingerprints
+from stepladder.workers.config import EngineConfig
 from stepladder.workers.figures import RankFigures
+from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import Notice, Rank, RankConfig, resolve
 from stepladder.workers.roles import rank_of
+from stepladder.workers.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,8 @@ class RankActor:
     def __init__(self, group: str, orphan_seconds: float) -> None:
         configure_logging()
         self._group, self._orphan_seconds = group, orphan_seconds
-        self._heard = monotonic()
+        self._tick = orphan_seconds / 10
+        self._silence = Silence(self._tick)  # the controller's
         self._rank: Rank | None = None
         self._running = False
         self._loop = threading.Thread(target=self._run, daemon=True, name="rank-loop")
@@ -66,9 +70,10 @@ class RankActor:
         self._rank = rank_of(_on_this_device(config))
         return self._rank.open_store()
 
-    def fingerprints(self, model: str) -> dict[str, str]:
-        """A hash of each of the checkpoint's files as this machine has it."""
-        return fingerprints(resolve(model))
+    def fingerprints(self, model: str, engine: EngineConfig) -> dict[str, str]:
+        """A hash of each of the checkpoint's files as this machine has it; ValueError if one is unusable."""
+        check_model(path := resolve(model), engine)
+        return fingerprints(path)
 
     def load(self, config: RankConfig, store_host: str, store_port: int) -> int:
         """Join the group, read the weights; returns how many tokens this rank can cache."""
@@ -82,13 +87,14 @@ class RankActor:
 
     def start(self) -> None:
         """Begin the loop."""
+        settle_memory()
         self._running = True
         self._loop.start()
 
     @ray.method(concurrency_group="ctl")
     def ping(self) -> Sign:
         """A sign of life for both sides: whether the loop runs, and how this rank is."""
-        self._heard = monotonic()
+        self._silence.broken()
         return Sign(self._running, self._rank.stats() if self._rank and self._running else None)
 
     @ray.method(concurrency_group="ctl")
@@ -116,8 +122,8 @@ class RankActor:
 
     def _watch(self) -> None:
         pause = threading.Event()
-        while not pause.wait(self._orphan_seconds / 10):
-            if monotonic() - self._heard > self._orphan_seconds:
+        while not pause.wait(self._tick):
+            if self._silence.seconds > self._orphan_seconds:
                 log.error("no controller for %.0f s; ending this rank and its group", self._orphan_seconds)
                 try:
                     ray.util.remove_placement_group(ray.util.get_placement_group(self._group))
@@ -128,6 +134,13 @@ class RankActor:
 def configure_logging() -> None:
     """Ray leaves the root logger of a worker silent below WARNING."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def settle_memory() -> None:
+    """What there is stays: the garbage collector need not go through it again, which would hold all threads of a
+    process that has loaded torch up for a third of a second now and then (as vLLM does)."""
+    gc.collect()
+    gc.freeze()
 
 
 def _on_this_device(config: RankConfig) -> RankConfig:

@@ -6,8 +6,10 @@ import torch
 
 from stepladder.parallel.spec import DTYPES, ModelSpec
 from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.server.queue_limits import QueueLimits
 
 MEMORY_FRACTION = 0.9
+FOR_SERVERS = ("max_queued_tokens", "max_queued_requests", "max_queue_seconds")  # offline, everything is queued
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class EngineConfig:
         max_step_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_model_len: prompt and output together; None takes the model's own limit (or the KV cache's, if smaller).
         max_queued_tokens: tokens that may wait for a place before requests are refused with 429.
+        max_queued_requests: the same for requests.
+        max_queue_seconds: the same for how long the newest would probably wait, from how fast the queue has moved.
         threads: CPU threads per rank; None shares the machine's cores among the ranks on it.
         dtype: of weights, activations and KV cache; None takes the checkpoint's.
         batch_invariant: round every row alike in any batch, so that a request gets the same tokens alone, in any
@@ -82,6 +86,8 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_model_len: int | None = None
     max_queued_tokens: int = 1 << 17
+    max_queued_requests: int = 1024
+    max_queue_seconds: float = 30.0
     threads: int | None = None
     dtype: str | None = None
     batch_invariant: bool = False
@@ -91,10 +97,19 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"engine.threads is {self.threads}; it must be at least 1, or null")
+        for name in FOR_SERVERS:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be above 0")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"engine.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}, or null")
         if self.lookahead not in (None, 0, 1):
             raise ValueError(f"engine.lookahead is {self.lookahead}; it must be 0, 1 or null")
+
+    @property
+    def queue_limits(self) -> QueueLimits:
+        return QueueLimits(
+            tokens=self.max_queued_tokens, requests=self.max_queued_requests, seconds=self.max_queue_seconds
+        )
 
     def of(self, spec: ModelSpec) -> ModelSpec:
         """The model as this engine runs it."""
@@ -119,8 +134,8 @@ class EngineConfig:
         """
         room = spec.max_position if kv_tokens is None else kv.whole(kv_tokens)
         length = self.max_model_len or min(spec.max_position, room)
-        if length > spec.max_position:
-            raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.max_position} tokens")
+        if length > spec.longest:
+            raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.longest} tokens")
         return length
 
     def limits(self, spec: ModelSpec, kv: KvConfig, kv_tokens: int, device: torch.device) -> SchedulerConfig:

@@ -62,11 +62,6 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._under_way)
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens of the requests that wait for a place."""
-        return sum(len(sequence.tokens) for sequence in self.scheduler.waiting)
-
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if it can never be served."""
         self.scheduler.add(request)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from stepladder.parallel.layers import POOLS
 from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
@@ -32,6 +33,7 @@ class EngineRank(Rank):
     """One of a tensor-parallel group that has all of the model."""
 
     takes_requests = True
+    pools: ClassVar[tuple[str, ...]] = POOLS
     _executor: Executor
 
     def __init__(self, config: RankConfig) -> None:
@@ -45,7 +47,7 @@ class EngineRank(Rank):
 
     def _load(self, path: str) -> int:
         config, device = self.config, self._mesh.device
-        here = config.ranks_here, config.group_here
+        here = config.ranks_here, config.own_ranks_here
         check_kv(self._spec, config.kv, device, config.shard, *here)
         self._executor = self._build(path)
         return kv_size(self._executor, config.engine, config.kv, device, *here)
@@ -53,17 +55,18 @@ class EngineRank(Rank):
     def _build(self, path: str) -> Executor:
         return assembly.load(self._spec, path, self._mesh, self.config.engine)
 
-    def _begin(self, kv_tokens: int) -> None:
+    def _begin(self, kv_tokens: int) -> str | None:
         engine = assembly.begin(self._executor, self.config.engine, self.config.kv, kv_tokens)
         if self.config.shard.rank == 0:
             self._engine, self._channel = engine, Channel(self.config.host, self.config.secret)
+        return self.address
 
     def _run(self) -> None:
         if self._engine is None or self._channel is None:
             self._executor.follow()
             return
-        limit = self.config.engine.max_queued_tokens
-        self._serve(EngineServer(self._engine, self._channel, limit, clock=self._mesh.clock))
+        limits = self.config.engine.queue_limits
+        self._serve(EngineServer(self._engine, self._channel, limits, clock=self._mesh.clock))
         self._executor.stop()
         self._channel.close()
 

@@ -1,10 +1,11 @@
 """How one sequence is continued: every knob of sampling, its range, and what it means."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 MAX_LOGPROBS = 20
 MAX_LISTED_TOKENS = 1024  # of logit_bias and of stop_token_ids
+MAX_COUNT = 2**31 - 1  # of anything that is counted, and of token ids
+MAX_PENALTY = 1000.0  # of repetition_penalty, either way: logits stay finite in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the text, as an end-of-sequence token does.
         include_stop_str_in_output: what ended the text stays in it.
         ignore_eos: go on after an end-of-sequence token.
+        skip_special_tokens: special tokens are no part of the text; False writes them out.
         logprobs: report each drawn token's log-probability, and those of the so many likeliest tokens. They are the
             model's own: log-softmax of the raw logits, before anything above.
         prompt_logprobs: the same for the prompt's tokens, the first excepted.
@@ -49,6 +51,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -57,6 +60,7 @@ class SamplingParams:
         return self.logprobs is not None or self.prompt_logprobs is not None
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_lengths()
         self._check_numbers()
         check(-(2**63) <= self.seed < 2**63, f"seed is {self.seed}; it must fit in 64 bits")
@@ -66,14 +70,30 @@ class SamplingParams:
             check(
                 len(tokens) <= MAX_LISTED_TOKENS, f"{name} holds {len(tokens)} tokens; {MAX_LISTED_TOKENS} is the most"
             )
+            check(all(_is(token, int) for token in tokens), f"{name} holds a token id that is no integer")
             check(all(token >= 0 for token in tokens), f"{name} holds a negative token id; ids begin at 0")
+            check(all(token <= MAX_COUNT for token in tokens), f"{name} holds a token id above {MAX_COUNT}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             within = value is None or 0 <= value <= MAX_LOGPROBS
             check(within, f"{name} is {value}; it must be between 0 and {MAX_LOGPROBS}")
 
+    def _check_types(self) -> None:
+        """What the wire and the sampler hold: one string is one stop string, and a list is as good as a tuple."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        kinds = {int: "an integer", float: "a number", bool: "true or false"}
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            kind = {"logprobs": int, "prompt_logprobs": int}.get(name, type(option.default))
+            if kind in kinds and not (value is None and option.default is None):
+                check(_is(value, kind), f"{name} is {value!r}; it must be {kinds[kind]}")
+        check(all(isinstance(text, str) for text in self.stop), "stop holds something else than strings")
+        check(all(_is(bias, float) for bias in self.logit_bias.values()), "logit_bias holds a value that is no number")
+
     def _check_lengths(self) -> None:
-        check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1")
+        within = 1 <= self.max_tokens <= MAX_COUNT
+        check(within, f"max_tokens is {self.max_tokens}; it must be at least 1 and at most {MAX_COUNT}")
         check(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; it must be at least 0")
         sentence = f"min_tokens is {self.min_tokens}; it must be at most max_tokens, which is {self.max_tokens}"
         check(self.min_tokens <= self.max_tokens, sentence)
@@ -81,11 +101,13 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         check(0.0 <= self.temperature <= 2.0, f"temperature is {self.temperature}; it must be between 0 and 2")
         check(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        check(self.top_k >= -1, f"top_k is {self.top_k}; it must be at least 1, or 0 or -1 for all tokens")
+        within = -1 <= self.top_k <= MAX_COUNT
+        check(within, f"top_k is {self.top_k}; it must be from 1 to {MAX_COUNT}, or 0 or -1 for all tokens")
         check(0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; it must be between 0 and 1")
         check(
-            0.0 < self.repetition_penalty < math.inf,
-            f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite",
+            1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY,
+            f"repetition_penalty is {self.repetition_penalty}; it must be between {1 / MAX_PENALTY:g} and "
+            f"{MAX_PENALTY:g}",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
@@ -102,6 +124,13 @@ class SamplingParams:
     def adjusts_logits(self) -> bool:
         """Whether a bias or penalty is asked for."""
         return bool(self.logit_bias) or self.penalises
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is of a type; an integer is a number too, and true is neither."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def check(holds: bool, sentence: str) -> None:

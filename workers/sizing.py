@@ -22,20 +22,20 @@ def kv_size(
     kv: KvConfig,
     device: torch.device,
     ranks_here: int = 1,
-    group_here: int = 1,
+    own_ranks_here: int = 1,
 ) -> int:
     """Tokens that the cache of this rank is to hold, in whole blocks: as configured, or as many as fit. Every rank
     calls.
 
     Args:
-        ranks_here: ranks of the deployment on this machine. group_here: those of this rank's group.
+        ranks_here: ranks of the deployment on this machine. own_ranks_here: those of this rank's group.
 
     Raises:
         ValueError: the number that is configured does not fit, or not even one sequence of the longest length.
     """
     if kv.tokens is not None:
         model = executor.model
-        _refuse_too_large(bytes_per_token(model.spec, model.num_kv_heads), kv, device, ranks_here, group_here)
+        _refuse_too_large(bytes_per_token(model.spec, model.num_kv_heads), kv, device, ranks_here, own_ranks_here)
         return kv.whole(kv.tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -49,7 +49,7 @@ def check_kv(
     device: torch.device,
     shard: Shard = ALONE,
     ranks_here: int = 1,
-    group_here: int = 1,
+    own_ranks_here: int = 1,
 ) -> None:
     """Before any weight is read, which may take minutes: arguments as `kv_size`'s.
 
@@ -57,7 +57,7 @@ def check_kv(
         ValueError: `kv.tokens` do not even fit without the model.
     """
     if kv.tokens is not None:
-        _refuse_too_large(bytes_per_token(spec, len(kv_heads_of(spec, shard))), kv, device, ranks_here, group_here)
+        _refuse_too_large(bytes_per_token(spec, len(kv_heads_of(spec, shard))), kv, device, ranks_here, own_ranks_here)
 
 
 def bytes_per_token(spec: ModelSpec, kv_heads: int) -> int:
@@ -81,7 +81,7 @@ def fitting(what: str) -> Iterator[None]:
         raise ValueError(f"{what} does not fit into memory; use more ranks or smaller limits ({said})") from None
 
 
-def _refuse_too_large(per_token: int, kv: KvConfig, device: torch.device, ranks_here: int, group_here: int) -> None:
+def _refuse_too_large(per_token: int, kv: KvConfig, device: torch.device, ranks_here: int, own_ranks_here: int) -> None:
     """What is free is shared with those that start together, a group; what there is at all, with all of the machine:
     a group that is started again finds the memory of the others taken."""
     assert kv.tokens is not None
@@ -89,7 +89,7 @@ def _refuse_too_large(per_token: int, kv: KvConfig, device: torch.device, ranks_
     if device.type == "cuda":
         rooms = [(torch.cuda.mem_get_info(device)[0], 1, "free on this GPU")]
     else:
-        rooms = [(available(), group_here, "free on this machine"), (total(), ranks_here, "in this machine at all")]
+        rooms = [(available(), own_ranks_here, "free on this machine"), (total(), ranks_here, "in this machine at all")]
     for room, ranks, where in rooms:
         if needed * ranks > room:
             each = f" on each of {ranks} ranks" if ranks > 1 else ""

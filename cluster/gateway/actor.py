@@ -4,8 +4,7 @@ import asyncio
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, replace
-from time import monotonic
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -14,6 +13,7 @@ from stepladder import __version__
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.api import build_app
+from stepladder.cluster.gateway.http_limits import HttpLimits, http_config
 from stepladder.cluster.gateway.listening import listen
 from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
 from stepladder.cluster.gateway.router import Router
@@ -21,9 +21,10 @@ from stepladder.cluster.gateway.tracing import Traces
 from stepladder.cluster.processes import kill_process
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.actors import Place, configure_logging
-from stepladder.workers.params import SamplingParams
+from stepladder.workers.actors import Place, configure_logging, settle_memory
+from stepladder.workers.model_check import recommended_params
 from stepladder.workers.rank import resolve
+from stepladder.workers.silence import Silence
 from stepladder.workers.text.stream import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -42,16 +43,21 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
     Raises:
         ValueError: the model's configuration or the limits are unusable.
     """
-    spec, recommended = ModelSpec.load(directory), GenerationDefaults.load(directory)
+    spec = ModelSpec.load(directory)
     return ServiceConfig(
         model_name=deployment.model.name,
         max_model_len=deployment.engine.model_len(spec, deployment.kv, deployment.kv.tokens),
         vocab_size=spec.vocab_size,
         version=__version__,
+        root=deployment.model.path,
         api_key=deployment.gateway.api_key,
+        api_key_file=deployment.gateway.api_key_file,
         tokenizer_info=deployment.gateway.tokenizer_info,
-        defaults=replace(SamplingParams(), **recommended.sampling),
-        chat_max_tokens=recommended.max_tokens,
+        special_tokens_in_content=deployment.gateway.special_tokens_in_content,
+        request_seconds=deployment.gateway.request_seconds,
+        max_body_bytes=deployment.gateway.max_body_bytes,
+        defaults=recommended_params(directory),
+        chat_max_tokens=GenerationDefaults.load(directory).max_tokens,
     )
 
 
@@ -64,7 +70,8 @@ class GatewayActor:
     def __init__(self, deployment: Deployment, name: str) -> None:
         configure_logging()
         self._deployment, self._name = deployment, name
-        self._heard = monotonic()
+        self._tick = min(deployment.cluster.ping_seconds, deployment.cluster.orphan_seconds / 10)
+        self._silence = Silence(self._tick)  # the controller's
         self._controller: Place | None = None
 
     async def where(self) -> Place:
@@ -85,7 +92,8 @@ class GatewayActor:
         self._traces = Traces(endpoint, config.version) if endpoint else None
         listener = listen(deployment.gateway.host, port)
         app = build_app(self._service, self._traces)
-        self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+        self._server = _Server(http_config(app, HttpLimits(body_bytes=8 * config.body_limit)))
+        settle_memory()
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         self._watching = asyncio.create_task(self._watch())
         return listener.getsockname()[1]
@@ -97,7 +105,8 @@ class GatewayActor:
 
     async def ping(self, controller: Place) -> dict[str, Any]:
         """A sign of life for both sides; `controller` is where the caller runs."""
-        self._heard, self._controller = monotonic(), controller
+        self._silence.broken()
+        self._controller = controller
         engines = {engine: asdict(stats) for engine, stats in self._router.stats.items()}
         self._service.metrics.update_engines(engines)
         return {"ready": self._router.ready(), "in_flight": len(self._service.in_flight)}
@@ -118,11 +127,11 @@ class GatewayActor:
     async def _watch(self) -> None:
         """Ray starts a dead controller again, but does not see one that hangs; we do, since its pings stop."""
         cluster = self._deployment.cluster
-        while (silent := monotonic() - self._heard) < cluster.orphan_seconds:
+        while (silent := self._silence.seconds) < cluster.orphan_seconds:
             if self._controller and silent > cluster.ping_seconds + cluster.hang_seconds:
                 log.error("no ping of the controller for %.1f s; killing it, Ray starts another", silent)
                 kill_process(self._controller)
                 self._controller = None
-            await asyncio.sleep(min(cluster.ping_seconds, cluster.orphan_seconds / 10))
+            await asyncio.sleep(self._tick)
         log.error("no controller for %.0f s; ending this gateway", cluster.orphan_seconds)
         os._exit(1)

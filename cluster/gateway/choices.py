@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from stepladder.cluster.gateway.logprob_json import Json, ScoredToken, chat_shape, completion_shape, prompt_shape
+import msgspec
+
+from stepladder.cluster.gateway.logprob_json import (
+    Json,
+    ScoredToken,
+    chat_shape,
+    completion_shape,
+    encode_json,
+    prompt_shape,
+)
 from stepladder.cluster.gateway.metrics import SequenceMeter
 from stepladder.cluster.gateway.protocol import Generating
 from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.stream import TextStream
 
 
 @dataclass
@@ -19,6 +28,7 @@ class Choice:
 
     Attributes:
         echo: the prompt's text, if the answer begins with it.
+        echo_offsets: where in it each token of the prompt begins; found by decoding if left out.
         scoring_only: the prompt is all that is wanted; the engine's one token is dropped.
         num_tokens: generated, including those of a stop string or end of sequence.
         started: its first chunk has been made.
@@ -32,6 +42,7 @@ class Choice:
     request: Request
     text: TextStream
     echo: str = ""
+    echo_offsets: Sequence[int] = ()
     scoring_only: bool = False
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -72,9 +83,18 @@ class Choice:
         self.prompt_logprobs, self.start = output.prompt_logprobs, output.start
         if self.echo and output.prompt_logprobs is not None and output.logprobs is not None:
             logprobs = [None, *output.prompt_logprobs]
-            where = offsets(self.text.tokenizer, self.request.prompt, len(self.echo))
+            where = self.echo_offsets or self._offsets()
             self.scored.extend(map(ScoredToken, self.request.prompt, where, logprobs))
         return self.echo
+
+    def _offsets(self) -> list[int]:
+        """Where the text of each token of the prompt begins; that of a special token that is left out is empty."""
+        special = not self.request.params.skip_special_tokens
+        text, found = TextStream(self.text.tokenizer, special=special), []
+        for token in self.request.prompt:
+            found.append(min(len(text), len(self.echo)))
+            text.push([token])
+        return found
 
 
 class Piece(NamedTuple):
@@ -87,15 +107,6 @@ class Piece(NamedTuple):
     text: str
     scored: list[ScoredToken]
     finish_reason: FinishReason | None
-
-
-def offsets(tokenizer: Tokenizer, tokens: Sequence[int], limit: int) -> list[int]:
-    """Where the text of each token begins, in characters; that of a special token is empty."""
-    text, found = TextStream(tokenizer), []
-    for token in tokens:
-        found.append(min(len(text), limit))
-        text.push([token])
-    return found
 
 
 @dataclass(frozen=True)
@@ -179,13 +190,14 @@ class Choices:
 
     Attributes:
         id: of the request, without the endpoint's prefix.
-        arrived: `time.monotonic()` when the request came in.
+        arrived: `time.monotonic()` when the request came in. until: when its client will be gone, if anybody knows.
         asked: what the client sent.
         num_prompt_tokens: of all prompts, each counted once.
     """
 
     id: str
     arrived: float
+    until: float | None
     asked: Generating
     format: Format
     choices: list[Choice]
@@ -204,11 +216,16 @@ class Choices:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def body(self) -> Json:
-        """The whole answer, once every choice has finished."""
-        choices = [self.format.whole(choice) for choice in self.choices]
+    @property
+    def num_reported(self) -> int:
+        """Tokens with log-probabilities."""
+        return sum(len(choice.scored) + len(choice.prompt_logprobs or ()) for choice in self.choices)
+
+    def body(self) -> bytes:
+        """The whole answer, once every choice has finished. In a thread, others run between any two choices."""
+        choices = [msgspec.Raw(encode_json(self.format.whole(choice))) for choice in self.choices]
         extra = self.format.extra(self.choices)
-        return self._envelope(self.format.object, choices) | {"usage": self.usage} | extra
+        return encode_json(self._envelope(self.format.object, choices) | {"usage": self.usage} | extra)
 
     def chunks(self, piece: Piece) -> list[Json]:
         """What to send for a piece: nothing while its text is held back, and the end as a chunk of its own."""
@@ -232,7 +249,7 @@ class Choices:
             chunk["usage"] = None
         return chunk
 
-    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+    def _envelope(self, kind: str, choices: Sequence[Json | msgspec.Raw]) -> Json:
         return {
             "id": self.format.prefix + self.id,
             "object": kind,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -70,14 +69,14 @@ class Unavailable(ApiError):
     status, type, code = 503, "server_error", "service_unavailable"
 
 
+class Late(Unavailable):
+    """The time that was given to the request is over."""
+
+    code = "deadline_exceeded"
+
+
 def install_handlers(app: FastAPI) -> None:
-    """Answer FastAPI's own errors, such as its 422 (as 400) and unknown routes, in OpenAI's shape, as `Gatekeeper` does
-    with every ApiError."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return from_validation(error.errors()[0]).response()
-
+    """Answer FastAPI's own errors, such as unknown routes, in OpenAI's shape, as `Gatekeeper` does with ours."""
     app.exception_handler(HTTPException)(_from_http)
 
 
@@ -86,14 +85,10 @@ def from_validation(error: Mapping[str, Any]) -> BadRequest:
     kind, context = error["type"], error.get("ctx", {})
     param = context.get("param") or _path(error["loc"])
     match kind:
-        case "json_invalid":
-            return BadRequest(f"the body is not valid JSON: {context['error']}", code="invalid_json")
         case "unsupported_parameter":
             return BadRequest(error["msg"], param=param, code=kind)
         case "extra_forbidden":
             return BadRequest(f"unknown parameter: {param!r}", param=param, code="unknown_parameter")
-        case "missing" if param is None:
-            return BadRequest("the body is empty; send a JSON object")
         case "missing":
             return BadRequest(f"{param} is required", param=param, code="missing_required_parameter")
         case "value_error":
@@ -116,6 +111,6 @@ async def _from_http(request: Request, error: HTTPException) -> Response:
 
 
 def _path(location: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content") -> "messages[0].content"."""
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location[1:]]
+    """("messages", 0, "content") -> "messages[0].content"."""
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location]
     return "".join(steps).lstrip(".") or None

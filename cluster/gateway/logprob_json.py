@@ -1,13 +1,17 @@
 """Log-probabilities as the API writes them: OpenAI's two shapes, and vLLM's for prompts."""
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Any, NamedTuple
 
-from stepladder.workers.core import TokenLogprob
+import msgspec
+
+from stepladder.workers.core import Output, TokenLogprob
 from stepladder.workers.text.stream import Tokenizer
 
 Json = dict[str, Any]
-LOWEST = -9999.0  # OpenAI's figure for the very unlikely; JSON has no infinity
+encode_json = msgspec.json.Encoder().encode
+LOWEST = -9999.0  # OpenAI's figure for the very unlikely; JSON has no infinity, and no NaN
 
 
 class ScoredToken(NamedTuple):
@@ -32,7 +36,7 @@ def completion_shape(tokenizer: Tokenizer, scored: Sequence[ScoredToken], top: i
     """The legacy one: four lists. The likeliest tokens are `top` and the chosen one, if it is not among them."""
     return {
         "tokens": [token_text(tokenizer, s.token) for s in scored],
-        "token_logprobs": [s.logprob and max(s.logprob.logprob, LOWEST) for s in scored],
+        "token_logprobs": [s.logprob and _number(s.logprob.logprob) for s in scored],
         "top_logprobs": [s.logprob and _by_text(tokenizer, s.token, s.logprob, top) for s in scored],
         "text_offset": [s.offset for s in scored],
     }
@@ -47,7 +51,7 @@ def prompt_shape(tokenizer: Tokenizer, prompt: Sequence[int], logprobs: Sequence
             entries.setdefault(pair[0], (pair[1], rank))
         shaped.append(
             {
-                str(t): {"logprob": max(p, LOWEST), "rank": rank, "decoded_token": token_text(tokenizer, t)}
+                str(t): {"logprob": _number(p), "rank": rank, "decoded_token": token_text(tokenizer, t)}
                 for t, (p, rank) in entries.items()
             }
         )
@@ -63,14 +67,23 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+def is_broken(output: Output) -> bool:
+    """Whether the model has not computed numbers, as far as the output tells."""
+    return any(isnan(one.logprob) for one in (*(output.logprobs or ()), *(output.prompt_logprobs or ())))
+
+
+def _number(logprob: float) -> float:
+    return logprob if logprob > LOWEST else LOWEST  # also for NaN
+
+
 def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> Json:
     raw = list(tokenizer.bytes_of(token))
-    return {"token": token_text(tokenizer, token), "logprob": max(logprob, LOWEST), "bytes": raw}
+    return {"token": token_text(tokenizer, token), "logprob": _number(logprob), "bytes": raw}
 
 
 def _by_text(tokenizer: Tokenizer, token: int, logprob: TokenLogprob, top: int) -> Json:
     pairs = list(zip(logprob.top_tokens[:top], logprob.top_logprobs, strict=False))
     named: Json = {}
     for one, value in [*pairs, (token, logprob.logprob)]:
-        named.setdefault(token_text(tokenizer, one), max(value, LOWEST))
+        named.setdefault(token_text(tokenizer, one), _number(value))
     return named

@@ -1,29 +1,48 @@
 """Between HTTP and engines: requests become token ids, tokens become text and chunks. Knows no HTTP library."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
+from starlette.requests import Request as HttpRequest
 
 from stepladder.cluster.gateway.choices import Chat, Choice, Choices, Completion, Format, Piece
 from stepladder.cluster.gateway.errors import BadRequest, NotFound, Unavailable
 from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
+from stepladder.cluster.gateway.logprob_json import encode_json, is_broken
 from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
-from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Conversing,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
+from stepladder.cluster.gateway.reading import body_bytes, read
 from stepladder.cluster.gateway.router import Router
-from stepladder.workers.core import Request, SamplingParams
+from stepladder.cluster.gateway.strict_json import Body, Bounds
+from stepladder.cluster.gateway.work_pool import WorkPool
+from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.control_tokens import plain
+from stepladder.workers.text.stream import TextStream, Tokenizer, settled
+
+log = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
-TOKENIZE_INLINE = 4096  # characters, about a millisecond; longer texts are tokenized in a thread
+INLINE = 32  # tokens whose log-probabilities, or messages that, are written at once; more are in a thread
+INLINE_SHARE = 128  # characters that are tokenized in the time that one of those takes
 
-_encode_json = msgspec.json.Encoder().encode
+T = TypeVar("T")
+B = TypeVar("B", bound=Body)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +54,19 @@ class ServiceConfig:
         max_model_len: prompt and output together, in tokens; the engines may have room for less.
         vocab_size: token ids from 0 to this are the model's.
         version: of Stepladder.
-        api_key: bearer token that requests need, not empty; None lets everybody in.
+        root: where the model lies, as vLLM's clients want to know.
+        api_key: bearer token that requests need, not empty. api_key_file: of more of them (`ApiKeys`). Without either,
+            everybody may come in.
         max_choices: prompts times n of one HTTP request.
-        max_body_bytes: of one HTTP request.
+        max_body_bytes: of one HTTP request; None takes what the context may need.
+        max_reported: log-probabilities of one answer: tokens that are reported, of prompts and choices, times the
+            likeliest tokens beside each.
+        request_seconds: how long a request may take, queue included; None leaves it to clients (`timeout`).
         created: when the model came to be, in Unix seconds.
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
             The only place for such defaults, as of a generation_config.json.
+        special_tokens_in_content: what spells a special token in a chat message is one, where a request does not say.
         chat_max_tokens: as many tokens may follow a chat that leaves max_tokens out, if the context has room for them;
             None fills the context.
     """
@@ -50,13 +75,27 @@ class ServiceConfig:
     max_model_len: int
     vocab_size: int
     version: str
+    root: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    api_key_file: str | None = None
     max_choices: int = 128
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int | None = None
+    max_reported: int = 1 << 17
+    request_seconds: float | None = None
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
+    special_tokens_in_content: bool = False
     defaults: SamplingParams = field(default_factory=SamplingParams)
     chat_max_tokens: int | None = None
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.max_model_len, self.max_choices)
+
+    @property
+    def body_limit(self) -> int:
+        """Bytes of one HTTP request's body."""
+        return self.max_body_bytes or body_bytes(self.max_model_len)
 
 
 class OpenAIService:
@@ -66,6 +105,8 @@ class OpenAIService:
         self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
         self.metrics.in_flight.set_function(lambda: len(self.in_flight))
         self._router, self.tokenizer = router, tokenizer
+        tokenizer.prepare()
+        self._pool, self._broken = WorkPool(), False
 
     @property
     def ready(self) -> bool:
@@ -83,8 +124,14 @@ class OpenAIService:
             "object": "model",
             "created": self.config.created,
             "owned_by": "stepladder",
+            "root": self.config.root or self.config.model_name,
+            "parent": None,
             "max_model_len": self.max_model_len,
         }
+
+    async def read(self, http: HttpRequest, kind: type[B]) -> B:
+        """The body of a request, or BadRequest."""
+        return await read(http, kind, self.config.bounds, self._pool)
 
     async def drain(self, seconds: float) -> None:
         """Admit no more requests; return when all have ended, at the latest after `seconds`."""
@@ -96,8 +143,8 @@ class OpenAIService:
 
     async def chat(self, body: ChatRequest, http: InFlightRequest) -> Choices:
         """Raises BadRequest or NotFound, as `completion` does."""
-        self.check_model(body.model)
-        prompt = await self._encode_chat(body.messages)
+        self._begin(body, http)
+        prompt = await self._encode_chat(body.messages, body, fits="messages")
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
         limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
@@ -105,42 +152,62 @@ class OpenAIService:
 
     async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Choices:
         """A prompt of token ids is taken as it is."""
-        self.check_model(body.model)
+        self._begin(body, http)
         if len(body.prompts) * body.n > self.config.max_choices:
             raise BadRequest(
                 f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
             )
-        prompts = [await self._encode(p, special=True) if isinstance(p, str) else p for p in body.prompts]
+        special = body.add_special_tokens
+        prompts = [await self._encode(p, special, "prompt") if isinstance(p, str) else p for p in body.prompts]
         asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
         limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
         answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits)
         if body.echo:
-            for choice in answer.choices:
-                prompt = body.prompts[choice.index // body.n]
-                choice.echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-                choice.scoring_only = body.max_tokens == 0
+            await self._echo(answer.choices, body)
         return answer
 
-    async def run(self, answer: Choices) -> dict[str, Any]:
-        """The whole answer."""
+    async def _echo(self, choices: list[Choice], body: CompletionRequest) -> None:
+        """Have them begin with their prompts."""
+        skip = body.skip_special_tokens
+        for first in range(0, len(choices), body.n):
+            prompt, offsets = body.prompts[first // body.n], list[int]()
+            if isinstance(prompt, str):
+                text = prompt
+                if body.logprobs is not None:
+                    offsets = await self._pool.run(self.tokenizer.offsets, text, body.add_special_tokens)
+            elif body.max_tokens == 0:
+                text = await self._pool.run(self.tokenizer.decode, prompt, skip)
+            else:
+                text = await self._pool.run(settled, self.tokenizer, prompt, not skip)
+            for choice in choices[first : first + body.n]:
+                choice.echo, choice.echo_offsets = text, offsets
+                choice.scoring_only = body.max_tokens == 0
+
+    def _begin(self, body: ChatRequest | CompletionRequest, http: InFlightRequest) -> None:
+        self.check_model(body.model)
+        if seconds := min((s for s in (body.timeout, self.config.request_seconds) if s), default=None):
+            http.must_end(seconds)
+
+    async def run(self, answer: Choices) -> bytes:
+        """The whole answer, as JSON."""
         async with aclosing(self._pieces(answer)) as pieces:
             async for _ in pieces:
                 pass
-        return answer.body()
+        return await self._work(answer.body, answer.num_reported)
 
     async def stream(self, answer: Choices) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
         async with aclosing(self._pieces(answer)) as pieces:
             async for piece in pieces:
-                if chunks := answer.chunks(piece):
-                    yield b"".join(map(event, chunks))
+                if events := await self._work(partial(_events, answer, piece), len(piece.scored)):
+                    yield events
         options = answer.asked.stream_options
         yield (event(answer.usage_chunk()) if options and options.include_usage else b"") + DONE
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._encode_chat(body.messages, special=bool(body.add_special_tokens))
+            tokens = await self._encode_chat(body.messages, body)
         else:
             assert body.prompt is not None
             tokens = await self._encode(body.prompt, special=body.add_special_tokens is not False)
@@ -150,7 +217,7 @@ class OpenAIService:
         """Special tokens are written out, so that it undoes `tokenize`."""
         self.check_model(body.model)
         self._check_ids(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self.tokenizer.fast.decode, body.tokens, skip_special_tokens=False)}
+        return {"prompt": await self._pool.run(partial(self.tokenizer.decode, skip_special=False), body.tokens)}
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound unless it is this one's name, or None."""
@@ -158,18 +225,30 @@ class OpenAIService:
             sentence = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise NotFound(sentence, param="model", code="model_not_found")
 
-    async def _encode(self, text: str, special: bool) -> list[int]:
-        if len(text) <= TOKENIZE_INLINE:
-            return self.tokenizer.encode(text, special)
-        return await asyncio.to_thread(self.tokenizer.encode, text, special)
+    async def _encode(self, text: str, special: bool, fits: str | None = None) -> list[int]:
+        """With `fits`, the name of a parameter, what cannot fit into the context is refused before it is tokenized."""
+        at_least, context = len(plain(text)) // self.tokenizer.longest, self.max_model_len
+        if fits and at_least > context:
+            sentence = f"this model's context is {context} tokens, but the prompt has more than {at_least}; shorten it"
+            raise BadRequest(sentence, param=fits, code="context_length_exceeded")
+        return await self._work(partial(self.tokenizer.encode, text, special), len(text) // INLINE_SHARE)
 
-    async def _encode_chat(self, messages: list[Any], special: bool = False) -> list[int]:
+    async def _encode_chat(self, messages: list[Message], body: Conversing, fits: str | None = None) -> list[int]:
         """Chat templates write special tokens themselves."""
+        options = body.chat_options(self.config.special_tokens_in_content)
+        variables = len(str(body.chat_template_kwargs))
         try:
-            text = self.tokenizer.chat([message.for_template() for message in messages])
+            text = await self._work(
+                lambda: self.tokenizer.chat([message.for_template() for message in messages], options=options),
+                len(messages) + (sum(message.length for message in messages) + variables) // INLINE_SHARE,
+            )
+            return await self._encode(text, bool(body.add_special_tokens), fits)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
-        return await self._encode(text, special)
+
+    async def _work(self, work: Callable[[], T], size: int) -> T:
+        """Here if it is small, else in a thread, so that nobody waits for it."""
+        return work() if size <= INLINE else await self._pool.run(work)
 
     def _answer(
         self,
@@ -180,13 +259,14 @@ class OpenAIService:
         limits: list[int],
     ) -> Choices:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
-        choices: list[Choice] = []
-        for prompt, max_tokens in zip(prompts, limits, strict=True):
+        choices, owner = list[Choice](), _owner(http, body)
+        for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
-                request = Request(id=f"{http.id}-{index}", prompt=tuple(prompt), params=params)
-                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params)))
-        return Choices(http.id, http.arrived, body, format, choices, sum(map(len, prompts)))
+                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner)
+                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, prompt)))
+        self._check_reported([choice.request for choice in choices])
+        return Choices(http.id, http.arrived, http.until, body, format, choices, sum(map(len, prompts)))
 
     def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
         try:
@@ -197,6 +277,17 @@ class OpenAIService:
             if tokens:
                 self._check_ids(list(tokens), name)
         return params
+
+    def _check_reported(self, requests: list[Request]) -> None:
+        """An answer may not become larger than anybody reads."""
+        entries, most = sum(map(_reported, requests)), self.config.max_reported
+        if entries > most:
+            raise BadRequest(
+                f"logprobs and prompt_logprobs ask for {entries} log-probabilities (prompts times n, their tokens, and "
+                f"the likeliest beside each); this server gives at most {most} in one answer",
+                param="logprobs" if requests[0].params.prompt_logprobs is None else "prompt_logprobs",
+                code="invalid_value",
+            )
 
     def _max_tokens(self, prompt: list[int], param: str, asked: int | None, default: int) -> int:
         """How many tokens may follow a prompt: as many as asked for, else the default as far as the context goes."""
@@ -220,7 +311,7 @@ class OpenAIService:
 
     async def _pieces(self, answer: Choices) -> AsyncGenerator[Piece, None]:
         """What every output of the engines adds."""
-        streams = [self._pieces_of(choice, answer.arrived) for choice in answer.choices]
+        streams = [self._pieces_of(choice, answer) for choice in answer.choices]
         async with aclosing(merge(streams)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -229,19 +320,20 @@ class OpenAIService:
             counts = [choice.num_tokens for choice in choices[first : first + n]]
             self.metrics.answered(choices[first].request.params.max_tokens, counts)
 
-    async def _pieces_of(self, choice: Choice, arrived: float) -> AsyncGenerator[Piece, None]:
+    async def _pieces_of(self, choice: Choice, answer: Choices) -> AsyncGenerator[Piece, None]:
         """An end without a reason, or for the engine's own reasons, is an error."""
-        meter, ended = SequenceMeter(self.metrics, arrived, len(choice.request.prompt)), "error"
+        meter, ended = SequenceMeter(self.metrics, answer.arrived, len(choice.request.prompt)), "error"
         choice.meter = meter
         try:
-            async with aclosing(self._router.generate(choice.request)) as outputs:
+            async with aclosing(self._router.generate(choice.request, answer.until)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "abort":
                         break
                     if not output.tokens and not output.finish_reason:
                         continue  # a retry that found its request still in the queue
+                    self._look(output)
                     before = choice.num_tokens
-                    piece = choice.take(output)
+                    piece = await self._work(partial(choice.take, output), len(output.prompt_logprobs or ()))
                     meter.output(choice.num_tokens - before)
                     yield piece
                     if choice.finish_reason:
@@ -254,10 +346,36 @@ class OpenAIService:
         finally:
             meter.end(ended, choice.start)
 
+    def _look(self, output: Output) -> None:
+        """Say once that a model is broken, as far as its log-probabilities tell."""
+        if not self._broken and is_broken(output):
+            self._broken = True
+            log.error("model %s: its logits are not numbers (NaN); check its weights", self.config.model_name)
+
+
+def _owner(http: InFlightRequest, body: ChatRequest | CompletionRequest) -> str:
+    """Whose requests continue one another: those of one key that name the same seed, or none."""
+    parts = [http.owner] + ([f"seed {body.seed}"] if "seed" in body.model_fields_set else [])
+    return blake2b(" ".join(parts).encode(), digest_size=8).hexdigest() if any(parts) else ""
+
+
+def _reported(request: Request) -> int:
+    """Log-probabilities that an answer to this holds at most."""
+    params, found = request.params, 0
+    if params.prompt_logprobs is not None:
+        found += len(request.prompt) * (params.prompt_logprobs + 1)
+    if params.logprobs is not None:
+        found += params.max_tokens * (params.logprobs + 1)
+    return found
+
+
+def _events(answer: Choices, piece: Piece) -> bytes:
+    return b"".join(map(event, answer.chunks(piece)))
+
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + _encode_json(data) + b"\n\n"
+    return b"data: " + encode_json(data) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -4,6 +4,7 @@ A library inside each gateway, fed the table of engines by the controller.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from time import monotonic
@@ -13,12 +14,15 @@ import zmq.asyncio
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.affinity import PrefixMemory
-from stepladder.cluster.gateway.engine_link import EngineLink, Flight
-from stepladder.cluster.gateway.errors import Unavailable
+from stepladder.cluster.gateway.engine_link import TICK, EngineLink, Flight
+from stepladder.cluster.gateway.errors import BadRequest, Unavailable
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import EngineStats
 
+log = logging.getLogger(__name__)
+
 WORTH = 8  # a busier engine is preferred while it has at most this many more KV tokens per prompt token that it saves
+MAX_LOST = 3  # engines in a row that a request loses without a token; it may be what ends them
 FIRST_WORD_SECONDS = 1.0  # an engine that is new in the table has this long to say whose orphans it has
 
 
@@ -39,6 +43,7 @@ class Router:
         self._readers: dict[Endpoint, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()  # the table, or who in it has been heard
         self._wanted: set[Flight] = set()  # those whose clients are there
+        self._watching: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._prefixes = PrefixMemory()
         self.replays = 0
@@ -66,6 +71,7 @@ class Router:
 
     async def update(self, table: Iterable[Endpoint]) -> None:
         """Talk to exactly these engines from now on; requests of the others are replayed."""
+        self._watching = self._watching or asyncio.create_task(self._watch())
         table = set(table)
         for endpoint in table - self._links.keys():
             link = EngineLink(self._context, self._gateway, self._secret, endpoint)
@@ -79,15 +85,19 @@ class Router:
         self._replay([flight for link in lost for flight in _take_back(link)])
         await self._notify()
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def generate(self, request: Request, until: float | None = None) -> AsyncGenerator[Output, None]:
         """The outputs of `request`, across replays, until one has a finish reason. Closing it aborts the request.
 
+        Args:
+            until: when its client will be gone (`time.monotonic`), if anybody knows.
+
         Raises:
-            Unavailable: there is no engine; Overloaded: its queue is full; BadRequest: it can never be served.
+            Unavailable: there is no engine, or MAX_LOST were lost with it; Overloaded: its queue is full; BadRequest:
+                it can never be served.
         """
         if not self.ready():
             raise Unavailable("no engine is ready", retry_after=2)
-        flight = Flight(request)
+        flight = Flight(request, until)
         self._wanted.add(flight)
         try:
             await self._hear_everyone()
@@ -106,11 +116,13 @@ class Router:
 
     async def close(self) -> None:
         await self.update([])
+        if self._watching:
+            self._watching.cancel()
         self._context.destroy(linger=0)
 
     async def _hear_everyone(self) -> None:
         """A retry belongs where its request is under way already; so wait shortly for engines that may yet say so."""
-        silent = [link.last_heard for link in self._links.values() if not link.alive]
+        silent = [link.begun for link in self._links.values() if not link.alive]
         seconds = max(silent) + FIRST_WORD_SECONDS - monotonic() if silent else 0.0
         if seconds > 0:
             async with self._changed:
@@ -144,22 +156,31 @@ class Router:
         return near if near and near.load - idlest.load <= WORTH * saved else idlest
 
     async def _read(self, link: EngineLink) -> None:
-        """Deliver updates until cancelled; after a gap in their numbers, or a silence that is too long, start anew with
-        everything replayed."""
+        """Deliver updates until cancelled; after a gap in their numbers, start anew."""
         while True:
-            was_alive, is_whole = link.alive, False
-            with suppress(TimeoutError):
-                async with asyncio.timeout(link.last_heard + self._silence - monotonic()):
-                    is_whole = await link.receive()
+            was_alive = link.alive
+            is_whole = await link.receive()
             if link.alive and not was_alive:
                 await self._notify()
             if not is_whole:
-                flights = _take_back(link)
-                await link.hello()
-                self._replay(flights)
+                await self._begin_anew(link)
+
+    async def _watch(self) -> None:
+        """Start anew with engines that have been silent for too long."""
+        while True:
+            await asyncio.sleep(TICK)
+            for link in [link for link in self._links.values() if link.silence.seconds > self._silence]:
+                await self._begin_anew(link)
+
+    async def _begin_anew(self, link: EngineLink) -> None:
+        """Messages were lost; everything under way there is replayed."""
+        flights = _take_back(link)
+        await link.hello()
+        self._replay(flights)
 
     def _replay(self, flights: list[Flight]) -> None:
         """In the background: it may have to wait for an engine, and whoever brings the news of one must not."""
+        flights = [flight for flight in flights if not _is_given_up(flight)]
         self.replays += len(flights)
         task = asyncio.create_task(self._submit_all(flights, monotonic() + self._patience))
         self._background.add(task)
@@ -169,7 +190,7 @@ class Router:
         for flight in flights:
             try:
                 await self._submit(flight, until)
-            except Unavailable as error:
+            except (BadRequest, Unavailable) as error:
                 flight.events.put_nowait(error)
 
     async def _notify(self) -> None:
@@ -180,3 +201,14 @@ class Router:
 def _take_back(link: EngineLink) -> list[Flight]:
     """What was under way there, which the link then forgets."""
     return [flight for wire_id in list(link.flights) if (flight := link.forget(wire_id))]
+
+
+def _is_given_up(flight: Flight) -> bool:
+    """One more engine was lost with it."""
+    flight.lost += 1
+    if flight.lost < MAX_LOST:
+        return False
+    log.error("%d engines in a row were lost with request %s; it is given up", flight.lost, flight.request.id)
+    sentence = f"{flight.lost} engines in a row were lost while they worked on this request; it is given up"
+    flight.events.put_nowait(Unavailable(sentence))
+    return True

@@ -1,16 +1,16 @@
 """The sampling parameters of a request, and how they become the engine's."""
 
 import random
-import sys
 from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
-from stepladder.cluster.gateway.strict_json import Body, Text
-from stepladder.workers.params import SamplingParams
+from stepladder.cluster.gateway.strict_json import Body, Text, at_most
+from stepladder.workers.params import MAX_COUNT, MAX_LISTED_TOKENS, SamplingParams
 
-MAX_STOP_STRINGS, MAX_STOP_LENGTH = 4, 256  # a growing text is compared with every beginning of every stop string
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 256
+MAX_STOP_CHARACTERS = 4096  # of all together: a growing text is compared with every beginning of every stop string
 
 
 def _stop_strings(value: Any) -> tuple[Any, ...]:
@@ -19,15 +19,22 @@ def _stop_strings(value: Any) -> tuple[Any, ...]:
     strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_STOP_STRINGS or any(len(s) > MAX_STOP_LENGTH for s in strings if isinstance(s, str)):
         raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters")
+    if sum(len(s) for s in strings if isinstance(s, str)) > MAX_STOP_CHARACTERS:
+        raise ValueError(f"stop takes at most {MAX_STOP_CHARACTERS} characters in all its strings together")
     return strings
 
 
 def _token_biases(value: Any) -> Any:
     """JSON's names are strings."""
+    at_most(value, MAX_LISTED_TOKENS, "logit_bias")
     try:
         return {int(token): bias for token, bias in value.items()}
     except (AttributeError, ValueError):
         raise ValueError("logit_bias must be an object that maps token ids to numbers") from None
+
+
+def _token_list(value: Any) -> Any:
+    return at_most(value, MAX_LISTED_TOKENS, "stop_token_ids")
 
 
 class Sampling(Body):
@@ -44,17 +51,18 @@ class Sampling(Body):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_token_biases)] = Field(default_factory=dict)
     seed: int = Field(default_factory=lambda: random.getrandbits(63))
     stop: Annotated[tuple[Text, ...], BeforeValidator(_stop_strings, json_schema_input_type=str | list[str])] = ()
-    stop_token_ids: Annotated[tuple[int, ...], Strict(False)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Strict(False), BeforeValidator(_token_list)] = ()
     include_stop_str_in_output: bool = SamplingParams.include_stop_str_in_output
     min_tokens: int = SamplingParams.min_tokens
     ignore_eos: bool = SamplingParams.ignore_eos
+    skip_special_tokens: bool = SamplingParams.skip_special_tokens
     prompt_logprobs: int | None = None
 
     @field_validator("*")
     @classmethod
     def _judge(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name in Sampling.model_fields:
-            fields = {"max_tokens": sys.maxsize, info.field_name: value}
+            fields = {"max_tokens": MAX_COUNT, info.field_name: value}
             SamplingParams(**fields)
         return value
 

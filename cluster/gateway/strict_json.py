@@ -1,13 +1,27 @@
 """JSON objects of the API: every field is honoured or refused."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 Neutral = Mapping[str, tuple[Any, ...]]
 ANYTHING = object()  # in a NEUTRAL table: a label, which by definition has no effect
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What no list of a request exceeds, so that judging one takes little time.
+
+    Attributes:
+        tokens: of one prompt; also messages of a conversation, which have a token at least.
+        prompts: of one request.
+    """
+
+    tokens: int
+    prompts: int
 
 
 class Body(BaseModel):
@@ -30,6 +44,8 @@ class Body(BaseModel):
                 _check_neutral(name, value, cls.NEUTRAL[name])
             elif name not in cls.NEUTRAL and (value is not None or name not in cls.model_fields):
                 kept[name] = value
+            if name not in cls.NEUTRAL and name not in cls.model_fields:
+                break  # one unknown field is enough to refuse it, and there may be a million
         return kept
 
 
@@ -42,7 +58,23 @@ def refusal(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{message}", {"message": message, "param": param})
 
 
-def _unicode(text: str) -> str:
+def at_most(value: Any, most: int | None, what: str) -> Any:
+    """The value; ValueError if it is a list or an object with more than `most` entries, before any is looked at."""
+    if most is not None and isinstance(value, list | dict) and len(value) > most:
+        raise ValueError(f"{what} holds {len(value)} entries; this server takes at most {most}")
+    return value
+
+
+def bounded(what: str, most: Callable[[Bounds], int]) -> BeforeValidator:
+    """`at_most`, where the bound depends on the context that a body is judged in (`reading.Bounds`)."""
+
+    def judge(value: Any, info: ValidationInfo) -> Any:
+        return at_most(value, most(info.context) if info.context else None, what)
+
+    return BeforeValidator(judge)
+
+
+def unicode(text: str) -> str:
     r"""JSON can spell half a character ("\ud800"), which no tokenizer takes."""
     try:
         text.encode()
@@ -51,4 +83,4 @@ def _unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[str, AfterValidator(unicode)]

@@ -17,6 +17,7 @@ from stepladder.workers.engine import Engine
 from stepladder.workers.scheduler import SchedulerConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
+from stepladder.workers.server.queue_limits import QueueLimits
 
 SECRET = "known to both sides"
 PROMPT = tuple(range(20))
@@ -28,7 +29,12 @@ class Served:
     """A real engine behind a real channel, in a thread."""
 
     def __init__(
-        self, model: Path, name: str = "engine-0", max_queued_tokens: int = 1 << 16, idle_seconds: float = 0.05
+        self,
+        model: Path,
+        name: str = "engine-0",
+        max_queued_tokens: int = 1 << 16,
+        idle_seconds: float = 0.05,
+        **queue: Any,
     ) -> None:
         spec = ModelSpec.load(model)
         config = SchedulerConfig(max_sequences=2, max_model_len=256, num_blocks=64, block_size=16)
@@ -38,8 +44,9 @@ class Served:
         self.channel = Channel("127.0.0.1", SECRET)
         self.endpoint = Endpoint(name, 1, self.channel.address)
         self._stopping, self._gates = False, list[threading.Event]()
-        service = EngineServer(self.engine, self.channel, max_queued_tokens, idle_seconds)
-        self._thread = threading.Thread(target=service.run, args=(lambda: self._stopping,), daemon=True)
+        limits = QueueLimits(tokens=max_queued_tokens, **queue)
+        self.service = EngineServer(self.engine, self.channel, limits, idle_seconds)
+        self._thread = threading.Thread(target=self.service.run, args=(lambda: self._stopping,), daemon=True)
         self._thread.start()
 
     def hold(self) -> threading.Event:

@@ -36,7 +36,7 @@ class LocalBackend:
     def max_model_len(self) -> int:
         return self.engine.config.max_model_len
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request, until: float | None = None) -> AsyncIterator[Output]:
         if not self.ready():
             raise Unavailable("the engine is gone", retry_after=2)
         if len(self._deliver) >= self._max_in_flight:

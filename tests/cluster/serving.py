@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import uvicorn
 
 from stepladder import LLM
 from stepladder.cluster.gateway.api import build_app
+from stepladder.cluster.gateway.http_limits import HttpLimits, http_config
 from stepladder.cluster.gateway.listening import listen
 from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
 from stepladder.workers.text.stream import Tokenizer
@@ -61,17 +62,18 @@ class Server:
 
 @contextmanager
 def serve(path: Path, llm_options: dict[str, int] | None = None, **options: Any) -> Iterator[Server]:
-    """Options of LocalBackend or ServiceConfig, and `traces`."""
+    """Options of LocalBackend, HttpLimits or ServiceConfig, and `traces`."""
     engine = LLM(str(path), device="cpu", **(llm_options or {})).engine
     traces = options.pop("traces", None)
     backend_options = {k: options.pop(k) for k in ("max_in_flight", "tokens_per_output") if k in options}
     backend, tokenizer = LocalBackend(engine, **backend_options), Tokenizer(path)
+    http_limits = HttpLimits(**{f.name: options.pop(f.name) for f in fields(HttpLimits) if f.name in options})
     limits = {"max_model_len": engine.config.max_model_len, "vocab_size": tokenizer.fast.get_vocab_size()}
     service = OpenAIService(
         backend, tokenizer, ServiceConfig(**{"model_name": "org/tiny", "version": "1", **limits, **options})
     )
     listening = listen("127.0.0.1")
-    server = uvicorn.Server(uvicorn.Config(build_app(service, traces), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(http_config(build_app(service, traces), http_limits, lifespan="off"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=[server.serve(sockets=[listening])])
     thread.start()

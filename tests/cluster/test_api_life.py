@@ -55,6 +55,23 @@ def test_a_client_that_does_not_wait(cycle: Server) -> None:
     assert aborted >= 1
 
 
+@pytest.mark.parametrize("asked", [0.3, None], ids=["request", "server"])
+def test_the_time_for_an_answer(cycle_model: Path, asked: float | None) -> None:
+    """When it is over, the request leaves the engine, and the answer says so: as a status, or as a stream's event."""
+    options = {} if asked else {"request_seconds": 0.3}
+    body = {**LONG, "timeout": asked}
+    with serve(cycle_model, {"max_model_len": 8000}, **options) as server:
+        answer = server.post("/v1/completions", body)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "deadline_exceeded"
+        assert "no whole answer within 0.3 s" in answer.json()["error"]["message"]
+        with pytest.raises(openai.APIError, match=r"no whole answer within 0\.3 s"):
+            list(server.client().completions.create(**LONG, stream=True, extra_body={"timeout": asked}))
+        eventually(lambda: server.running == 0 and len(server.service.in_flight) == 0)
+        assert server.post("/v1/completions", {**LONG, "max_tokens": 2, "timeout": 50}).status_code == 200
+        for wrong in (0, -1, "1", 1e9):
+            assert server.post("/v1/completions", {**LONG, "timeout": wrong}).json()["error"]["param"] == "timeout"
+
+
 def test_an_engine_that_fails(cycle_model: Path) -> None:
     with serve(cycle_model, {"max_model_len": 8000}) as server:
         stream = server.client().completions.create(**LONG, stream=True)

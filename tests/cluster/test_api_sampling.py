@@ -1,13 +1,17 @@
 """Every sampling parameter and both shapes of logprobs, through the official client, against `LLM` and by hand."""
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import openai.types as oai
 import openai.types.chat as oai_chat
 import pytest
+import torch
 
 from stepladder import LLM, SamplingParams
+from stepladder.workers import sampler
+from stepladder.workers.logprobs import Judged, judge
 from tests.cluster.models import CYCLE
 from tests.cluster.serving import Server, serve, strict
 
@@ -224,3 +228,26 @@ def test_defaults_of_the_server(random_model: Path, llm: LLM) -> None:
     with serve(random_model, defaults=defaults) as server:
         got = server.client().completions.create(**BODY, extra_body={"repetition_penalty": 1, "top_k": None})
     assert got.choices[0].text == wanted.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_whose_logits_are_not_numbers(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """Answers are alike, whole and streamed: OpenAI's lowest figure. The log says once which model it is."""
+    monkeypatch.setattr(sampler, "judge", lambda *args: Judged(*(torch.full_like(t, nan) if t.is_floating_point() else t
+                                                               for t in judge(*args))))  # fmt: skip
+    body = {**GREEDY, "max_tokens": 3, "logprobs": 2}
+    with serve(random_model) as server:
+        for _ in range(2):
+            if stream:
+                chunks = server.events(COMPLETION, body)
+                found = [x for c in chunks for x in (c["choices"][0]["logprobs"] or {}).get("token_logprobs", [])]
+            else:
+                found = server.post(COMPLETION, body).json()["choices"][0]["logprobs"]["token_logprobs"]
+            assert found == [-9999.0] * 3
+        chat = server.post(CHAT, {**HELLO, "max_tokens": 1, "logprobs": True, "top_logprobs": 1}).json()
+        (entry,) = chat["choices"][0]["logprobs"]["content"]
+        assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
+    said = [record.message for record in caplog.records if "not numbers" in record.message]
+    assert said == ["model org/tiny: its logits are not numbers (NaN); check its weights"]

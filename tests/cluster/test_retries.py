@@ -1,6 +1,7 @@
 """A client that asks again under the id of a request whose gateway was lost, over real ZeroMQ."""
 
 import asyncio
+import json
 import threading
 from contextlib import aclosing
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_retry_that_finds_its_request_queued_is_measured_once(random_model: Pa
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         go.set()
-        assert (await answer)["usage"]["completion_tokens"] == LENGTH
+        assert json.loads(await answer)["usage"]["completion_tokens"] == LENGTH
 
         def value(name: str) -> float:
             return service.metrics.registry.get_sample_value(f"stepladder:{name}", {"model_name": "m"}) or 0.0

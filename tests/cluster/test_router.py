@@ -1,7 +1,9 @@
 """Router and engine service over real ZeroMQ: replays, refusals, and who may talk at all."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -10,6 +12,7 @@ import pytest
 from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig
 from stepladder.cluster.gateway.errors import BadRequest, Overloaded, Unavailable
 from stepladder.cluster.gateway.router import Router
+from stepladder.workers.core import Request
 from tests.cluster.engines import (
     LENGTH,
     PROMPT,
@@ -172,6 +175,73 @@ def test_lost_messages_are_noticed_and_replayed(random_model: Path, expected: li
         within(scene(engine))
 
 
+def never_sent() -> Request:
+    """msgpack has no such integer."""
+    return replace(request("odd"), prompt=(2**70,))
+
+
+def never_read() -> Request:
+    """It is sent, but an engine takes no such top_k."""
+    odd = request("odd")
+    object.__setattr__(odd.params, "top_k", 50.5)
+    return odd
+
+
+@pytest.mark.parametrize("odd, sentence", [(never_sent, "cannot be sent"), (never_read, "Expected `int`, got `float`")])
+def test_a_request_that_does_not_fit_the_wire_is_refused_and_felt_by_nobody(
+    random_model: Path, expected: list[int], odd: Callable[[], Request], sentence: str
+) -> None:
+    async def scene(engine: Served) -> None:
+        router, outputs = await routed(engine), []
+        async for output in router.generate(request()):
+            outputs.append(output)
+            if len(outputs) == 10:
+                with pytest.raises(BadRequest, match=sentence):
+                    _ = [one async for one in router.generate(odd())]
+        assert tokens_of(outputs) == expected and router.replays == 0
+        assert tokens_of(await collect(router, "another")) == expected, "the numbers of messages go on"
+        (link,) = router._links.values()
+        assert link.load == 0 and not link.flights
+        await router.close()
+
+    with served(random_model) as (engine,):
+        within(scene(engine))
+
+
+def test_a_request_that_ends_engines_is_given_up_after_three(random_model: Path, expected: list[int]) -> None:
+    async def scene(*engines: Served) -> None:
+        gates, router = [engine.hold() for engine in engines], await routed(engines[0])
+        answer = asyncio.create_task(collect(router))
+        for engine in engines[1:]:
+            await under_way(router, 1)
+            await router.update([engine.endpoint])
+        with pytest.raises(Unavailable, match="3 engines in a row were lost while they worked on this request"):
+            await answer
+        assert router.replays == 2
+        while not router.ready():
+            await asyncio.sleep(0.01)
+        gates[-1].set()
+        assert tokens_of(await collect(router)) == expected
+        await router.close()
+
+    with served(random_model, *(f"engine-{i}" for i in range(4))) as engines:
+        within(scene(*engines))
+
+
+def test_a_request_that_gets_on_in_every_life_is_not_given_up(random_model: Path, expected: list[int]) -> None:
+    async def scene(*engines: Served) -> None:
+        router, outputs = await routed(engines[0]), []
+        async for output in router.generate(request()):
+            outputs.append(output)
+            if (count := len(tokens_of(outputs))) in (5, 10, 15, 20):
+                await router.update([engines[count // 5].endpoint])
+        assert tokens_of(outputs) == expected and router.replays == 4
+        await router.close()
+
+    with served(random_model, *(f"engine-{i}" for i in range(5))) as engines:
+        within(scene(*engines))
+
+
 def test_closing_the_generator_aborts(random_model: Path) -> None:
     async def scene(engine: Served) -> None:
         router = await routed(engine)
@@ -198,6 +268,49 @@ def test_refusals_have_their_reasons(random_model: Path) -> None:
         await router.close()
 
     with served(random_model, max_queued_tokens=60) as (engine,):
+        within(scene(engine))
+
+
+def test_an_overloaded_engine_serves_those_it_accepts_and_tells_the_others_when_to_come(random_model: Path) -> None:
+    """Eight times what it can do: nobody waits for longer than it says, and whoever leaves, leaves the queue."""
+
+    async def scene(engine: Served) -> None:
+        router = await routed(engine)
+
+        async def ask(index: int) -> tuple[float, Exception | None]:
+            await asyncio.sleep(index * 0.004)
+            began = monotonic()
+            try:
+                await collect(router, f"r{index}", max_tokens=20)
+            except Overloaded as error:
+                return monotonic() - began, error
+            return monotonic() - began, None
+
+        found = await asyncio.gather(*map(ask, range(1500)))
+        served = [seconds for seconds, error in found if error is None]
+        late = [error for _, error in found if error and "a place would come after about" in error.message]
+        assert len(late) > 100 and len(served) > 20
+        assert all(error.retry_after and 1.0 <= error.retry_after < 20 for error in late)
+        assert max(served[len(served) // 2 :]) < 10 * 1.0, "the limit is one second"
+        await router.close()
+
+    with served(random_model, requests=10_000, seconds=1.0) as (engine,):
+        within(scene(engine), seconds=100)
+
+
+def test_the_time_that_a_client_gives_travels_with_its_request(random_model: Path) -> None:
+    async def scene(engine: Served) -> None:
+        router, go = await routed(engine), engine.hold()
+        first = asyncio.create_task(collect(router, "first"))
+        await waiting(engine, 1)
+        engine.service._queue.pace.stepped(10, 2.0)  # 5 tokens/s
+        with pytest.raises(Overloaded, match="more than 3"):
+            _ = [one async for one in router.generate(request("hasty"), monotonic() + 3.0)]
+        go.set()
+        await first
+        await router.close()
+
+    with served(random_model) as (engine,):
         within(scene(engine))
 
 

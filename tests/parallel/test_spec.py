@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer
 
 from stepladder.kernels.rope import RopeScaling
 from stepladder.parallel.families import FAMILIES as MODEL_TYPES
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.special_tokens import named_tokens
 from tests.families import FAMILIES, LLAMA3
 
 
@@ -78,19 +80,21 @@ def test_windows_of_layers(families: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "sentence"),
     [
-        ("mistral", {"attention_bias": True}, "attention_bias is True; for mistral only False"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is .* for mistral only"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be a positive integer"),
         ("qwen2", {"use_sliding_window": False}, "layer_types has 'sliding_attention', but sliding_window is not set"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*it must name"),
-        ("qwen2", {"mlp_bias": True}, "mlp_bias is True; for qwen2 only False"),
         ("qwen2", {"use_mrope": True}, "use_mrope is True; for qwen2 only False"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters has 'full_attention'"),
         ("qwen3", {"rope_scaling": {"rope_type": "proportional"}}, "rope_type is 'proportional'; this version does"),
         ("llama3", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "0 < low_freq_factor < high_freq_factor"),
         ("llama3", {"use_qk_norm": True}, "use_qk_norm is True; for llama only False"),
         ("cohere", {"logit_scale": None}, "logit_scale is None; it must be a positive number"),
-        ("cohere", {"sliding_window": 64}, "sliding_window is 64; for cohere only None"),
+        (
+            "cohere",
+            {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3},
+            "layer_types is .* for cohere only",
+        ),
         ("cohere", {"ladder_layers": 2}, "ladder_layers needs residual: ladder or ladder-parallel, not 'parallel'"),
         ("cohere", {"residual": "standard", "ladder_layers": [1]}, "ladder_layers needs residual"),
         ("cohere", {"model_type": "cohere2"}, "model_type is 'cohere2'; this version serves cohere, llama, mistral"),
@@ -170,6 +174,45 @@ def test_eos_ids_come_from_the_generation_config_where_it_names_them(copy: Path)
     assert ModelSpec.load(copy).eos_ids == (5,)
     write_generation(copy, eos_token_id=6)
     assert ModelSpec.load(copy).eos_ids == (6,)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "eos_ids"),
+    [
+        ({"eos_token": "<|im_end|>"}, {}, (5,)),
+        ({"eos_token": "<|im_end|>"}, {"added_tokens": [{"id": 7, "content": "<|im_end|>"}]}, (5, 7)),
+        ({"eos_token": {"content": "</s>", "lstrip": False}}, {"model": {"vocab": {"</s>": 8}}}, (5, 8)),
+        ({"eos_token": "b", "added_tokens_decoder": {"3": {"content": "a"}, "9": {"content": "b"}}}, {}, (5, 9)),
+        ({"eos_token": "a"}, {"added_tokens": [{"id": 5, "content": "a"}]}, (5,)),
+        ({"eos_token": "a"}, {"added_tokens": [{"id": 10**6, "content": "a"}]}, (5,)),
+        ({"eos_token": None}, {"model": {"vocab": [["a", -1.0]]}}, (5,)),
+        ([], {}, (5,)),
+    ],
+)
+def test_the_end_that_only_the_tokenizer_names_is_one(
+    copy: Path, config: Any, tokenizer: dict[str, Any], eos_ids: tuple[int, ...]
+) -> None:
+    """As chat models have it whose other files name the end of a document; not beyond the vocabulary."""
+    write_generation(copy, eos_token_id=5)
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert ModelSpec.load(copy).eos_ids == eos_ids
+
+
+def test_named_tokens_are_those_of_transformers(copy: Path) -> None:
+    """Also from the file that old directories have."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3}, unk_token="a"))
+    tokenizer.save(str(copy / "tokenizer.json"))
+    for files in (
+        {"tokenizer_config": {"pad_token": "<pad>", "eos_token": {"content": "</s>", "__type": "AddedToken"}}},
+        {"special_tokens_map": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, "tokenizer_config": {}},
+    ):
+        for name, fields in files.items():
+            loadable = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer_config" else {}
+            (copy / f"{name}.json").write_text(json.dumps(fields | loadable))
+        assert named_tokens(copy) == AutoTokenizer.from_pretrained(copy).special_tokens_map
+        for name in files:
+            (copy / f"{name}.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,28 @@ def test_everything_barred_still_gives_a_token() -> None:
         ({"min_tokens": 17}, "min_tokens is 17; it must be at most max_tokens, which is 16"),
         ({"logprobs": 21}, "logprobs is 21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"top_k": 2**64}, "top_k is 18446744073709551616; it must be from 1 to 2147483647"),
+        ({"top_k": 50.0}, "top_k is 50.0; it must be an integer"),
+        ({"max_tokens": True}, "max_tokens is True; it must be an integer"),
+        ({"max_tokens": 2**31}, "max_tokens is 2147483648; it must be at least 1 and at most 2147483647"),
+        ({"min_tokens": 1.5}, "min_tokens is 1.5; it must be an integer"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a number"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40; it must be between 0.001 and 1000"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf; it must be between"),
+        ({"logit_bias": {2**31: 1.0}}, "logit_bias holds a token id above 2147483647"),
+        ({"logit_bias": {1: "x"}}, "logit_bias holds a value that is no number"),
+        ({"stop_token_ids": (2**64,)}, "stop_token_ids holds a token id above 2147483647"),
+        ({"stop_token_ids": (1.0,)}, "stop_token_ids holds a token id that is no integer"),
+        ({"logprobs": 1.0}, "logprobs is 1.0; it must be an integer"),
+        ({"stop": (1,)}, "stop holds something else than strings"),
     ],
 )
 def test_values_out_of_range_are_a_sentence(fields: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         SamplingParams(**fields)  # type: ignore[arg-type]
+
+
+def test_one_string_is_one_stop_string_and_lists_are_taken() -> None:
+    assert SamplingParams(stop="abc") == SamplingParams(stop=["abc"]) == SamplingParams(stop=("abc",))  # type: ignore[arg-type]
+    assert SamplingParams(stop_token_ids=[3]).stop_token_ids == (3,)  # type: ignore[arg-type]

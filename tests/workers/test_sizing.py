@@ -98,8 +98,8 @@ def test_a_number_that_does_not_fit_is_refused(untied: Path, monkeypatch: pytest
     monkeypatch.setattr(sizing, "total", lambda: 3_000_000_000)
     spec, gigabyte = ModelSpec.load(untied), 10**9 // PER_TOKEN + 16
 
-    def asked(tokens: int, ranks_here: int = 1, group_here: int = 1) -> int:
-        kv, here = KvConfig(tokens=tokens), {"ranks_here": ranks_here, "group_here": group_here}
+    def asked(tokens: int, ranks_here: int = 1, own_ranks_here: int = 1) -> int:
+        kv, here = KvConfig(tokens=tokens), {"ranks_here": ranks_here, "own_ranks_here": own_ranks_here}
         check_kv(spec, kv, CPU, **here)
         return kv_size(Recording(untied), EngineConfig(), kv, CPU, **here)
 
@@ -120,7 +120,7 @@ def test_a_rank_that_is_started_again_needs_room_only_for_its_own_group(
     monkeypatch.setattr(sizing, "available", lambda: 1_200_000_000)
     monkeypatch.setattr(sizing, "total", lambda: 3_000_000_000)
     kv = KvConfig(tokens=10**9 // PER_TOKEN)
-    assert kv_size(Recording(untied), EngineConfig(), kv, CPU, ranks_here=2, group_here=1) == kv.whole(kv.tokens)
+    assert kv_size(Recording(untied), EngineConfig(), kv, CPU, ranks_here=2, own_ranks_here=1) == kv.whole(kv.tokens)
 
 
 def test_a_rank_needs_room_for_its_own_heads_only(untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +132,17 @@ def test_a_rank_needs_room_for_its_own_heads_only(untied: Path, monkeypatch: pyt
         check_kv(spec, kv, CPU)
 
 
-def test_llm_refuses_what_does_not_fit_before_it_reads_weights(untied: Path, tmp_path: Path) -> None:
-    """A terabyte of tokens' worth; a directory without weights would be another sentence."""
-    shutil.copyfile(untied / "config.json", tmp_path / "config.json")
-    write_byte_level(tmp_path)
+def test_llm_refuses_what_does_not_fit_before_it_reads_weights(
+    untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    model = shutil.copytree(untied, tmp_path / "model")
+    write_byte_level(model)
+    monkeypatch.setattr("stepladder.workers.assembly.load", load)
     with pytest.raises(ValueError, match=r"kv\.tokens is \d+, whose KV cache needs \d+\.\d GB, .* or null, which"):
-        LLM(str(tmp_path), device="cpu", kv_tokens=10**15 // PER_TOKEN)
+        LLM(str(model), device="cpu", kv_tokens=10**15 // PER_TOKEN)
 
 
 def test_an_allocators_refusal_is_a_sentence() -> None:

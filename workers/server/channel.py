@@ -9,7 +9,16 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from stepladder.workers.core import Output
 from stepladder.workers.engine import EngineStats
-from stepladder.workers.server.messages import Hello, Keys, Refusal, ToEngine, Update, decode_to_engine, encode
+from stepladder.workers.server.messages import (
+    Hello,
+    Keys,
+    Refusal,
+    ToEngine,
+    Unreadable,
+    Update,
+    decode_to_engine,
+    encode,
+)
 
 QUEUE = 10_000  # messages held per gateway before it counts as gone
 
@@ -51,13 +60,13 @@ class Channel:
     def gateways(self) -> list[bytes]:
         return list(self._gateways)
 
-    def receive(self, timeout: float) -> list[tuple[bytes, ToEngine]]:
+    def receive(self, timeout: float) -> list[tuple[bytes, ToEngine | Unreadable]]:
         """Everything that has come, waiting at most `timeout` seconds for the first of it.
 
         A `Hello` means that whatever this gateway asked for before is void: it begins anew, or it skipped a number,
         so that messages were lost. In that case it is forgotten; it will notice the silence and say hello again.
         """
-        messages: list[tuple[bytes, ToEngine]] = []
+        messages: list[tuple[bytes, ToEngine | Unreadable]] = []
         patience = int(timeout * 1000)
         while self._socket.poll(patience):
             gateway, body = self._socket.recv_multipart()
@@ -92,7 +101,7 @@ class Channel:
         self._authenticator.stop()
         self._context.destroy(linger=1000)
 
-    def _accept(self, gateway: bytes, body: bytes) -> ToEngine | None:
+    def _accept(self, gateway: bytes, body: bytes) -> ToEngine | Unreadable | None:
         try:
             message = decode_to_engine(body)
         except msgspec.MsgspecError:

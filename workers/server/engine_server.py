@@ -11,8 +11,9 @@ from stepladder.parallel.clock import Clock
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import Engine
 from stepladder.workers.server.channel import Channel
-from stepladder.workers.server.messages import Abort, Hello, Refusal, Submit
+from stepladder.workers.server.messages import Abort, Hello, Refusal, Submit, Unreadable
 from stepladder.workers.server.orphans import Orphans
+from stepladder.workers.server.queue_limits import Queue, QueueLimits
 
 
 class _Client(NamedTuple):
@@ -29,8 +30,8 @@ class EngineServer:
     ask under the same id.
 
     Args:
-        max_queued_tokens: tokens that may wait for a place; beyond that, requests are refused as "full", unless they
-            are replays, which have been accepted before.
+        limits: of what may wait for a place; beyond that, requests are refused as "full", unless they are replays,
+            which have been accepted before.
         idle_seconds: how often an engine gives a sign of life, to its followers (when idle) and to the gateways.
         orphan_seconds: how long a request runs on whose gateway was lost.
         clock: of this rank.
@@ -40,13 +41,13 @@ class EngineServer:
         self,
         engine: Engine,
         channel: Channel,
-        max_queued_tokens: int = 1 << 20,
+        limits: QueueLimits | None = None,
         idle_seconds: float = 1.0,
         orphan_seconds: float = 60.0,
         clock: Clock | None = None,
     ) -> None:
         self._engine, self._channel, self._clock = engine, channel, clock or Clock()
-        self._max_queued_tokens, self._idle_seconds = max_queued_tokens, idle_seconds
+        self._queue, self._idle_seconds = Queue(limits or QueueLimits()), idle_seconds
         self._clients: dict[str, _Client] = {}  # by the engine's request id
         self._mail: defaultdict[bytes, list[Output]] = defaultdict(list)
         self._refusals: defaultdict[bytes, list[Refusal]] = defaultdict(list)
@@ -63,10 +64,19 @@ class EngineServer:
                 with self._clock.idle:
                     self._take(timeout=self._idle_seconds)
             if self._engine.has_work:
-                self._sort(self._engine.step())
+                self._sort(self._step())
             self._give()
             if not self._engine.has_work:  # at once, so that nobody waits for this engine
                 self._engine.heartbeat()
+
+    def _step(self) -> list[Output]:
+        """One step, which says how fast they go if others wait for a place in it."""
+        began, before, others = monotonic(), self._engine.stats.step_tokens, bool(self._engine.scheduler.waiting)
+        outputs = self._engine.step()
+        self._queue.pace.gave(outputs)
+        if others and self._engine.scheduler.waiting:
+            self._queue.pace.stepped(self._engine.stats.step_tokens - before, monotonic() - began)
+        return outputs
 
     def sign(self) -> None:
         """In the middle of a step that takes long: tell the gateways that this engine is alive."""
@@ -74,7 +84,10 @@ class EngineServer:
             self._channel.send(gateway, [], [], self._engine.stats, self._orphans.names)
 
     def _take(self, timeout: float) -> None:
-        for gateway, message in self._channel.receive(timeout):
+        messages = self._channel.receive(timeout)
+        if messages:
+            self._queue.look(self._engine.scheduler.waiting)
+        for gateway, message in messages:
             match message:
                 case Hello():
                     self._abort(gateway)
@@ -83,18 +96,21 @@ class EngineServer:
                     self._submit(gateway, message)
                 case Abort(id=name):
                     self._abort(gateway, name)
+                case Unreadable(id=name, why=why):
+                    self._refusals[gateway].append(Refusal(name, why, full=False))
 
     def _submit(self, gateway: bytes, message: Submit) -> None:
-        request, queued = message.request, self._engine.queued_tokens
+        request = message.request
         if self._adopt(gateway, request):
             return
-        if not message.is_replay and queued + len(request.prompt) > self._max_queued_tokens:
-            self._refusals[gateway].append(Refusal(request.id, "the queue is full; try again later", full=True))
+        if not message.is_replay and (refusal := self._queue.refusal(request, message.patience)):
+            self._refusals[gateway].append(refusal)
             return
         unique = f"{request.id}.{next(self._numbers)}"
         try:
             self._engine.add(replace(request, id=unique))
             self._clients[unique] = _Client(gateway, request.id)
+            self._queue.accepted(request)
         except ValueError as error:
             self._refusals[gateway].append(Refusal(request.id, str(error), full=False))
 

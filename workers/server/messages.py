@@ -22,10 +22,12 @@ class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
-    """request.id: the client's name for it, `#` and the number of the attempt, from 1."""
+    """request.id: the client's name for it, `#` and the number of the attempt, from 1. patience: seconds after which
+    its client will be gone, None if it has not said."""
 
     number: int
     request: Request
+    patience: float | None = None
 
     @property
     def is_replay(self) -> bool:
@@ -38,12 +40,21 @@ class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
     id: str
 
 
+class Unreadable(NamedTuple):
+    """A `Submit` whose request cannot be read, with its number and the name of the request, which is refused."""
+
+    number: int
+    id: str
+    why: str
+
+
 class Refusal(msgspec.Struct, array_like=True, frozen=True):
-    """A request that this engine does not take. full: its queue is, so that another time may be better."""
+    """A request that this engine does not take. full: its queue is, and after `retry_after` seconds it may not be."""
 
     id: str
     message: str
     full: bool
+    retry_after: float = 1.0
 
 
 class Update(msgspec.Struct, array_like=True, frozen=True):
@@ -64,8 +75,19 @@ class Update(msgspec.Struct, array_like=True, frozen=True):
 ToEngine = Hello | Submit | Abort
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_update = msgspec.msgpack.Decoder(Update).decode
+
+
+def decode_to_engine(body: bytes) -> ToEngine | Unreadable:
+    """Raises msgspec.DecodeError: it is not even a request that could be refused."""
+    try:
+        return _decode_to_engine(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        match msgspec.msgpack.decode(body):
+            case ["submit", int(number), {"id": str(name)}, *_]:
+                return Unreadable(number, name, f"the engine cannot read this request: {error}")
+        raise
 
 
 class Keys(NamedTuple):
