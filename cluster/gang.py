@@ -18,7 +18,7 @@ from stepladder.cluster import placement
 from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
 from stepladder.cluster.config import Deployment, Group
 from stepladder.cluster.error_text import error_text
-from stepladder.cluster.processes import kill_process
+from stepladder.cluster.processes import GRACE_SECONDS, kill_process
 from stepladder.cluster.ray_wait import wait_for
 from stepladder.parallel.shards import Shard
 from stepladder.workers.actors import Place, RankActor, Sign
@@ -137,10 +137,11 @@ class Gang:
 
     def kill(self) -> None:
         """End every process and give the resources back, also of ranks that hang (a stopped process ignores Ray)."""
-        for actor, place in zip(self.ranks, self.places, strict=False):
+        for actor in self.ranks:
             with suppress(RayError):
                 ray.kill(actor)
-            kill_process(place)
+        for place in self.places:
+            kill_process(place, grace_seconds=GRACE_SECONDS)
         placement.remove(self.group)
         self.ranks, self.places, self.asked = [], [], None
 
