@@ -14,10 +14,12 @@ from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import assembly
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
-from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import kv_size
 from stepladder.workers.text.stream import TextStream, Tokenizer
+
+__all__ = ["LLM", "Completion", "SamplingParams", "StructuredOutputs", "TokenLogprob"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -109,7 +111,8 @@ class LLM:
         self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         executor = assembly.load(spec, path, mesh, engine)
-        self.engine = assembly.begin(executor, engine, kv, kv_size(executor, engine, kv, mesh.device))
+        size = kv_size(executor, engine, kv, mesh.device)
+        self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer)
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 
@@ -182,8 +185,10 @@ class LLM:
         """Queue one prompt, given as text and as tokens; `step` puts it in `done` at its end. Returns the request's id.
 
         Raises:
-            ValueError: it is empty or does not fit.
+            ValueError: it is empty or does not fit, or its structured_outputs cannot be used.
         """
+        if params.structured_outputs and self.engine.grammars:
+            self.engine.grammars.check(params.structured_outputs).result()
         request = Request(id=next(self._ids), prompt=tokens, params=params)
         self.engine.add(request)
         self._growing[request.id] = _Growing(key, prompt, params, TextStream.of(self.tokenizer, params), done)

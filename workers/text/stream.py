@@ -71,6 +71,10 @@ class Tokenizer:
         """Whether it can add to a text: special tokens and ids beyond the vocabulary cannot."""
         return token not in self._special and self.fast.id_to_token(token) is not None
 
+    def is_special(self, token: int) -> bool:
+        """Whether texts are shown without it."""
+        return token in self._special
+
     def bytes_of(self, token: int) -> bytes:
         """What one token stands for, special ones written out; it may be part of a character."""
         return self._bytes[token]
