@@ -140,6 +140,8 @@ class GatewayConfig:
             takes any node.
         otlp_traces_endpoint: an OpenTelemetry collector that gets a span per request, over HTTP; None sends none.
         tokenizer_info: serve /tokenizer_info, which shows the chat template.
+        special_tokens_in_content: what spells a special token in a chat message is one; as text, it cannot forge turns.
+            A request may say otherwise for itself.
     """
 
     host: str = "127.0.0.1"
@@ -151,6 +153,7 @@ class GatewayConfig:
     resource: str | None = None
     otlp_traces_endpoint: str | None = None
     tokenizer_info: bool = False
+    special_tokens_in_content: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -12,6 +12,7 @@ from stepladder.kernels.rope import RopeScaling
 from stepladder.parallel.families import DTYPES, FAMILIES, fields_of
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.rope_config import write_scaling
+from stepladder.parallel.special_tokens import end_of_turn
 
 CHOICES = {
     "residual": ("standard", "ladder", "parallel", "ladder-parallel"),
@@ -118,7 +119,8 @@ class ModelSpec:
 
     @classmethod
     def load(cls, directory: str | Path) -> "ModelSpec":
-        """Read `config.json` of a Hugging Face model directory; `generation_config.json` may overrule its EOS ids.
+        """Read `config.json` of a Hugging Face model directory; `generation_config.json` may overrule its EOS ids, and
+        the tokenizer's own is always one of them.
 
         Raises:
             ValueError: the file is missing or not JSON, or a field asks for something this engine does not do.
@@ -139,7 +141,7 @@ class ModelSpec:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
         eos_ids = GenerationDefaults.load(directory).eos_ids
-        return spec if eos_ids is None else replace(spec, eos_ids=eos_ids)
+        return replace(spec, eos_ids=_with_end_of_turn(spec.eos_ids if eos_ids is None else eos_ids, spec, directory))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
@@ -178,6 +180,12 @@ class ModelSpec:
         if ModelSpec.from_config(config) != self:
             raise ValueError(f"this model cannot be written: the configuration of {self.family!r} cannot describe it")
         return config
+
+
+def _with_end_of_turn(eos_ids: tuple[int, ...], spec: ModelSpec, directory: str | Path) -> tuple[int, ...]:
+    token = end_of_turn(directory)
+    is_new = token is not None and token not in eos_ids and token < spec.vocab_size
+    return (*eos_ids, token) if token is not None and is_new else eos_ids
 
 
 def _positive(name: str, value: Any) -> None:

@@ -17,6 +17,8 @@ from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import kv_size
+from stepladder.workers.text.chat import ChatOptions
+from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream, Tokenizer
 
 __all__ = ["LLM", "Completion", "SamplingParams", "StructuredOutputs", "TokenLogprob"]
@@ -136,20 +138,25 @@ class LLM:
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: Params = None,
         progress: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> list[Completion]:
         """The model's next turn in one conversation or in several, batched, by its chat template.
 
         Args:
             conversations: messages {"role": ..., "content": ...}, or lists of such; else as `generate`.
+            tools: what the model may call, as the template tells it: OpenAI's {"type": "function", ...}.
+            options: fields of `ChatOptions`, such as continue_final_message, and add_special_tokens.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
         """
+        special, chosen = options.pop("add_special_tokens", False), ChatOptions(**options)
         several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
-        texts = [self.tokenizer.chat(list(one)) for one in several]  # type: ignore[arg-type]
-        tokens = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        texts = [self.tokenizer.chat(list(one), tools, chosen) for one in several]  # type: ignore[arg-type]
+        tokens = [self.tokenizer.encode(text, add_special_tokens=special) for text in texts]
         completions = self.generate(tokens, params, progress)
-        return [replace(one, prompt=text) for one, text in zip(completions, texts, strict=True)]
+        return [replace(one, prompt=plain(text)) for one, text in zip(completions, texts, strict=True)]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but yields (index of the prompt, completion) as each one ends.
@@ -191,7 +198,9 @@ class LLM:
             self.engine.grammars.check(params.structured_outputs).result()
         request = Request(id=next(self._ids), prompt=tokens, params=params)
         self.engine.add(request)
-        self._growing[request.id] = _Growing(key, prompt, params, TextStream.of(self.tokenizer, params), done)
+        self._growing[request.id] = _Growing(
+            key, plain(prompt), params, TextStream.of(self.tokenizer, params, tokens), done
+        )
         return request.id
 
     @property

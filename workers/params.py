@@ -32,6 +32,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the text, as an end-of-sequence token does.
         include_stop_str_in_output: what ended the text stays in it.
         ignore_eos: go on after an end-of-sequence token.
+        skip_special_tokens: special tokens are no part of the text; False writes them out.
         logprobs: report each drawn token's log-probability, and those of the so many likeliest tokens. They are the
             model's own: log-softmax of the raw logits, before anything above.
         prompt_logprobs: the same for the prompt's tokens, the first excepted.
@@ -54,6 +55,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None

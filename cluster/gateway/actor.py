@@ -53,6 +53,7 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         tokenizer_info=deployment.gateway.tokenizer_info,
         request_seconds=deployment.gateway.request_seconds,
         max_body_bytes=deployment.gateway.max_body_bytes,
+        special_tokens_in_content=deployment.gateway.special_tokens_in_content,
         defaults=replace(SamplingParams(), **recommended.sampling),
         chat_max_tokens=recommended.max_tokens,
     )

@@ -19,7 +19,7 @@ from stepladder.cluster.gateway.logprob_json import (
 from stepladder.cluster.gateway.metrics import SequenceMeter
 from stepladder.cluster.gateway.protocol import Generating
 from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.stream import TextStream
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Choice:
 
     Attributes:
         echo: the prompt's text, if the answer begins with it.
+        echo_offsets: where in it each token of the prompt begins; found by decoding if left out.
         scoring_only: the prompt is all that is wanted; the engine's one token is dropped.
         num_tokens: generated, including those of a stop string or end of sequence.
         started: its first chunk has been made.
@@ -41,6 +42,7 @@ class Choice:
     request: Request
     text: TextStream
     echo: str = ""
+    echo_offsets: Sequence[int] = ()
     scoring_only: bool = False
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -81,9 +83,18 @@ class Choice:
         self.prompt_logprobs, self.start = output.prompt_logprobs, output.start
         if self.echo and output.prompt_logprobs is not None and output.logprobs is not None:
             logprobs = [None, *output.prompt_logprobs]
-            where = offsets(self.text.tokenizer, self.request.prompt, len(self.echo))
+            where = self.echo_offsets or self._offsets()
             self.scored.extend(map(ScoredToken, self.request.prompt, where, logprobs))
         return self.echo
+
+    def _offsets(self) -> list[int]:
+        """Where the text of each token of the prompt begins; that of a special token that is left out is empty."""
+        special = not self.request.params.skip_special_tokens
+        text, found = TextStream(self.text.tokenizer, special=special), []
+        for token in self.request.prompt:
+            found.append(min(len(text), len(self.echo)))
+            text.push([token])
+        return found
 
 
 class Piece(NamedTuple):
@@ -96,15 +107,6 @@ class Piece(NamedTuple):
     text: str
     scored: list[ScoredToken]
     finish_reason: FinishReason | None
-
-
-def offsets(tokenizer: Tokenizer, tokens: Sequence[int], limit: int) -> list[int]:
-    """Where the text of each token begins, in characters; that of a special token is empty."""
-    text, found = TextStream(tokenizer), []
-    for token in tokens:
-        found.append(min(len(text), limit))
-        text.push([token])
-    return found
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,22 @@ from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
 from stepladder.cluster.gateway.logprob_json import encode_json, is_broken
 from stepladder.cluster.gateway.merge import merge
 from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
-from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Conversing,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
 from stepladder.cluster.gateway.reading import body_bytes, read
 from stepladder.cluster.gateway.router import Router
 from stepladder.cluster.gateway.strict_json import Body, Bounds
 from stepladder.cluster.gateway.work_pool import WorkPool
 from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.limits import listed_tokens
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.control_tokens import plain
+from stepladder.workers.text.stream import TextStream, Tokenizer, settled
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +63,7 @@ class ServiceConfig:
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
             The only place for such defaults, as of a generation_config.json.
+        special_tokens_in_content: what spells a special token in a chat message is one, where a request does not say.
         chat_max_tokens: as many tokens may follow a chat that leaves max_tokens out, if the context has room for them;
             None fills the context.
     """
@@ -70,6 +79,7 @@ class ServiceConfig:
     request_seconds: float | None = None
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
+    special_tokens_in_content: bool = False
     defaults: SamplingParams = field(default_factory=SamplingParams)
     chat_max_tokens: int | None = None
 
@@ -90,6 +100,7 @@ class OpenAIService:
         self.config, self.metrics, self.in_flight = config, Metrics(config.model_name), InFlight()
         self.metrics.in_flight.set_function(lambda: len(self.in_flight))
         self._router, self.tokenizer = router, tokenizer
+        tokenizer.prepare()
         self._pool, self._broken = WorkPool(), False
 
     @property
@@ -126,7 +137,7 @@ class OpenAIService:
     async def chat(self, body: ChatRequest, http: InFlightRequest) -> Choices:
         """Raises BadRequest or NotFound, as `completion` does."""
         self._begin(body, http)
-        prompt = await self._encode_chat(body.messages, fits="messages")
+        prompt = await self._encode_chat(body.messages, body, fits="messages")
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
         limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
@@ -139,20 +150,36 @@ class OpenAIService:
             raise BadRequest(
                 f"prompts times n is more than {self.config.max_choices}; send several requests", param="n"
             )
-        prompts = [await self._encode(p, True, "prompt") if isinstance(p, str) else p for p in body.prompts]
+        special = body.add_special_tokens
+        prompts = [await self._encode(p, special, "prompt") if isinstance(p, str) else p for p in body.prompts]
         asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
         limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
         answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits)
         if body.echo:
-            echoes = [p if isinstance(p, str) else await self._pool.run(self.tokenizer.decode, p) for p in body.prompts]
-            for choice in answer.choices:
-                choice.echo, choice.scoring_only = echoes[choice.index // body.n], body.max_tokens == 0
+            await self._echo(answer.choices, body)
         return answer
 
     def _begin(self, body: ChatRequest | CompletionRequest, http: InFlightRequest) -> None:
         self.check_model(body.model)
         if seconds := min((s for s in (body.timeout, self.config.request_seconds) if s), default=None):
             http.must_end(seconds)
+
+    async def _echo(self, choices: list[Choice], body: CompletionRequest) -> None:
+        """Have them begin with their prompts."""
+        skip = body.skip_special_tokens
+        for first in range(0, len(choices), body.n):
+            prompt, offsets = body.prompts[first // body.n], list[int]()
+            if isinstance(prompt, str):
+                text = prompt
+                if body.logprobs is not None:
+                    offsets = await self._pool.run(self.tokenizer.offsets, text, body.add_special_tokens)
+            elif body.max_tokens == 0:
+                text = await self._pool.run(self.tokenizer.decode, prompt, skip)
+            else:
+                text = await self._pool.run(settled, self.tokenizer, prompt, not skip)
+            for choice in choices[first : first + body.n]:
+                choice.echo, choice.echo_offsets = text, offsets
+                choice.scoring_only = body.max_tokens == 0
 
     async def run(self, answer: Choices) -> bytes:
         """The whole answer, as JSON."""
@@ -173,7 +200,7 @@ class OpenAIService:
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self.check_model(body.model)
         if body.messages is not None:
-            tokens = await self._encode_chat(body.messages, special=bool(body.add_special_tokens))
+            tokens = await self._encode_chat(body.messages, body)
         else:
             assert body.prompt is not None
             tokens = await self._encode(body.prompt, special=body.add_special_tokens is not False)
@@ -193,21 +220,23 @@ class OpenAIService:
 
     async def _encode(self, text: str, special: bool, fits: str | None = None) -> list[int]:
         """With `fits`, the name of a parameter, what cannot fit into the context is refused before it is tokenized."""
-        at_least, context = len(text) // self.tokenizer.longest, self.max_model_len
+        at_least, context = len(plain(text)) // self.tokenizer.longest, self.max_model_len
         if fits and at_least > context:
             sentence = f"this model's context is {context} tokens, but the prompt has more than {at_least}; shorten it"
             raise BadRequest(sentence, param=fits, code="context_length_exceeded")
         return await self._work(partial(self.tokenizer.encode, text, special), len(text) // INLINE_SHARE)
 
-    async def _encode_chat(self, messages: list[Any], special: bool = False, fits: str | None = None) -> list[int]:
+    async def _encode_chat(self, messages: list[Message], body: Conversing, fits: str | None = None) -> list[int]:
         """Chat templates write special tokens themselves."""
+        options = body.chat_options(self.config.special_tokens_in_content)
         try:
             text = await self._work(
-                lambda: self.tokenizer.chat([message.for_template() for message in messages]), len(messages)
+                lambda: self.tokenizer.chat([message.for_template() for message in messages], options=options),
+                len(messages) + sum(message.length for message in messages) // INLINE_SHARE,
             )
+            return await self._encode(text, bool(body.add_special_tokens), fits)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
-        return await self._encode(text, special, fits)
 
     async def _work(self, work: Callable[[], T], size: int) -> T:
         """Here if it is small, else in a thread, so that nobody waits for it."""
@@ -227,7 +256,7 @@ class OpenAIService:
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth), len(choices)
                 request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params)
-                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params)))
+                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, prompt)))
         self._check_reported([choice.request for choice in choices])
         return Choices(http.id, http.arrived, http.until, body, format, choices, sum(map(len, prompts)))
 

@@ -13,6 +13,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
@@ -29,22 +30,19 @@ from stepladder.cluster.gateway.strict_json import (
     unicode,
 )
 from stepladder.workers.params import MAX_LOGPROBS
+from stepladder.workers.text.chat import ChatOptions
 
 MAX_N = 128
 
 _SAMPLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "priority": (0,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "user": (ANYTHING,),
 }
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **_SAMPLING_NEUTRAL,
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
     "audio": (),
-    "continue_final_message": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -68,7 +66,6 @@ _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **_SAMPLING_NEUTRAL,
-    "add_special_tokens": (True,),
     "suffix": ("",),
 }
 
@@ -117,6 +114,21 @@ class TextPart(Body):
     text: Text
 
 
+class CalledFunction(Body):
+    """arguments: JSON, as a model writes them, or the object itself."""
+
+    name: Text
+    arguments: Text | dict[str, Any] = ""
+
+
+class ToolCall(Body):
+    NEUTRAL: ClassVar[Neutral] = {"index": (ANYTHING,)}  # of a stream's deltas
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One message of a conversation. An assistant message may be one of our own answers, with its null fields."""
 
@@ -125,21 +137,81 @@ class Message(Body):
         "audio": (),
         "function_call": (),
         "refusal": (),
-        "tool_calls": ([],),
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    name: Text | None = None
+    tool_calls: Annotated[
+        list[ToolCall] | None, Field(fail_fast=True), bounded("tool_calls", lambda bounds: bounds.tokens)
+    ] = None
+    tool_call_id: Text | None = None
     content: Annotated[
-        Text | Annotated[list[TextPart], Field(fail_fast=True)],
+        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
         bounded("content", lambda bounds: bounds.tokens),
         _one_error('content must be a string or a list of {"type": "text", "text": ...}; nothing else is supported'),
-    ]
-    name: Text | None = None
+        Field(validate_default=True),
+    ] = None
 
-    def for_template(self) -> dict[str, str]:
+    @field_validator("tool_calls", "tool_call_id")
+    @classmethod
+    def _has_its_role(cls, value: Any, info: ValidationInfo) -> Any:
+        role = {"tool_calls": "assistant", "tool_call_id": "tool"}[info.field_name or ""]
+        if value and info.data.get("role", role) != role:
+            raise ValueError(f"only a message with the role {role} can have {info.field_name}")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise ValueError("a message needs content, unless it is the assistant's and has tool_calls")
+        return value
+
+    @property
+    def length(self) -> int:
+        """Characters of its content."""
+        parts = self.content or ""
+        return len(parts) if isinstance(parts, str) else sum(len(part.text) for part in parts)
+
+    def for_template(self) -> dict[str, Any]:
         """What chat templates read."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+        return self.model_dump(exclude_none=True, exclude=None if self.tool_calls else {"tool_calls"})
+
+
+class Conversing(Body):
+    """How a conversation becomes a prompt: vLLM's fields, and whether what spells a special token in a message is one.
+
+    add_special_tokens: the prompt gets those that the tokenizer puts around a text; templates write them themselves.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    special_tokens_in_content: bool | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_fields_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(ChatOptions(template_kwargs=value).template_kwargs)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Conversing":
+        try:
+            self.chat_options(False)
+        except ValueError as error:
+            raise refusal("continue_final_message", str(error)) from None
+        return self
+
+    def chat_options(self, special_tokens_in_content: bool) -> ChatOptions:
+        """Args: special_tokens_in_content: what holds where the request does not say."""
+        own = self.special_tokens_in_content
+        return ChatOptions(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+            special_tokens_in_content=special_tokens_in_content if own is None else own,
+        )
 
 
 Messages = Annotated[
@@ -147,7 +219,7 @@ Messages = Annotated[
 ]
 
 
-class ChatRequest(Generating):
+class ChatRequest(Conversing, Generating):
     NEUTRAL = _CHAT_NEUTRAL
 
     messages: Messages
@@ -204,12 +276,14 @@ _PROMPT_KINDS = "prompt must be a string, a list of strings, a list of token ids
 
 
 class CompletionRequest(Generating):
-    """echo: the text begins with the prompt. With it, max_tokens may be 0: the prompt is only scored."""
+    """echo: the text begins with the prompt. With it, max_tokens may be 0: the prompt is only scored.
+    add_special_tokens: a prompt of text gets those that the tokenizer puts around a text."""
 
     NEUTRAL = _COMPLETION_NEUTRAL
 
     max_tokens: int | None = Field(None, ge=0)
     echo: bool = False
+    add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
 
@@ -232,19 +306,16 @@ class CompletionRequest(Generating):
         return [self.prompt] if one else self.prompt  # type: ignore[return-value,list-item]
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Conversing):
     """vLLM's: a prompt or a conversation."""
 
     NEUTRAL: ClassVar[Neutral] = {
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "return_token_strs": (False,),
     }
 
     model: str | None = None
     prompt: Text | None = None
     messages: Messages | None = None
-    add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TokenizeRequest":

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_valid
 from stepladder.cluster.gateway.strict_json import Body, Text, at_most
 from stepladder.workers.params import MAX_COUNT, MAX_LISTED_TOKENS, SamplingParams
 
-MAX_STOP_STRINGS, MAX_STOP_LENGTH = 4, 256  # a growing text is compared with every beginning of every stop string
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 256
+MAX_STOP_CHARACTERS = 4096  # of all together: a growing text is compared with every beginning of every stop string
 
 
 def _stop_strings(value: Any) -> tuple[Any, ...]:
@@ -18,6 +19,8 @@ def _stop_strings(value: Any) -> tuple[Any, ...]:
     strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_STOP_STRINGS or any(len(s) > MAX_STOP_LENGTH for s in strings if isinstance(s, str)):
         raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters")
+    if sum(len(s) for s in strings if isinstance(s, str)) > MAX_STOP_CHARACTERS:
+        raise ValueError(f"stop takes at most {MAX_STOP_CHARACTERS} characters in all its strings together")
     return strings
 
 
@@ -52,6 +55,7 @@ class Sampling(Body):
     include_stop_str_in_output: bool = SamplingParams.include_stop_str_in_output
     min_tokens: int = SamplingParams.min_tokens
     ignore_eos: bool = SamplingParams.ignore_eos
+    skip_special_tokens: bool = SamplingParams.skip_special_tokens
     prompt_logprobs: int | None = None
 
     @field_validator("*")

@@ -20,6 +20,7 @@ from stepladder.launch.recipes.corpus import Document
 from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.text.stream import read_tokenizer
 from stepladder.workers.training.evaluate import bits_per_byte
 from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Trainer
@@ -128,7 +129,7 @@ class Words:
             raise ValueError(f"{path} does not exist; the model directory must have a tokenizer.json")
         if not eos_ids:
             raise ValueError(f"{directory / 'config.json'} has no eos_token_id, which must end every document; add it")
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = read_tokenizer(path)
         ids, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
         return cls(tokenizer, tuple(ids[: ids.index(plain[0])]), eos_ids[0])
 

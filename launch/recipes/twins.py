@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from stepladder.launch.json_files import kept, write_json
@@ -23,6 +22,7 @@ from stepladder.launch.where import BUNDLED
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import CHOICES, ModelSpec
+from stepladder.workers.text.stream import read_tokenizer
 from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Ranks, Trainer, text_hash, training_ranks
 
@@ -74,7 +74,7 @@ def _text(recipe: TwinsRecipe) -> Text:
     path = Path(recipe.tokenizer or BUNDLED) / "tokenizer.json"
     if not path.exists():
         raise ValueError(f"{path} does not exist; tokenizer must be a model directory with a tokenizer.json")
-    tokenizer, corpus = Tokenizer.from_file(str(path)), standard_library()
+    tokenizer, corpus = read_tokenizer(path), standard_library()
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise ValueError(f"{path} has no token {END_OF_TEXT}, which must end every document; use a tokenizer that has")
     if tokenizer.get_vocab_size() != recipe.model.vocab_size:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer
 
 from stepladder.kernels.rope import RopeScaling
 from stepladder.parallel.families import FAMILIES as MODEL_TYPES
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.special_tokens import named_tokens
 from tests.families import FAMILIES, LLAMA3
 
 
@@ -170,6 +172,45 @@ def test_eos_ids_come_from_the_generation_config_where_it_names_them(copy: Path)
     assert ModelSpec.load(copy).eos_ids == (5,)
     write_generation(copy, eos_token_id=6)
     assert ModelSpec.load(copy).eos_ids == (6,)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "eos_ids"),
+    [
+        ({"eos_token": "<|im_end|>"}, {}, (5,)),
+        ({"eos_token": "<|im_end|>"}, {"added_tokens": [{"id": 7, "content": "<|im_end|>"}]}, (5, 7)),
+        ({"eos_token": {"content": "</s>", "lstrip": False}}, {"model": {"vocab": {"</s>": 8}}}, (5, 8)),
+        ({"eos_token": "b", "added_tokens_decoder": {"3": {"content": "a"}, "9": {"content": "b"}}}, {}, (5, 9)),
+        ({"eos_token": "a"}, {"added_tokens": [{"id": 5, "content": "a"}]}, (5,)),
+        ({"eos_token": "a"}, {"added_tokens": [{"id": 10**6, "content": "a"}]}, (5,)),
+        ({"eos_token": None}, {"model": {"vocab": [["a", -1.0]]}}, (5,)),
+        ([], {}, (5,)),
+    ],
+)
+def test_the_end_that_only_the_tokenizer_names_is_one(
+    copy: Path, config: Any, tokenizer: dict[str, Any], eos_ids: tuple[int, ...]
+) -> None:
+    """As chat models have it whose other files name the end of a document; not beyond the vocabulary."""
+    write_generation(copy, eos_token_id=5)
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert ModelSpec.load(copy).eos_ids == eos_ids
+
+
+def test_named_tokens_are_those_of_transformers(copy: Path) -> None:
+    """Also from the file that old directories have."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3}, unk_token="a"))
+    tokenizer.save(str(copy / "tokenizer.json"))
+    for files in (
+        {"tokenizer_config": {"pad_token": "<pad>", "eos_token": {"content": "</s>", "__type": "AddedToken"}}},
+        {"special_tokens_map": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, "tokenizer_config": {}},
+    ):
+        for name, fields in files.items():
+            loadable = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer_config" else {}
+            (copy / f"{name}.json").write_text(json.dumps(fields | loadable))
+        assert named_tokens(copy) == AutoTokenizer.from_pretrained(copy).special_tokens_map
+        for name in files:
+            (copy / f"{name}.json").unlink()
 
 
 @pytest.mark.parametrize(

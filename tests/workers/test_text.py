@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.stream import TextStream, Tokenizer, settled
 from stepladder.workers.text.templates import compile_template
 from tests.tokenizers_of import write_byte_fallback, write_byte_level
 
@@ -65,6 +67,92 @@ def test_any_tokens_come_out_as_decoded_at_once(byte_level: Tokenizer, tokens: l
 def test_byte_fallback_text_comes_out_whole(byte_fallback: Tokenizer, text: str, sizes: list[int]) -> None:
     tokens = byte_fallback.encode(text)
     assert push_all(TextStream(byte_fallback), tokens, sizes) == byte_fallback.decode(tokens)
+
+
+@given(tokens=st.lists(st.integers(0, 319), max_size=40), at=st.integers(0, 40), special=st.booleans())
+def test_a_text_goes_on_where_its_prompt_ended(
+    byte_level: Tokenizer, tokens: list[int], at: int, special: bool
+) -> None:
+    """Also within a character."""
+    stream = TextStream(byte_level, before=tokens[:at], special=special)
+    whole = byte_level.fast.decode(tokens, skip_special_tokens=not special)
+    assert settled(byte_level, tokens[:at], special) + push_all(stream, tokens[at:], []) == whole
+
+
+@given(text=TEXT, before=TEXT)
+def test_a_text_keeps_the_space_before_its_first_word(byte_fallback: Tokenizer, text: str, before: str) -> None:
+    """With a tokenizer that decodes no space at the beginning of a text."""
+    tokens, prompt = byte_fallback.encode(text), byte_fallback.encode(before)
+    stream = TextStream(byte_fallback, before=prompt)
+    whole = byte_fallback.decode([*prompt, *tokens])
+    assert settled(byte_fallback, prompt) + push_all(stream, tokens, []) == whole
+
+
+def test_a_text_behind_special_tokens_keeps_its_space(byte_fallback: Tokenizer) -> None:
+    word, end = byte_fallback.encode("STOP"), byte_fallback.fast.token_to_id("</s>")
+    after = {(): "STOP", (end,) * 20: "STOP", (*word, *[end] * 20): " STOP", (word[0],) * 1000: " STOP"}
+    for before, text in after.items():
+        assert push_all(TextStream(byte_fallback, before=before), word, []) == text
+    shown = TextStream(byte_fallback, ("STOP",), before=word)
+    assert shown.push([*word]) == " " and shown.stopped
+
+
+def test_the_space_is_what_transformers_decodes(byte_fallback: Tokenizer, tmp_path: Path) -> None:
+    oracle = PreTrainedTokenizerFast(tokenizer_object=byte_fallback.fast)
+    prompt, tokens = oracle.encode("to a"), oracle.encode("STOP a")
+    text = oracle.decode([*prompt, *tokens]).removeprefix(oracle.decode(prompt))
+    assert push_all(TextStream(byte_fallback, before=prompt), tokens, []) == text == " STOP a"
+
+
+@pytest.mark.parametrize("which", ["byte_level", "byte_fallback"])
+def test_special_tokens_can_be_written_out(request: pytest.FixtureRequest, which: str) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    special = {"byte_level": "<|end|>", "byte_fallback": "</s>"}[which]
+    tokens = [*tokenizer.encode("to a"), tokenizer.fast.token_to_id(special), *tokenizer.encode("STOP")]
+    stream = TextStream(tokenizer, before=tokens[:1], special=True)
+    assert settled(tokenizer, tokens[:1]) + push_all(stream, tokens[1:], []) == tokenizer.decode(
+        tokens, skip_special=False
+    )
+    stopped = TextStream(tokenizer, (special[1:],), special=True)
+    assert stopped.push(tokens) == "to a" + special[0] and stopped.stopped
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
+    path = write_byte_level(tmp_path)
+    file = FastTokenizer.from_file(str(path / "tokenizer.json"))
+    file.enable_truncation(10)
+    file.enable_padding(length=100)
+    file.save(str(path / "tokenizer.json"))
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    for text in ("a", "word " * 1000):
+        tokens = Tokenizer(path).encode(text)
+        assert tokens == oracle(text).input_ids and Tokenizer(path).decode(tokens) == text
+
+
+@given(text=TEXT | st.sampled_from(["<|user|>\nhi", "<|end|><|user|>é日<|end|>", "  a  STOP"]))
+def test_offsets_are_where_tokens_begin(byte_level: Tokenizer, text: str) -> None:
+    """As found by decoding: a token within a character has that character's."""
+    tokens = byte_level.encode(text)
+    wanted = [len(settled(byte_level, tokens[:at], special=True)) for at in range(len(tokens))]
+    assert byte_level.offsets(text) == wanted
+
+
+def test_offsets_in_words_with_spaces(tmp_path: Path) -> None:
+    """The space before a word is the word's, also where the tokenizer says otherwise; what it adds has no width."""
+    tokenizer = Tokenizer(write_byte_level(tmp_path))
+    assert tokenizer.offsets("<|user|>\nhi") == [0, 8, 9, 10]
+    fast = tokenizer.fast
+    fast.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing("<|end|> $A <|end|>", None, [("<|end|>", fast.token_to_id("<|end|>"))]),
+        ]
+    )
+    text = "The quick brown"
+    tokens = tokenizer.encode(text)
+    starts = [0, *(len(fast.decode(tokens[1:at])) for at in range(1, len(tokens)))]
+    assert tokenizer.offsets(text) == starts
+    assert tokenizer.offsets(text, add_special_tokens=False) == starts[1:-1]
 
 
 @given(text=TEXT, stop=STOPS, sizes=SIZES, which=st.sampled_from(("byte_level", "byte_fallback")))

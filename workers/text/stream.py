@@ -2,39 +2,71 @@
 
 import codecs
 import json
-from functools import cached_property
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from stepladder.parallel.special_tokens import named_tokens
 from stepladder.workers.core import Output, SamplingParams
-from stepladder.workers.text.templates import compile_template
+from stepladder.workers.text.chat import DEFAULTS, ChatOptions, ChatTemplate, Message
+from stepladder.workers.text.control_tokens import (
+    MARK,
+    ControlTokens,
+    MarkedText,
+    marked_text,
+    reader_of_marks,
+)
+from stepladder.workers.text.templates import compile_template, literals
 from stepladder.workers.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
     """`tokenizer.json` and the chat template of a Hugging Face directory. Knows text, nothing of engines.
 
+    Attributes:
+        fast: it cuts and pads nothing, whatever the file says: what fits is judged by who knows the context.
+
     Raises:
         ValueError: the directory has no readable tokenizer.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        path = Path(directory) / "tokenizer.json"
-        try:
-            self.fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} cannot be read: {error}") from None
+        self.fast = read_tokenizer(Path(directory) / "tokenizer.json")
         self._config = _read_json(Path(directory) / "tokenizer_config.json")
         self._chat_template = _chat_template(Path(directory), self._config)
-        added = self.fast.get_added_tokens_decoder()
-        self._special = {token for token, entry in added.items() if entry.special}
+        self._named = named_tokens(directory)
+        self._added = self.fast.get_added_tokens_decoder()
+        self._special = {token for token, entry in self._added.items() if entry.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """In a batch of one: only then does the library let other threads run meanwhile."""
-        (found,) = self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return found.ids
+        """In a batch of one: only then does the library let other threads run meanwhile.
+
+        Raises:
+            ValueError: a marked text spells a token that this tokenizer cannot write as text.
+        """
+        if not isinstance(text, MarkedText):
+            (found,) = self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return found.ids
+        (encoding,) = self._reader.encode_batch([text], add_special_tokens=add_special_tokens)
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self._added and MARK in text[start:stop]:
+                spelled = self._added[token].content
+                if spelled in self._control_tokens:
+                    raise ValueError(f"a message holds {spelled!r}, which this tokenizer cannot write as text")
+        return encoding.ids
+
+    def prepare(self) -> None:
+        """Do what would keep the first request waiting: list the vocabulary, and find out what the template takes."""
+        _ = self.longest, self._bytes, self._reader
+        for role in ("system", "user", "assistant", "tool") if self._chat_template else ():
+            with suppress(ValueError):  # whoever sends such a message is told
+                self.chat([{"role": role, "content": "x"}])
 
     def decode(self, tokens: list[int], skip_special: bool = True) -> str:
         return self.fast.decode(tokens, skip_special_tokens=skip_special)
@@ -44,21 +76,58 @@ class Tokenizer:
         """Characters of the longest token: a text has at least a token for every so many of its own."""
         return max(map(len, self.fast.get_vocab()), default=1)
 
-    def chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of a conversation, rendered in a sandbox with the model's own chat template.
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where in `text` each token of `encode(text)` begins, in characters; several may share a character."""
+        (encoding,) = self.fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        end, found = 0, list[int]()
+        for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            found.append(end if added else min(start, end))  # some tokenizers leave the space before a word out
+            end = end if added else max(end, stop)
+        return found
+
+    def chat(self, messages: Sequence[Message], tools: list[Any] | None = None, options: ChatOptions = DEFAULTS) -> str:
+        """The prompt of a conversation for `encode`, rendered in a sandbox with the model's own chat template.
+
+        Args:
+            messages: as OpenAI has them. Where the template takes no lists of parts, their texts are joined; where it
+                takes no strings, they become parts. Arguments of tool calls may be objects or JSON.
+            tools: what the template is to tell the model of.
+
+        Returns:
+            The text; a MarkedText if a message spells a special token, or another one that the template writes.
 
         Raises:
             ValueError: the model has no chat template, or the template refuses these messages.
         """
         if not self._chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
-        special = {key: _texts(self._config.get(key)) or "" for key in ("bos_token", "eos_token")}
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
-            )
+            given = self._template.fitted(messages), tools, options
+            marked = given if options.special_tokens_in_content else self._marked(*given)
+            text = self._template.render(*marked)
         except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
+            raise ValueError(f"the chat template refuses these messages: {error}".replace(MARK, "")) from None
+        return text if marked == given else marked_text(text)
+
+    def _marked(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, options: ChatOptions
+    ) -> tuple[list[dict[str, Any]], list[Any] | None, ChatOptions]:
+        """What a client has written, with marks where it spells control tokens."""
+        marked = [
+            {
+                name: value if name == "role" else self._control(message.get("role")).mark_all(value)
+                for name, value in message.items()
+            }
+            for message in messages
+        ]
+        others = self._control("user")
+        further = others.mark_all({**options.template_kwargs})
+        return marked, others.mark_all(tools), replace(options, template_kwargs=further)
+
+    def _control(self, role: Any) -> ControlTokens:
+        """The tokens that no message of a role can write: the special ones, and those of the template. Answers of the
+        model may hold the latter, such as <think>, and are sent back."""
+        return self._special_tokens if role == "assistant" else self._control_tokens
 
     def info(self) -> dict[str, Any]:
         """`tokenizer_config.json` with the chat template in use, as vLLM's /tokenizer_info shows it: special tokens as
@@ -69,7 +138,11 @@ class Tokenizer:
 
     def shows(self, token: int) -> bool:
         """Whether it can add to a text: special tokens and ids beyond the vocabulary cannot."""
-        return token not in self._special and self.fast.id_to_token(token) is not None
+        return token not in self._special and self.knows(token)
+
+    def knows(self, token: int) -> bool:
+        """Whether the vocabulary holds it."""
+        return self.fast.id_to_token(token) is not None
 
     def is_special(self, token: int) -> bool:
         """Whether texts are shown without it."""
@@ -80,8 +153,22 @@ class Tokenizer:
         return self._bytes[token]
 
     @cached_property
-    def _template(self) -> Any:
-        return compile_template(self._chat_template or "")
+    def _template(self) -> ChatTemplate:
+        empty = {"bos_token": "", "eos_token": ""}  # templates add them to texts without asking whether there are any
+        return ChatTemplate(compile_template(self._chat_template or ""), empty | self._named)
+
+    @cached_property
+    def _special_tokens(self) -> ControlTokens:
+        return ControlTokens(entry.content for entry in self._added.values() if entry.special)
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        written = "\0".join(literals(self._chat_template or ""))
+        return ControlTokens(e.content for e in self._added.values() if e.special or e.content in written)
+
+    @cached_property
+    def _reader(self) -> FastTokenizer:
+        return reader_of_marks(self.fast, self._control_tokens)
 
     @cached_property
     def _bytes(self) -> TokenBytes:
@@ -98,14 +185,23 @@ class TextStream:
         stop: strings that end the text.
         min_tokens: in the text of so many first tokens no stop string is looked for.
         include_stop: the stop string stays in the text.
+        before: the tokens that the sequence follows, not part of the text; without them, a first word would lose the
+            space before it with many a tokenizer.
+        special: special tokens are written out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        before: Sequence[int] = (),
+        special: bool = False,
     ) -> None:
         self.tokenizer, self._stop, self._include_stop = tokenizer, stop, include_stop
         self._unsearched = min_tokens  # tokens
-        self._window = TokenWindow(tokenizer)
+        self._window = TokenWindow(tokenizer, before, special)
         self._shown: list[str] = []
         self._num_shown = 0
         self._tail = ""  # not shown yet; only here a stop string can be
@@ -113,8 +209,10 @@ class TextStream:
         self.stopped = False
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, params: SamplingParams) -> "TextStream":
-        return cls(tokenizer, params.stop, params.min_tokens, params.include_stop_str_in_output)
+    def of(cls, tokenizer: Tokenizer, params: SamplingParams, before: Sequence[int]) -> "TextStream":
+        """The text that follows a prompt of the tokens `before`."""
+        searched = params.stop, params.min_tokens, params.include_stop_str_in_output
+        return cls(tokenizer, *searched, before, not params.skip_special_tokens)
 
     def visible(self, output: Output) -> int:
         """How many of an output's tokens belong to the text: a token that ended it does so only with include_stop."""
@@ -168,19 +266,36 @@ class TextStream:
 
 class TokenWindow:
     """Decodes a growing sequence in pieces: a window over its newest tokens, wide enough for merges and spaces to come
-    out as in the whole text, and never wider than WIDEST, so that any text costs time linear in its length."""
+    out as in the whole text, and never wider than WIDEST, so that any text costs time linear in its length.
+
+    Args:
+        before: the tokens that the sequence follows; the window begins with the newest of them.
+        special: special tokens are written out.
+    """
 
     WIDEST, KEPT = 24, 12
+    LOOK_BACK = 256  # tokens of `before` among which there may be special ones
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._shows = tokenizer.knows if special else tokenizer.shows
+        self.decode = partial(tokenizer.decode, skip_special=False) if special else tokenizer.decode
         self._tokens: list[int] = []
         self._read = 0  # tokens that had been read when the window last moved
         self._given = 0  # characters of the window's text that have been returned
+        if before:
+            self._begin_behind(before)
+
+    def _begin_behind(self, before: Sequence[int]) -> None:
+        newest = islice(filter(self._shows, reversed(before[-self.LOOK_BACK :])), self.KEPT)
+        self._tokens = [*newest][::-1]
+        while self._tokens and _is_inside_character(self._tokenizer.bytes_of(self._tokens[0])):
+            del self._tokens[0]
+        self._move(0)
 
     def push(self, token: int) -> str:
         """The text that is certain because of one more token."""
-        if not self._tokenizer.shows(token):
+        if not self._shows(token):
             return ""
         self._tokens.append(token)
         text, whole = self._certain()
@@ -193,11 +308,11 @@ class TokenWindow:
 
     def flush(self) -> str:
         """The text that was held back."""
-        return self._tokenizer.decode(self._tokens)[self._given :]
+        return self.decode(self._tokens)[self._given :]
 
     def _certain(self) -> tuple[str, bool]:
         """The window's text without the beginning of a character at its end, and whether that is all of it."""
-        text = self._tokenizer.decode(self._tokens)
+        text = self.decode(self._tokens)
         if not text.endswith("\ufffd"):
             return text, True
         pieces = [self._tokenizer.bytes_of(token) for token in self._tokens[-3:]]  # an unfinished one has 3 bytes
@@ -208,7 +323,7 @@ class TokenWindow:
         for held in range(1, 4):
             size = sum(map(len, pieces[-held:]))
             if size == unfinished:  # with a byte fallback, it would break the characters before it, too
-                return self._tokenizer.decode(self._tokens[:-held]), False
+                return self.decode(self._tokens[:-held]), False
             if size > unfinished:
                 break
         return text[:-1], False  # it begins within a token, where only byte-level decoding writes it, as one \ufffd
@@ -217,6 +332,33 @@ class TokenWindow:
         self._tokens = self._tokens[start:]
         self._read = len(self._tokens)
         self._given = len(self._certain()[0])
+
+
+def settled(tokenizer: Tokenizer, tokens: Sequence[int], special: bool = False) -> str:
+    """The text of `tokens` without the beginning of a character at its end, which is the first that a stream behind
+    them shows. special: special tokens are written out."""
+    window = TokenWindow(tokenizer, tokens, special)
+    return window.decode([*tokens]).removesuffix(window.flush())
+
+
+def read_tokenizer(path: Path) -> FastTokenizer:
+    """A `tokenizer.json` without the truncation and padding of whoever saved it, as `transformers` reads it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _is_inside_character(raw: bytes) -> bool:
+    """Whether it goes on with a character of UTF-8 that has begun before."""
+    return bool(raw) and 0x80 <= raw[0] < 0xC0
 
 
 def _read_json(path: Path) -> dict[str, Any]:

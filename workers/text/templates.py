@@ -4,18 +4,44 @@ import json
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: what a model is trained to write. A scope of its own, as there."""
+
+    tags = {"generation"}  # noqa: RUF012 as its base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def compile_template(source: str) -> Template:
     """Raises jinja2.TemplateSyntaxError."""
+    return _environment().from_string(source)
+
+
+def literals(source: str) -> list[str]:
+    """The texts that a template itself may write: those between its tags, and the strings in them.
+
+    Raises jinja2.TemplateSyntaxError.
+    """
+    tree = _environment().parse(source)
+    constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+    return [*(node.data for node in tree.find_all(nodes.TemplateData)), *constants]
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda format: datetime.now().strftime(format)}
-    return environment.from_string(source)
+    return environment
 
 
 def _to_json(

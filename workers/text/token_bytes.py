@@ -15,7 +15,8 @@ class TokenBytes:
     def __init__(self, tokenizer: FastTokenizer) -> None:
         self._tokenizer = tokenizer
         self._added = {token: entry.content for token, entry in tokenizer.get_added_tokens_decoder().items()}
-        kinds = set(_decoders(json.loads(tokenizer.to_str())["decoder"]))
+        decoder = tokenizer.decoder
+        kinds = set(_decoders(json.loads(decoder.__getstate__()) if decoder else None))  # the vocabulary left out
         self._alphabet = _gpt2_alphabet() if "ByteLevel" in kinds else {}
         self._fallback, self._joins_words = "ByteFallback" in kinds, bool(kinds & {"Metaspace", "Replace"})
 
