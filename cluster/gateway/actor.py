@@ -54,6 +54,8 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         request_seconds=deployment.gateway.request_seconds,
         max_body_bytes=deployment.gateway.max_body_bytes,
         special_tokens_in_content=deployment.gateway.special_tokens_in_content,
+        tool_parser=deployment.gateway.tool_parser,
+        cors_origins=deployment.gateway.cors_origins,
         defaults=replace(SamplingParams(), **recommended.sampling),
         chat_max_tokens=recommended.max_tokens,
     )

@@ -22,7 +22,7 @@ from stepladder.workers.text.control_tokens import (
     marked_text,
     reader_of_marks,
 )
-from stepladder.workers.text.templates import compile_template, literals
+from stepladder.workers.text.templates import compile_template, literals, reads
 from stepladder.workers.text.token_bytes import TokenBytes
 
 
@@ -128,6 +128,21 @@ class Tokenizer:
         """The tokens that no message of a role can write: the special ones, and those of the template. Answers of the
         model may hold the latter, such as <think>, and are sent back."""
         return self._special_tokens if role == "assistant" else self._control_tokens
+
+    @property
+    def template(self) -> str:
+        """The source of the chat template; "" without one."""
+        return self._chat_template or ""
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
+        return reads(self.template, "tools")
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """How special tokens are spelled."""
+        return frozenset(self._added[token].content for token in self._special)
 
     def info(self) -> dict[str, Any]:
         """`tokenizer_config.json` with the chat template in use, as vLLM's /tokenizer_info shows it: special tokens as

@@ -46,9 +46,7 @@ FORMATS = {  # the names are vLLM's
 
 
 def detect(template: str) -> str | None:
-    """The name of the format that a chat template shows; None if it shows none, or no tools at all."""
-    if "tools" not in template:
-        return None
+    """The name of the format that a chat template shows; None if it shows none of these."""
     fitting = (
         name
         for name, form in FORMATS.items()
