@@ -4,6 +4,7 @@ A step is one flat, ragged batch. A prefill chunk, a decode token and (later) th
 same thing in it: "run these q tokens of sequence s". There is no other kind of step.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol
@@ -65,7 +66,7 @@ class Constraint(Protocol):
     def rollback(self, count: int) -> None:
         """Take back the last tokens."""
 
-    def mask_rows(self, mask: Any, unending: int = 0, drafts: tuple[int, ...] = ()) -> None:
+    def mask_rows(self, mask: Any, unending: int = 0, drafts: Seq[int] = ()) -> None:
         """Fill int32 rows [1 + drafts, vocab / 32 + 1] with a bit per token that may follow, in the first, and behind
         each draft, in the others. In `unending` rows none may end the text, unless nothing else can follow."""
 

@@ -83,7 +83,7 @@ class Choice:
         events = self.tools.push(fresh, finished=self.finish_reason is not None)
         text, deltas = "".join(event.text for event in events), dict[int, Json]()
         self.content += text
-        for index, name, arguments in ((e.index, e.name, e.arguments) for e in events if e.index >= 0):
+        for index, name, arguments in ((e.call, e.name, e.arguments) for e in events if e.call >= 0):
             if name is not None:
                 began = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
                 self.calls.append({**began, "function": {"name": name, "arguments": ""}})

@@ -12,6 +12,8 @@ from stepladder.cluster.gateway.strict_json import refusal
 from stepladder.workers.structured_outputs import StructuredOutputs
 
 KINDS = tuple(field.name for field in dataclasses.fields(StructuredOutputs))
+Form = StructuredOutputs | None
+Json = dict[str, Any]
 _NEUTRAL = {  # vLLM's options of structured_outputs, with the values that ask for nothing
     "disable_fallback": (True, False),
     "disable_any_whitespace": (False,),
@@ -47,8 +49,8 @@ def _response_format(value: Any) -> StructuredOutputs | None:
         case {"type": "json_object", **rest} if not rest:
             return StructuredOutputs(json_object=True)
         case {"type": "json_schema", "json_schema": {"schema": dict() | bool() as schema, **named}, **rest} if not rest:
-            if unknown := named.keys() - {"name", "description", "strict"}:
-                raise ValueError(f"response_format.json_schema takes no {', '.join(sorted(unknown))}")
+            if unknown := [name for name in named if name not in ("name", "description", "strict")]:
+                raise ValueError(f"response_format.json_schema takes no {unknown[0]}")
             return StructuredOutputs(json=schema)
     raise ValueError(
         'response_format must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": '
@@ -56,19 +58,15 @@ def _response_format(value: Any) -> StructuredOutputs | None:
     )
 
 
-def _field(validate: Callable[[Any], StructuredOutputs | None], kind: Any) -> Any:
-    return Annotated[StructuredOutputs | None, PlainValidator(validate, json_schema_input_type=kind)]
-
-
 class Structured(Sampling):
     """At most one of these. guided_*: vLLM's older names. A schema always holds, with and without `strict`."""
 
-    response_format: _field(_response_format, dict[str, Any]) = None
-    structured_outputs: _field(_structured_outputs, dict[str, Any]) = None
-    guided_json: _field(_guided("json"), dict[str, Any] | str) = None
-    guided_regex: _field(_guided("regex"), str) = None
-    guided_choice: _field(_guided("choice"), list[str]) = None
-    guided_grammar: _field(_guided("grammar"), str) = None
+    response_format: Annotated[Form, PlainValidator(_response_format, json_schema_input_type=Json)] = None
+    structured_outputs: Annotated[Form, PlainValidator(_structured_outputs, json_schema_input_type=Json)] = None
+    guided_json: Annotated[Form, PlainValidator(_guided("json"), json_schema_input_type=Json | str)] = None
+    guided_regex: Annotated[Form, PlainValidator(_guided("regex"), json_schema_input_type=str)] = None
+    guided_choice: Annotated[Form, PlainValidator(_guided("choice"), json_schema_input_type=list[str])] = None
+    guided_grammar: Annotated[Form, PlainValidator(_guided("grammar"), json_schema_input_type=str)] = None
 
     @model_validator(mode="after")
     def _one_form(self) -> "Structured":

@@ -53,11 +53,11 @@ def read(parser: ToolParser, pieces: list[str]) -> tuple[str, list[tuple[str, ob
         for event in parser.push(piece, finished=index == len(pieces) - 1):
             text += event.text
             if event.name is not None:
-                assert event.index == len(names), "once, and in order"
-                names[event.index] = event.name
+                assert event.call == len(names), "once, and in order"
+                names[event.call] = event.name
             if event.arguments:
-                assert event.index in names, "the name comes first"
-                arguments[event.index] = arguments.get(event.index, "") + event.arguments
+                assert event.call in names, "the name comes first"
+                arguments[event.call] = arguments.get(event.call, "") + event.arguments
     found = [(name, json.loads(arguments[index]) if index in arguments else None) for index, name in names.items()]
     assert parser.calls == len(found)
     return text, found
@@ -86,7 +86,7 @@ def test_arguments_are_told_as_they_come() -> None:
 
 def test_no_more_calls_than_are_wanted() -> None:
     text = f"<tool_call>{call('f', {})}</tool_call><tool_call>{call('g', {})}</tool_call>"
-    assert {event.index for event in ToolParser(HERMES, most=1).push(text, finished=True)} == {0}
+    assert {event.call for event in ToolParser(HERMES, most=1).push(text, finished=True)} == {0}
 
 
 def test_the_format_is_seen_in_the_template() -> None:

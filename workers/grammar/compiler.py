@@ -9,6 +9,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
+from stepladder.workers.core import Constraint
 from stepladder.workers.grammar.constraint import GrammarConstraint
 from stepladder.workers.structured_outputs import StructuredOutputs
 from stepladder.workers.text.stream import Tokenizer
@@ -26,7 +27,7 @@ LIMITS: dict[str, Any] = {
 }
 # between two parts of a JSON text a blank, or a line's end and indentation: no room for blanks without end, which small
 # models write where nothing forbids it
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}", "lenient": False}
+JSON_OPTIONS: Any = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}", "lenient": False}
 
 
 class Grammars:
@@ -49,7 +50,7 @@ class Grammars:
 
     def begin(
         self, asked: StructuredOutputs, ends: Sequence[int], last_ends: Sequence[int], output: Sequence[int] = ()
-    ) -> "Future[GrammarConstraint]":
+    ) -> "Future[Constraint]":
         """The constraint of a sequence whose text has begun with the tokens `output`; other arguments as its."""
 
         def make() -> GrammarConstraint:

@@ -56,10 +56,10 @@ def detect(template: str) -> str | None:
 
 
 class Event(NamedTuple):
-    """What is new. Either `text`, or of the call `index`: its `name`, once, or a part of its arguments' JSON."""
+    """What is new. Either `text`, or of the call number `call`: its `name`, once, or a part of its arguments' JSON."""
 
     text: str = ""
-    index: int = -1
+    call: int = -1
     name: str | None = None
     arguments: str = ""
 
@@ -85,7 +85,7 @@ class ToolParser:
         self._rest += text
         events: list[Event] = []
         while (found := self._step(finished)) is not None:
-            events += [event for event in found if self._most is None or event.index < self._most]
+            events += [event for event in found if self._most is None or event.call < self._most]
         return events
 
     def _step(self, finished: bool) -> list[Event] | None:
@@ -245,7 +245,7 @@ class _CallReader:
                 return []
             self.named = True
             waiting, self._waiting = self._waiting, ""
-            return [Event(index=self.index, name=name), *self._arguments(waiting)]
+            return [Event(call=self.index, name=name), *self._arguments(waiting)]
         if self._key in self.ARGUMENTS and not self._streams:
             return self._arguments(_string(self._value) or "")
         return []
@@ -254,7 +254,7 @@ class _CallReader:
         if not self.named:
             self._waiting += part
             return []
-        return [Event(index=self.index, arguments=part)] if part else []
+        return [Event(call=self.index, arguments=part)] if part else []
 
     def _in_string(self, character: str) -> None:
         if self._escaped:
