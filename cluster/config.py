@@ -10,6 +10,7 @@ from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import ATTENTION, FFN, WHOLE
+from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -143,6 +144,8 @@ class GatewayConfig:
         tokenizer_info: serve /tokenizer_info, which shows the chat template.
         special_tokens_in_content: what spells a special token in a chat message is one; as text, it cannot forge turns.
             A request may say otherwise for itself.
+        tool_parser: how the model writes calls of tools, hermes or llama3_json; None looks at its chat template.
+        cors_origins: of web pages, such as https://chat.example, that browsers let ask this server; "*" is all.
     """
 
     host: str = "127.0.0.1"
@@ -156,6 +159,8 @@ class GatewayConfig:
     otlp_traces_endpoint: str | None = None
     tokenizer_info: bool = False
     special_tokens_in_content: bool = False
+    tool_parser: str | None = None
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -165,6 +170,16 @@ class GatewayConfig:
                 raise ValueError(f"gateway.{name} is {value}; it must be above 0, or null")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("gateway.api_key is empty; give a key that clients can send, or null to let everybody in")
+        if self.tool_parser not in (None, *FORMATS):
+            raise ValueError(
+                f"gateway.tool_parser is {self.tool_parser!r}; it must be one of {', '.join(FORMATS)}, or null"
+            )
+        for origin in self.cors_origins:
+            if origin != "*" and (not _is_http(origin) or urlsplit(origin)._replace(scheme="", netloc="").geturl()):
+                raise ValueError(
+                    f"gateway.cors_origins holds {origin!r}; it must be an origin such as https://chat.example, "
+                    'without a path, or "*" for all'
+                )
         if self.otlp_traces_endpoint is not None:
             check_endpoint(self.otlp_traces_endpoint)
 

@@ -4,6 +4,7 @@ An engine comes to be in two steps, since the ranks of a group agree on the size
 `load` (weights, executor), then `begin` (cache, engine).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
 from stepladder.workers.forward import WholeForward
+from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.graphs import Capture, CudaCapture
+from stepladder.workers.text.stream import Tokenizer
 
 
 def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig) -> Executor:
@@ -30,15 +33,20 @@ def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig) -> Execut
     return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture)
 
 
-def begin(executor: Executor, config: EngineConfig, kv: KvConfig, kv_tokens: int) -> Engine:
+def begin(
+    executor: Executor, config: EngineConfig, kv: KvConfig, kv_tokens: int, tokenizer: Callable[[], Tokenizer]
+) -> Engine:
     """Make the cache of `kv_tokens`, on every rank of the group alike, and the engine, which rank 0 runs.
+
+    Args:
+        tokenizer: the model's; asked for when a request first needs it.
 
     Raises:
         ValueError: the limits contradict each other or the model.
     """
     limits = config.limits(executor.model.spec, kv, kv_tokens, executor.mesh.device)
     executor.allocate(limits.num_blocks, limits.block_size)
-    return Engine(limits, executor)
+    return Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
 
 
 def whole_executor(
