@@ -46,6 +46,7 @@ class LayoutConfig:
     Attributes:
         kind: "tp": every rank has a slice of every layer. "afd": attention and FFNs lie on different ranks.
         tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side.
+        balance: of "tp". "auto" has the FFNs make up for heads that ranks cannot share evenly; "even" does not.
         attention: attention ranks of "afd", each with an engine, a KV cache and requests of its own.
         ffn: FFN ranks of "afd", tensor-parallel among themselves, for all attention ranks together.
         schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work
@@ -57,6 +58,7 @@ class LayoutConfig:
     kind: str = "tp"
     tp: int = 1
     replicas: int = 1
+    balance: str = "auto"
     attention: int = 1
     ffn: int = 1
     schedule: str = "auto"
@@ -67,7 +69,7 @@ class LayoutConfig:
         for name in ("tp", "replicas", "attention", "ffn", "micro_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        choices = {"kind": tuple(LAYOUTS), "schedule": SCHEDULES, "wire": tuple(WIRES)}
+        choices = {"kind": tuple(LAYOUTS), "balance": ("auto", "even"), "schedule": SCHEDULES, "wire": tuple(WIRES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"layout.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -119,7 +121,7 @@ def _afd(layout: LayoutConfig) -> list[Group]:
 
 
 LAYOUTS = {
-    "tp": Layout(("tp", "replicas"), "choose layout=afd for it", _tp),
+    "tp": Layout(("tp", "replicas", "balance"), "choose layout=afd for it", _tp),
     "afd": Layout(
         ("attention", "ffn", "schedule", "micro_batches", "wire"), "use layout.attention and layout.ffn", _afd
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from stepladder.parallel.balance import balanced
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
@@ -23,14 +24,17 @@ from stepladder.workers.graphs import Capture, CudaCapture
 from stepladder.workers.text.stream import Tokenizer
 
 
-def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig) -> Executor:
+def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: bool = False) -> Executor:
     """This rank's shard of the whole model, as an engine's options want it; without a cache yet.
+
+    Args:
+        balance: FFNs make up for what attention splits unevenly.
 
     Raises:
         ValueError: the checkpoint or an option is unusable.
     """
     capture = CudaCapture(mesh.device) if config.graphs_on(mesh.device) else None
-    return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture)
+    return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture, balance=balance)
 
 
 def begin(
@@ -58,15 +62,17 @@ def whole_executor(
     measure_every: int = 16,
     batch_invariant: bool = False,
     capture: Capture | None = None,
+    balance: bool = False,
 ) -> Executor:
     """All of the model on one group; arguments as `WholeForward`'s.
 
     Args:
         spec, path: the checkpoint.
+        balance: as in `load`.
         num_blocks, block_size: the KV cache, as in `Executor.allocate`; without blocks that is called later.
     """
     with torch.device(mesh.device):
-        model = Transformer(spec, mesh.shard, mesh.all_reduce)
+        model = Transformer(spec, balanced(spec, mesh.shard) if balance else mesh.shard, mesh.all_reduce)
     fill(model, path, batch_invariant)
     executor = Executor(WholeForward(model, mesh, measure_every, batch_invariant, capture), mesh)
     if num_blocks:

@@ -53,7 +53,7 @@ class EngineRank(Rank):
         return kv_size(self._executor, config.engine, config.kv, self._mesh.device, config.ranks_here)
 
     def _build(self, path: str) -> Executor:
-        return assembly.load(self._spec, path, self._mesh, self.config.engine)
+        return assembly.load(self._spec, path, self._mesh, self.config.engine, self.config.balance)
 
     def begin(self, kv_tokens: int) -> str | None:
         config = self.config
