@@ -134,6 +134,7 @@ class GatewayConfig:
         host: address to listen on; loopback unless told otherwise.
         port: 0 takes a free one, which then stays the same for the deployment's life.
         api_key: if set, requests need it as a bearer token; never empty.
+        api_key_file: of hashed keys, any of which will do, on every node that may run the gateway (`ApiKeys`).
         drain_seconds: how long requests in flight may still run after SIGTERM.
         request_seconds: how long a request may take, queue included, before it is ended; None leaves it to clients.
         max_body_bytes: of a request; None takes what the context may need.
@@ -150,6 +151,7 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str | None = None
+    api_key_file: str | None = None
     drain_seconds: float = 30.0
     request_seconds: float | None = None
     max_body_bytes: int | None = None

@@ -146,9 +146,10 @@ class Gang:
 
     def _compare_checkpoints(self, go: Callable[[], bool]) -> None:
         """All nodes must have the same files, those of other gangs too, before any rank reads them."""
-        path, seconds = self.deployment.model.path, self.deployment.cluster.start_seconds
+        deployment = self.deployment
+        asked, seconds = (deployment.model.path, deployment.engine), deployment.cluster.start_seconds
         one_per_node = {place.host: actor for place, actor in zip(self.places, self.ranks, strict=True)}
-        found = wait_for([actor.fingerprints.remote(path) for actor in one_per_node.values()], seconds, go)
+        found = wait_for([actor.fingerprints.remote(*asked) for actor in one_per_node.values()], seconds, go)
         for host, files in zip(one_per_node, found, strict=True):
             self.agreement.compare(host, files)
 
@@ -174,12 +175,14 @@ class Gang:
 
     def _config(self, rank: int) -> RankConfig:
         place = self.places[rank]
+        own = sum(other.node == place.node for other in self.places)
         return RankConfig(
             model=self.deployment.model.path,
             shard=Shard(rank, len(self.ranks)),
             prefix=self.group,
             host=place.host,
-            ranks_here=max(sum(other.node == place.node for other in self.places), self._expected_per_node()),
+            ranks_here=max(own, self._expected_per_node()),
+            own_ranks_here=own,
             device=self.deployment.cluster.device,
             secret=self.deployment.secret,
             collective_seconds=self.deployment.cluster.collective_seconds,

@@ -10,6 +10,7 @@ import secrets
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -26,6 +27,8 @@ from stepladder.cluster.names import namespace
 from stepladder.cluster.supervisor import Status
 from stepladder.launch.build import build, plain
 from stepladder.launch.where import CONF
+from stepladder.workers.model_check import check_model
+from stepladder.workers.rank import NoModel, resolve
 
 HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
@@ -35,6 +38,7 @@ ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
 def main(config: DictConfig) -> None:
     try:
         deployment = deployment_of(config)
+        check_here(deployment)
         sys.exit(serve(deployment))
     except ValueError as error:
         sys.exit(f"stepladder: {error}")
@@ -52,6 +56,17 @@ def deployment_of(config: DictConfig) -> Deployment:
             f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary"
         )
     return deployment
+
+
+def check_here(deployment: Deployment) -> None:
+    """Judge the model before anything is started, where this machine has it; the nodes judge theirs again.
+
+    Raises:
+        ValueError: a file, a limit or a field is unusable.
+    """
+    with suppress(NoModel):
+        model = check_model(resolve(deployment.model.path), deployment.engine)
+        deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
 
 
 def serve(deployment: Deployment) -> int:

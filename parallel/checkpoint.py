@@ -1,81 +1,28 @@
 """Safetensors to a rank's shard and back; each rank reads only the slices it holds."""
 
 import hashlib
-import json
+import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepladder.parallel.families import FAMILIES, OURS, REMOTE_CODE, identity
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Piece, Sharded
+from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.typed_json import check_regular
+from stepladder.parallel.weight_files import WeightFiles
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-UNUSED = ("rotary_emb.inv_freq",)  # computed from config.json; old checkpoints carry it along
+UNUSED = (  # masks, and what is computed from config.json; old checkpoints carry them along
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "attn.bias",
+    "attn.masked_bias",
+)
 PAGE, PAGES = 4096, 32
-
-
-class Checkpoint:
-    """The safetensors files of a Hugging Face directory, opened lazily.
-
-    Attributes:
-        files: of every tensor, by its name, the file that holds it.
-
-    Raises:
-        ValueError: no weights, or a broken file; later a missing tensor or a wrong shape. The error names it.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self._opened: dict[str, safe_open] = {}
-        self.files = self._index()
-        for file in set(self.files.values()):
-            self._open(file)
-
-    def read(self, piece: Piece) -> Tensor:
-        """The slice of the checkpoint that `piece` describes."""
-        file = self.files.get(piece.name)
-        if file is None:
-            raise ValueError(f"{self.directory} has no tensor {piece.name}")
-        where = f"{self.directory / file}: {piece.name}"
-        try:
-            tensor = self._open(file).get_slice(piece.name)
-            shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-            if shape != piece.shape:
-                raise ValueError(f"{where} has shape {shape}, but config.json says {piece.shape}")
-            if kind not in FLOATS:
-                raise ValueError(
-                    f"{where} has dtype {kind}; only unquantised weights ({', '.join(FLOATS)}) are supported"
-                )
-            return tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
-        except SafetensorError as error:
-            raise ValueError(f"{where} cannot be read: {error}; copy the checkpoint again") from None
-
-    def _index(self) -> dict[str, str]:
-        """Tensor name -> file name: by the index, or what is in model.safetensors, or in all files there are."""
-        index = self.directory / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is not an index of weights: {error!r}; copy the checkpoint again") from None
-        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{self.directory} has no .safetensors file")
-        if "model.safetensors" in files:  # others may be the same weights in another format
-            files = ["model.safetensors"]
-        return {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
-
-    def _open(self, file: str) -> safe_open:
-        path = self.directory / file
-        try:
-            if file not in self._opened:
-                self._opened[file] = safe_open(path, framework="pt")
-            return self._opened[file]
-        except (SafetensorError, FileNotFoundError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; copy the checkpoint again") from None
 
 
 def load_weights(model: Transformer, directory: str | Path) -> None:
@@ -84,32 +31,56 @@ def load_weights(model: Transformer, directory: str | Path) -> None:
     Raises:
         ValueError: a file is broken, or a tensor is missing, of the wrong shape or dtype, or of no use to this model.
     """
-    checkpoint = Checkpoint(directory)
-    with torch.device("meta"):
-        everything = Transformer(model.spec)
-    _refuse_unused(checkpoint, everything)
+    files = check_weights(model.spec, directory)
     for parameter in sharded_parameters(model):
         for piece in parameter.pieces:
-            parameter.view_of(piece).copy_(checkpoint.read(piece))
+            view = parameter.view_of(piece)
+            tensor = files.read(piece)
+            view.copy_(tensor)
+            if view.numel() and not all(math.isfinite(end) for end in torch.aminmax(view)):
+                raise ValueError(f"{files.where(piece)} holds numbers that are not finite, read as {view.dtype}")
+            _refuse_untied(files, model.spec, piece, tensor)
 
 
-def _refuse_unused(checkpoint: Checkpoint, model: Transformer) -> None:
+def check_weights(spec: ModelSpec, directory: str | Path) -> WeightFiles:
+    """Whether the files' headers are those of this model; no weights are read.
+
+    Raises:
+        ValueError: a file is broken, or a tensor is missing, of the wrong shape or dtype, or of no use to this model.
+    """
+    files = WeightFiles(directory)
+    with torch.device("meta"):
+        everything = Transformer(spec)
+    pieces = [piece for parameter in sharded_parameters(everything) for piece in parameter.pieces]
+    if spec.tie_embeddings:
+        files.instead[spec.tensor("embedding")] = spec.tensor("head")
+    for piece in pieces:
+        files.check(piece)
+    _refuse_unused(files, spec, {files.stored(piece.name) for piece in pieces})
+    return files
+
+
+def _refuse_unused(files: WeightFiles, spec: ModelSpec, used: set[str | None]) -> None:
     """A tensor that no parameter of the whole model holds would change it if it were left out."""
-    used = {piece.name for parameter in sharded_parameters(model) for piece in parameter.pieces}
-    unused = {name for name in checkpoint.files.keys() - used if not name.endswith(UNUSED)}
-    head = model.spec.tensor("head")
-    if model.spec.tie_embeddings and head in unused:
-        for piece in model.embedding.weight.pieces:
-            if not torch.equal(checkpoint.read(piece), checkpoint.read(piece._replace(name=head))):
-                raise ValueError(
-                    f"{checkpoint.directory}: {head} differs from {piece.name}, but config.json ties them; "
-                    f"set tie_word_embeddings to false"
-                )
-        unused.remove(head)
+    unused = {name for name in files.files.keys() - used if not name.endswith(UNUSED)}
+    if spec.tie_embeddings:
+        unused.discard(spec.tensor("head"))  # whoever holds the embedding compares it
     if unused:
         raise ValueError(
-            f"{checkpoint.directory} has the tensor {min(unused)} ({len(unused)} such in all), which a "
+            f"{files.directory} has the tensor {min(unused)} ({len(unused)} such in all), which a "
             f"model of this config.json does not have; leaving it out would change the model"
+        )
+
+
+def _refuse_untied(files: WeightFiles, spec: ModelSpec, piece: Piece, tensor: Tensor) -> None:
+    """A head of its own beside the embedding `piece`, whose slice is `tensor`, where config.json ties them."""
+    head = piece._replace(name=spec.tensor("head"))
+    if not spec.tie_embeddings or piece.name != spec.tensor("embedding") or head.name not in files.files:
+        return
+    if files.stored(piece.name) != head.name and not torch.equal(tensor, files.read(head)):
+        raise ValueError(
+            f"{files.directory}: {head.name} differs from {piece.name}, but config.json ties them; "
+            f"set tie_word_embeddings to false"
         )
 
 
@@ -129,9 +100,10 @@ def fingerprints(directory: str | Path) -> dict[str, str]:
     """
     config = Path(directory) / "config.json"
     try:
+        check_regular(config)
         whole = {config.name: hashlib.sha256(config.read_bytes()).hexdigest()}
         return whole | {
-            file: _sampled(config.parent / file) for file in sorted(set(Checkpoint(directory).files.values()))
+            file: _sampled(config.parent / file) for file in sorted(set(WeightFiles(directory).files.values()))
         }
     except OSError as error:
         raise ValueError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
@@ -149,7 +121,8 @@ def _sampled(path: Path) -> str:
 
 
 def save_weights(model: Transformer, directory: str | Path, dtype: torch.dtype) -> None:
-    """Write an unsharded model as `model.safetensors` under its Hugging Face names."""
+    """Write an unsharded model as `model.safetensors` under its Hugging Face names, and beside it the code that has
+    `transformers` compute it, where the wiring is not its family's own."""
     assert model.shard.size == 1, "only a whole model can be written"
     tensors = {
         piece.name: parameter.view_of(piece).to(dtype).contiguous().cpu()
@@ -157,6 +130,15 @@ def save_weights(model: Transformer, directory: str | Path, dtype: torch.dtype) 
         for piece in parameter.pieces
     }
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+    if "auto_map" in identity(model.spec.family, model.spec.residual):
+        (Path(directory) / f"{REMOTE_CODE}.py").write_text(_remote_code(model.spec.family))
+
+
+def _remote_code(family: str) -> str:
+    """modeling_stepladder.py, which is written for Llama, for another family."""
+    source = Path(__file__).with_name(f"{REMOTE_CODE}.py").read_text()
+    name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
+    return source.replace(f"{OURS}llama", OURS + family).replace("Llama", name)
 
 
 def sharded_parameters(model: Transformer) -> list[Sharded]:

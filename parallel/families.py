@@ -5,19 +5,23 @@ differs from Llama's. To add one, write the function that reads its fields and t
 FAMILIES with the names of its tensors where they differ, and give it a row in tests/families.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stepladder.parallel.config_fields import FIELDS, as_tuple
 from stepladder.parallel.rope_config import Config, read_rope, rope_parameters
+from stepladder.parallel.typed_json import shown, typed
 
 if TYPE_CHECKING:
     from stepladder.parallel.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 FULL, SLIDING = "full_attention", "sliding_attention"
+OURS = "stepladder_"  # before the family, in the model_type of a model with a wiring of its own
+REMOTE_CODE = "modeling_stepladder"  # the module that computes such a model in `transformers`
 
 LLAMA_NAMES = {  # what a tensor is for -> its name without .weight or .bias; {} is the layer's number
     "embedding": "model.embed_tokens",
@@ -38,13 +42,12 @@ LLAMA_NAMES = {  # what a tensor is for -> its name without .weight or .bias; {}
 COHERE_NAMES = LLAMA_NAMES | {"ffn.norm": LLAMA_NAMES["attention.norm"]}  # attention and FFN share a norm
 
 # Fields that change the mathematics, and the value that leaves it as it is. A family reads a field or refuses others.
+# Biases are not among them: where a family has none, the field is ignored, and a bias in the files is what is refused.
+# Nor is sliding_window, which families without windows carry along.
 NEUTRAL: dict[str, Any] = {
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "use_qk_norm": False,
     "use_sliding_window": False,
-    "sliding_window": None,
     "logit_scale": 1.0,
     "partial_rotary_factor": 1.0,
     "use_mrope": False,
@@ -64,10 +67,30 @@ def fields_of(config: Config) -> dict[str, Any]:
         ValueError: an unknown family, or a field that asks for something this engine does not do; it is named.
         KeyError: a field is missing.
     """
-    kind = config.get("model_type")
+    config = typed(config, FIELDS)
+    kind = str(config.get("model_type")).removeprefix(OURS)
     if kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}; this version serves {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model_type is {config.get('model_type')!r}; this version serves {', '.join(sorted(FAMILIES))}"
+        )
+    if config.get("hidden_act") == "swish":  # its other name
+        config["hidden_act"] = "silu"
     return FAMILIES[kind].read(config) | {"family": kind}
+
+
+def identity(family: str, residual: str) -> dict[str, Any]:
+    """What a `config.json` calls the model. One whose wiring is not its family's own has names of ours, so that nobody
+    takes it for another model; `modeling_stepladder.py` beside the weights has `transformers` compute it."""
+    theirs = FAMILIES[family].architecture
+    if residual == FAMILIES[family].residual:
+        return {"architectures": [theirs], "model_type": family}
+    name = f"Stepladder{theirs.removesuffix('ForCausalLM')}"
+    classes = {"AutoConfig": f"{name}Config", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": OURS + family,
+        "auto_map": {auto: f"{REMOTE_CODE}.{one}" for auto, one in classes.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -79,35 +102,37 @@ class Family:
         read: the arguments of `ModelSpec` that a `config.json` describes.
         write: fields of the `config.json` of a ModelSpec, besides those that all families have in common.
         names: of its tensors, as `LLAMA_NAMES`.
+        residual: its own wiring, which its class in `transformers` has.
     """
 
     architecture: str
     read: Callable[[Config], dict[str, Any]]
     write: Callable[["ModelSpec"], dict[str, Any]]
     names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
+    residual: str = "standard"
 
 
 def _llama(config: Config) -> dict[str, Any]:
-    fields = _decoder(config, reads=("attention_bias", "mlp_bias"))
+    fields = _decoder(config)
     return fields | _attention_bias(config) | {"mlp_bias": bool(config.get("mlp_bias"))}
 
 
 def _mistral(config: Config) -> dict[str, Any]:
     config = {"num_key_value_heads": 8, "max_position_embeddings": 1 << 17, "sliding_window": 4096} | dict(config)
     kinds = [FULL if config["sliding_window"] is None else SLIDING] * config["num_hidden_layers"]
-    return _decoder(config, kinds, reads=("sliding_window",))
+    return _decoder(config, kinds)
 
 
 def _qwen2(config: Config) -> dict[str, Any]:
-    return _qwen(config, reads=()) | {"qkv_bias": True}
+    return _qwen(config) | {"qkv_bias": True}
 
 
 def _qwen3(config: Config) -> dict[str, Any]:
-    fields = _qwen({"head_dim": 128} | dict(config), reads=("attention_bias",))
+    fields = _qwen({"head_dim": 128} | dict(config))
     return fields | _attention_bias(config) | {"qk_norm": "shared"}
 
 
-def _qwen(config: Config, reads: tuple[str, ...]) -> dict[str, Any]:
+def _qwen(config: Config) -> dict[str, Any]:
     """The layers from `max_window_layers` on have a window, unless `layer_types` (transformers 5) says which."""
     config = {
         "num_key_value_heads": 32,
@@ -120,7 +145,7 @@ def _qwen(config: Config, reads: tuple[str, ...]) -> dict[str, Any]:
         config["sliding_window"] = None
     first = config["num_hidden_layers"] if config["sliding_window"] is None else config["max_window_layers"]
     kinds = [SLIDING if layer >= first else FULL for layer in range(config["num_hidden_layers"])]
-    return _decoder(config, config.get("layer_types") or kinds, ("use_sliding_window", "sliding_window", *reads))
+    return _decoder(config, config.get("layer_types") or kinds, ("use_sliding_window",))
 
 
 def _cohere(config: Config) -> dict[str, Any]:
@@ -128,9 +153,9 @@ def _cohere(config: Config) -> dict[str, Any]:
     config = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "logit_scale": 0.0625} | dict(config)
     if not rope_parameters(config).get("rope_theta") and not config.get("rope_theta"):
         raise KeyError("rope_theta")  # versions of transformers assume different ones
-    fields = _decoder(config, reads=("attention_bias", "use_qk_norm", "logit_scale")) | _attention_bias(config)
+    fields = _decoder(config, reads=("use_qk_norm", "logit_scale")) | _attention_bias(config)
     return fields | {
-        "residual": config.get("residual") or "parallel",
+        "residual": config.get("residual") or FAMILIES["cohere"].residual,
         "norm": "layer",
         "norm_eps": config.get("layer_norm_eps", 1e-5),
         "qk_norm": "per-head" if config.get("use_qk_norm") else "none",
@@ -178,11 +203,11 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", _mistral, _write_mistral),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, _write_qwen2),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen3),
-    "cohere": Family("CohereForCausalLM", _cohere, _write_cohere, COHERE_NAMES),
+    "cohere": Family("CohereForCausalLM", _cohere, _write_cohere, COHERE_NAMES, "parallel"),
 }
 
 
-def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, ...] = ()) -> dict[str, Any]:
+def _decoder(config: Config, kinds: Sequence[str] | None = None, reads: tuple[str, ...] = ()) -> dict[str, Any]:
     """What all families have in common.
 
     Args:
@@ -191,7 +216,9 @@ def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, .
     """
     for name, neutral in NEUTRAL.items():
         if name not in reads and config.get(name, neutral) not in (neutral, None):
-            raise ValueError(f"{name} is {config[name]!r}; for {config['model_type']} only {neutral!r} is supported")
+            raise ValueError(
+                f"{name} is {shown(config[name])}; for {config['model_type']} only {neutral!r} is supported"
+            )
     layers, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
     return {
         "vocab_size": config["vocab_size"],
@@ -204,22 +231,24 @@ def _decoder(config: Config, kinds: list[str] | None = None, reads: tuple[str, .
         "max_position": config.get("max_position_embeddings", 2048),
         "windows": _windows(config, kinds or [FULL] * layers),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "tie_embeddings": bool(config.get("tie_word_embeddings")),
         "residual": config.get("residual") or "standard",
         "ladder_layers": _ladder_layers(config.get("ladder_layers"), layers),
-        "dtype": _dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        "dtype": _dtype(dtype_name(config) or "float32"),
         "eos_ids": as_tuple(config.get("eos_token_id")),
     } | read_rope(config)
 
 
-def _windows(config: Config, kinds: list[str]) -> tuple[int | None, ...]:
+def _windows(config: Config, kinds: Sequence[str]) -> tuple[int | None, ...]:
     """The window of each layer; () where no layer has one."""
-    named, window = config.get("layer_types") or kinds, config.get("sliding_window")
+    named, window = tuple(config.get("layer_types") or kinds), config.get("sliding_window")
     layers = config["num_hidden_layers"]
     if len(named) != layers or set(named) - {FULL, SLIDING}:
-        raise ValueError(f"layer_types is {named!r}; it must name {FULL!r} or {SLIDING!r} for each of {layers} layers")
-    if named != kinds:
-        raise ValueError(f"layer_types is {named!r}; for {config['model_type']} only {kinds!r} is supported")
+        raise ValueError(
+            f"layer_types is {shown(named)}; it must name {FULL!r} or {SLIDING!r} for each of {layers} layers"
+        )
+    if named != tuple(kinds):
+        raise ValueError(f"layer_types is {shown(named)}; for {config['model_type']} only {shown(kinds)} is supported")
     if SLIDING not in named:
         return ()
     if window is None:
@@ -227,7 +256,7 @@ def _windows(config: Config, kinds: list[str]) -> tuple[int | None, ...]:
     return tuple(window if kind == SLIDING else None for kind in named)
 
 
-def _ladder_layers(value: int | list[int] | None, num_layers: int) -> tuple[int, ...] | None:
+def _ladder_layers(value: int | tuple[int, ...] | None, num_layers: int) -> tuple[int, ...] | None:
     """An integer n means the last n layers; a list names them; None means all of them."""
     if isinstance(value, int):
         if not 0 <= value <= num_layers:
@@ -236,14 +265,13 @@ def _ladder_layers(value: int | list[int] | None, num_layers: int) -> tuple[int,
     return None if value is None else tuple(sorted(value))
 
 
+def dtype_name(config: Config) -> str | None:
+    """What the file says the weights are in; None where it leaves that to them."""
+    name = config.get("dtype") or config.get("torch_dtype") or "auto"
+    return None if name == "auto" else name.removeprefix("torch.")
+
+
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def as_tuple(value: int | list[int] | None) -> tuple[int, ...]:
-    """Token ids, which Hugging Face writes as one integer, a list or null."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)

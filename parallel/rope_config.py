@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepladder.kernels.rope import RopeScaling
+from stepladder.parallel.config_fields import ROPE
+from stepladder.parallel.typed_json import typed
 
 Config = Mapping[str, Any]
 ORIGINAL = "original_max_position_embeddings"
@@ -26,12 +28,9 @@ ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGI
 def rope_parameters(config: Config) -> Mapping[str, Any]:
     """The rope fields as one mapping: `rope_parameters` in transformers 5, `rope_scaling` before, which may also be the
     name of a kind and nothing else."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if isinstance(found, str):
-        return {"rope_type": found}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"rope_scaling is {found!r}; it must be an object")
-    return found
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    found = config.get(name) or {}
+    return typed({"rope_type": found} if isinstance(found, str) else found, ROPE, f"{name}.")
 
 
 def read_rope(config: Config) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a checkpoint is: its shapes, its variations on the Llama decoder, and its residual wiring."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Any
 import torch
 
 from stepladder.kernels.rope import RopeScaling
-from stepladder.parallel.families import DTYPES, FAMILIES, fields_of
-from stepladder.parallel.generation_defaults import GenerationDefaults
+from stepladder.parallel.config_fields import FIELDS
+from stepladder.parallel.families import DTYPES, FAMILIES, dtype_name, fields_of, identity
+from stepladder.parallel.generation_defaults import GENERATION_CONFIG, GenerationDefaults
 from stepladder.parallel.rope_config import write_scaling
 from stepladder.parallel.special_tokens import end_of_turn
+from stepladder.parallel.typed_json import naming, read_object, typed
+from stepladder.parallel.weight_files import WeightFiles
 
 CHOICES = {
     "residual": ("standard", "ladder", "parallel", "ladder-parallel"),
@@ -86,6 +88,17 @@ class ModelSpec:
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a positive number")
 
+        for token in self.eos_ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"eos_token_id is {token}; the vocabulary has the ids 0 to {self.vocab_size - 1}")
+        scaling = self.rope_scaling
+        wanted = {self.head_dim // 2 if scaling and scaling.kind == "longrope" else 0}
+        if scaling and {len(scaling.factors), len(scaling.short_factors)} != wanted:
+            raise ValueError(
+                f"long_factor and short_factor have {len(scaling.factors)} and {len(scaling.short_factors)} entries; a "
+                f"head_dim of {self.head_dim} needs {self.head_dim // 2}"
+            )
+
     def _check_layers(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries, but the model has {self.num_layers} layers")
@@ -99,6 +112,16 @@ class ModelSpec:
                 raise ValueError(
                     f"ladder_layers names layer {layer}, but the model has layers 0..{self.num_layers - 1}"
                 )
+
+    @property
+    def longest(self) -> int:
+        """The longest context that may be asked for: what the rope was stretched to, where `max_position` is the length
+        from before, as configurations of linear and YaRN scaling may have it."""
+        scaling = self.rope_scaling
+        stretched = {"linear": self.max_position, "yarn": scaling.original_positions if scaling else 0}
+        if scaling is None or scaling.kind not in stretched:
+            return self.max_position
+        return max(self.max_position, int(stretched[scaling.kind] * scaling.factor))
 
     @property
     def wiring_key(self) -> str:
@@ -120,28 +143,25 @@ class ModelSpec:
     @classmethod
     def load(cls, directory: str | Path) -> "ModelSpec":
         """Read `config.json` of a Hugging Face model directory; `generation_config.json` may overrule its EOS ids, and
-        the tokenizer's own is always one of them.
+        the tokenizer's own is always one of them; without a dtype the weights' own is taken.
 
         Raises:
             ValueError: the file is missing or not JSON, or a field asks for something this engine does not do.
         """
         path = Path(directory) / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = read_object(path)
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; model.path must be a Hugging Face model directory") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is not a JSON object; it must be a Hugging Face model configuration")
-        try:
-            spec = cls.from_config(config)
-        except KeyError as error:
-            raise ValueError(f"{path} lacks the field {error}") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
         eos_ids = GenerationDefaults.load(directory).eos_ids
-        return replace(spec, eos_ids=_with_end_of_turn(spec.eos_ids if eos_ids is None else eos_ids, spec, directory))
+        with naming(path):
+            config = typed(config, FIELDS)
+            if dtype_name(config) is None:
+                config |= {"dtype": WeightFiles(directory).dtype_name()}
+            spec = cls.from_config(config)
+        with naming(path.with_name(GENERATION_CONFIG)):
+            spec = spec if eos_ids is None else replace(spec, eos_ids=eos_ids)
+        return replace(spec, eos_ids=_with_end_of_turn(spec, directory))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
@@ -149,15 +169,15 @@ class ModelSpec:
         return cls(**fields_of(config))
 
     def to_config(self) -> dict[str, Any]:
-        """The `config.json` that `from_config` reads back to an equal spec; `transformers` loads it as this family.
+        """The `config.json` that `from_config` reads back to an equal spec; `transformers` loads it as this family, or
+        with `trust_remote_code` if the wiring is not the family's own.
 
         Raises:
             ValueError: the family's configuration cannot describe this model.
         """
         family = FAMILIES[self.family]
         config: dict[str, Any] = {
-            "architectures": [family.architecture],
-            "model_type": self.family,
+            **identity(self.family, self.residual),
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -182,12 +202,12 @@ class ModelSpec:
         return config
 
 
-def _with_end_of_turn(eos_ids: tuple[int, ...], spec: ModelSpec, directory: str | Path) -> tuple[int, ...]:
+def _with_end_of_turn(spec: ModelSpec, directory: str | Path) -> tuple[int, ...]:
     token = end_of_turn(directory)
-    is_new = token is not None and token not in eos_ids and token < spec.vocab_size
-    return (*eos_ids, token) if token is not None and is_new else eos_ids
+    is_new = token is not None and token not in spec.eos_ids and token < spec.vocab_size
+    return (*spec.eos_ids, token) if token is not None and is_new else spec.eos_ids
 
 
 def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a positive integer")

@@ -1,8 +1,9 @@
 """The special tokens that a model directory names by their use (`eos_token`, `pad_token`, ...)."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from stepladder.parallel.typed_json import read_object
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -49,7 +50,6 @@ def _text(token: Any) -> str | None:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, RecursionError):
+        return read_object(path)
+    except (FileNotFoundError, ValueError):
         return {}  # whoever needs the file names the fault
-    return found if isinstance(found, dict) else {}

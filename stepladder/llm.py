@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.mesh import SingleRank
-from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import assembly
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
+from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import kv_size
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import plain
-from stepladder.workers.text.stream import TextStream, Tokenizer
+from stepladder.workers.text.stream import TextStream
 
 __all__ = ["LLM", "Completion", "SamplingParams", "StructuredOutputs", "TokenLogprob"]
 
@@ -108,10 +107,8 @@ class LLM:
         if engine.threads:
             torch.set_num_threads(engine.threads)
         path = resolve(path)
-        spec = engine.of(ModelSpec.load(path))
-        self.defaults = replace(SamplingParams(), **GenerationDefaults.load(path).sampling)
-        self.tokenizer = Tokenizer(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        spec, self.defaults, self.tokenizer = check_model(path, engine, str(mesh.device))
         executor = assembly.load(spec, path, mesh, engine)
         size = kv_size(executor, engine, kv, mesh.device)
         self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer)

@@ -18,6 +18,7 @@ ALLOWED = {  # top-level package -> where it may be imported
     "omegaconf": ("launch/",),
     "wandb": ("cluster/monitor.py",),
     "deepspeed": ("workers/training/trainer.py",),
+    "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine.py"),
 }
 HOST_ONLY = ("workers/core.py", "workers/scheduler.py", "workers/blocks.py", "workers/codec.py")
 

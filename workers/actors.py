@@ -11,7 +11,9 @@ import psutil
 import ray
 
 from stepladder.parallel.checkpoint import fingerprints
+from stepladder.workers.config import EngineConfig
 from stepladder.workers.figures import RankFigures
+from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import Notice, Rank, RankConfig, resolve
 from stepladder.workers.roles import rank_of
 from stepladder.workers.silence import Silence
@@ -68,9 +70,10 @@ class RankActor:
         self._rank = rank_of(_on_this_device(config))
         return self._rank.open_store()
 
-    def fingerprints(self, model: str) -> dict[str, str]:
-        """A hash of each of the checkpoint's files as this machine has it."""
-        return fingerprints(resolve(model))
+    def fingerprints(self, model: str, engine: EngineConfig) -> dict[str, str]:
+        """A hash of each of the checkpoint's files as this machine has it; ValueError if one is unusable."""
+        check_model(path := resolve(model), engine)
+        return fingerprints(path)
 
     def load(self, config: RankConfig, store_host: str, store_port: int) -> int:
         """Join the group, read the weights; returns how many tokens this rank can cache."""

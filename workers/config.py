@@ -134,8 +134,8 @@ class EngineConfig:
         """
         room = spec.max_position if kv_tokens is None else kv.whole(kv_tokens)
         length = self.max_model_len or min(spec.max_position, room)
-        if length > spec.max_position:
-            raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.max_position} tokens")
+        if length > spec.longest:
+            raise ValueError(f"engine.max_model_len is {length}, but the model was made for {spec.longest} tokens")
         return length
 
     def limits(self, spec: ModelSpec, kv: KvConfig, kv_tokens: int, device: torch.device) -> SchedulerConfig:

@@ -38,12 +38,14 @@ class Request:
     Attributes:
         prompt: token ids; not empty.
         output: tokens already generated elsewhere. A replay after a failure continues behind them.
+        owner: who asks, under a seed of their own or none; nobody else's retry continues it.
     """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     output: tuple[int, ...] = ()
+    owner: str = ""
 
     def __post_init__(self) -> None:
         check(len(self.prompt) > 0, "the prompt is empty; it must hold at least one token")

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+from stepladder.parallel.layers import POOLS
 from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
@@ -34,6 +35,7 @@ class EngineRank(Rank):
     """One of a tensor-parallel group that has all of the model."""
 
     takes_requests = True
+    pools: ClassVar[tuple[str, ...]] = POOLS
     _executor: Executor
 
     def __init__(self, config: RankConfig) -> None:

@@ -18,6 +18,7 @@ from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
+from stepladder.workers.model_check import check_memory
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -50,6 +51,7 @@ class RankConfig:
         prefix: names this life of this group in the store; it carries `generation`, which life it is.
         host: the address of this rank's machine that gateways and other ranks can reach.
         ranks_here: how many ranks of the deployment share this machine.
+        own_ranks_here: how many of its own group do.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
         role: what the group is for; a key of `ROLES`.
@@ -67,6 +69,7 @@ class RankConfig:
     kv: KvConfig
     generation: int = 1
     role: str = WHOLE
+    own_ranks_here: int = 1
     afd: AfdConfig = field(default_factory=AfdConfig)
 
 
@@ -75,9 +78,11 @@ class Rank(ABC):
 
     Attributes:
         takes_requests: whether its group has an engine, so that gateways are told its address.
+        pools: whose modules it holds of the model.
     """
 
     takes_requests: ClassVar[bool] = False
+    pools: ClassVar[tuple[str, ...]] = ()
     _store: dist.TCPStore
     _names: dist.Store
     _mesh: Mesh
@@ -113,6 +118,9 @@ class Rank(ABC):
         """
         path = resolve(self.config.model)
         self._spec = self.config.engine.of(ModelSpec.load(path))
+        if self.pools:
+            config = self.config
+            check_memory(self._spec, config.device, config.shard, self.pools, config.own_ranks_here)
         self._join(store_host, store_port)
         self._take_device()
         return self._load(path)
@@ -169,14 +177,18 @@ class Rank(ABC):
         return timedelta(seconds=self.config.collective_seconds)
 
 
+class NoModel(ValueError):
+    """This machine has no such directory."""
+
+
 def resolve(model: str) -> str:
     """The directory of a checkpoint.
 
     Raises:
-        ValueError: there is none.
+        NoModel: there is none.
     """
     places = [Path(model), Path(__file__).parent.parent / model]
     for place in places:
         if place.is_dir():
             return str(place.resolve())
-    raise ValueError(f"model.path {model!r} is not a directory on this machine ({' nor '.join(map(str, places))})")
+    raise NoModel(f"model.path {model!r} is not a directory on this machine ({' nor '.join(map(str, places))})")

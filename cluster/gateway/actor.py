@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -22,7 +22,7 @@ from stepladder.cluster.processes import kill_process
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.actors import Place, configure_logging, settle_memory
-from stepladder.workers.params import SamplingParams
+from stepladder.workers.model_check import recommended_params
 from stepladder.workers.rank import resolve
 from stepladder.workers.silence import Silence
 from stepladder.workers.text.stream import Tokenizer
@@ -43,21 +43,23 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
     Raises:
         ValueError: the model's configuration or the limits are unusable.
     """
-    spec, recommended = ModelSpec.load(directory), GenerationDefaults.load(directory)
+    spec = ModelSpec.load(directory)
     return ServiceConfig(
         model_name=deployment.model.name,
         max_model_len=deployment.engine.model_len(spec, deployment.kv, deployment.kv.tokens),
         vocab_size=spec.vocab_size,
         version=__version__,
+        root=deployment.model.path,
         api_key=deployment.gateway.api_key,
+        api_key_file=deployment.gateway.api_key_file,
         tokenizer_info=deployment.gateway.tokenizer_info,
-        request_seconds=deployment.gateway.request_seconds,
-        max_body_bytes=deployment.gateway.max_body_bytes,
         special_tokens_in_content=deployment.gateway.special_tokens_in_content,
         tool_parser=deployment.gateway.tool_parser,
         cors_origins=deployment.gateway.cors_origins,
-        defaults=replace(SamplingParams(), **recommended.sampling),
-        chat_max_tokens=recommended.max_tokens,
+        request_seconds=deployment.gateway.request_seconds,
+        max_body_bytes=deployment.gateway.max_body_bytes,
+        defaults=recommended_params(directory),
+        chat_max_tokens=GenerationDefaults.load(directory).max_tokens,
     )
 
 

@@ -8,18 +8,30 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from stepladder.cluster.gateway.api_keys import ApiKeys
 from stepladder.cluster.gateway.errors import Unavailable, install_handlers
 from stepladder.cluster.gateway.middleware import OPEN_PATHS, Gatekeeper
 from stepladder.cluster.gateway.openai_service import OpenAIService
+from stepladder.cluster.gateway.openapi import describe
 from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stepladder.cluster.gateway.reply import Reply
+from stepladder.cluster.gateway.strict_json import Body
 from stepladder.cluster.gateway.tracing import Traced, Traces
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+BODIES: dict[str, type[Body]] = {
+    CHAT: ChatRequest,
+    COMPLETION: CompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 
 def build_app(service: OpenAIService, traces: Traces | None = None) -> FastAPI:
     """The OpenAI-compatible server of one model, for any ASGI server; with `traces`, a span per request."""
     app = FastAPI(title="Stepladder", version=service.config.version, redirect_slashes=False)
-    app.add_middleware(Gatekeeper, api_key=service.config.api_key, max_body_bytes=service.config.body_limit)
+    keys = ApiKeys(service.config.api_key, service.config.api_key_file)
+    app.add_middleware(Gatekeeper, keys=keys, max_body_bytes=service.config.body_limit)
     if traces:
         app.add_middleware(Traced, traces=traces, untraced=OPEN_PATHS)  # sees what the other refuses
     if origins := service.config.cors_origins:  # outermost: a preflight has no key, and refusals must be readable
@@ -32,19 +44,20 @@ def build_app(service: OpenAIService, traces: Traces | None = None) -> FastAPI:
     _add_models(app, service)
     _add_tokenizer(app, service)
     _add_operations(app, service)
+    describe(app, BODIES, streams={CHAT, COMPLETION}, texts={"/metrics": CONTENT_TYPE_LATEST})
     return app
 
 
 def _add_generating(app: FastAPI, service: OpenAIService) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT)
     async def chat(http: Request) -> Response:
         body = await service.read(http, ChatRequest)
-        return Reply(service, http.state.request_id, partial(service.chat, body))
+        return Reply(service, http.state.request_id, http.state.owner, partial(service.chat, body))
 
-    @app.post("/v1/completions")
+    @app.post(COMPLETION)
     async def completion(http: Request) -> Response:
         body = await service.read(http, CompletionRequest)
-        return Reply(service, http.state.request_id, partial(service.completion, body))
+        return Reply(service, http.state.request_id, http.state.owner, partial(service.completion, body))
 
 
 def _add_models(app: FastAPI, service: OpenAIService) -> None:

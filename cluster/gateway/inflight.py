@@ -13,11 +13,12 @@ class InFlightRequest:
     """A request that is being served. `end(cause)` cancels what runs in its `scope`, which then raises `cause`.
 
     Attributes:
+        owner: the hash of its API key.
         until: when its client will be gone (`time.monotonic`), if anybody knows.
     """
 
-    def __init__(self, request_id: str) -> None:
-        self.id, self.arrived = request_id, monotonic()
+    def __init__(self, request_id: str, owner: str = "") -> None:
+        self.id, self.owner, self.arrived = request_id, owner, monotonic()
         self.until: float | None = None
         self._timeout = asyncio.timeout(None)
         self._cause: Exception | None = None
@@ -65,7 +66,7 @@ class InFlight:
         return len(self._requests)
 
     @contextlib.asynccontextmanager
-    async def enter(self, request_id: str) -> AsyncIterator[InFlightRequest]:
+    async def enter(self, request_id: str, owner: str = "") -> AsyncIterator[InFlightRequest]:
         """Serve a request. Its id is made unique, since clients choose theirs and may use one twice.
 
         Raises:
@@ -74,7 +75,7 @@ class InFlight:
         if self.draining:
             raise shutting_down()
         unique = f"{request_id}.{secrets.token_hex(4)}" if request_id in self._requests else request_id
-        request = self._requests[unique] = InFlightRequest(unique)
+        request = self._requests[unique] = InFlightRequest(unique, owner)
         self._empty.clear()
         try:
             async with request.scope():

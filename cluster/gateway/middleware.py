@@ -1,6 +1,5 @@
 """What every HTTP request passes first: its id, the API key, the size of its body, and the last net for errors."""
 
-import hmac
 import logging
 import re
 import uuid
@@ -9,6 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stepladder.cluster.gateway.api_keys import ApiKeys
 from stepladder.cluster.gateway.errors import ApiError, BadRequest, BodyTooLarge, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -18,24 +18,24 @@ _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 class Gatekeeper:
-    """ASGI middleware. The request's id is in `request.state.request_id` and echoed as X-Request-Id; `status` beside it
-    is the answer's, once that has begun.
+    """ASGI middleware. The request's id is in `request.state.request_id` and echoed as X-Request-Id; `owner` beside it
+    is the hash of its API key, and `status` the answer's, once that has begun.
 
     Args:
-        api_key: bearer token that all but OPEN_PATHS need.
+        keys: bearer tokens, of which all but OPEN_PATHS need one.
         max_body_bytes: larger bodies are refused.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
-        assert api_key != "", "an empty key is no key, and None has to be meant"
-        self._api_key = api_key.encode() if api_key is not None else None
+    def __init__(self, app: ASGIApp, keys: ApiKeys, max_body_bytes: int) -> None:
+        self._app, self._keys, self._max_body_bytes = app, keys, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers, state = Headers(scope=scope), scope.setdefault("state", {})
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves the body out
         given = headers.get("x-request-id")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state["request_id"] = request_id
@@ -47,7 +47,8 @@ class Gatekeeper:
             await send(message)
 
         try:
-            self._check(scope["path"], headers, given not in (None, request_id))
+            state["owner"] = self._owner(scope["path"], headers)
+            self._check(headers, given not in (None, request_id))
             await self._app(scope, self._bounded(receive), send_with_id)
         except ClientDisconnect:
             pass
@@ -58,11 +59,17 @@ class Gatekeeper:
             if "status" not in state:
                 await ApiError("internal error").response()(scope, receive, send_with_id)
 
-    def _check(self, path: str, headers: Headers, bad_id: bool) -> None:
-        if self._api_key is not None and path not in OPEN_PATHS:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), self._api_key):
-                raise Unauthorized("this server needs its API key: send Authorization: Bearer <key>")
+    def _owner(self, path: str, headers: Headers) -> str:
+        """The hash of the request's key; empty where none is needed."""
+        if not self._keys.needed or path in OPEN_PATHS:
+            return ""
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        key = sent.encode("latin-1").decode("utf-8", "replace")
+        if scheme.lower() != "bearer" or not (owner := self._keys.owner(key)):
+            raise Unauthorized("this server needs its API key: send Authorization: Bearer <key>")
+        return owner
+
+    def _check(self, headers: Headers, bad_id: bool) -> None:
         if bad_id:
             raise BadRequest("X-Request-Id must be 1 to 128 letters, digits or any of _.:/+=-", param="X-Request-Id")
         if int(headers.get("content-length", 0)) > self._max_body_bytes:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from time import time
 from typing import Any, TypeVar
 
@@ -55,7 +56,9 @@ class ServiceConfig:
         max_model_len: prompt and output together, in tokens; the engines may have room for less.
         vocab_size: token ids from 0 to this are the model's.
         version: of Stepladder.
-        api_key: bearer token that requests need, not empty; None lets everybody in.
+        root: where the model lies, as vLLM's clients want to know.
+        api_key: bearer token that requests need, not empty. api_key_file: of more of them (`ApiKeys`). Without either,
+            everybody may come in.
         max_choices: prompts times n of one HTTP request.
         max_body_bytes: of one HTTP request; None takes what the context may need.
         max_reported: log-probabilities of one answer: tokens that are reported, of prompts and choices, times the
@@ -76,7 +79,9 @@ class ServiceConfig:
     max_model_len: int
     vocab_size: int
     version: str
+    root: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    api_key_file: str | None = None
     max_choices: int = 128
     max_body_bytes: int | None = None
     max_reported: int = 1 << 17
@@ -126,6 +131,8 @@ class OpenAIService:
             "object": "model",
             "created": self.config.created,
             "owned_by": "stepladder",
+            "root": self.config.root or self.config.model_name,
+            "parent": None,
             "max_model_len": self.max_model_len,
         }
 
@@ -169,11 +176,6 @@ class OpenAIService:
             await self._echo(answer.choices, body)
         return answer
 
-    def _begin(self, body: ChatRequest | CompletionRequest, http: InFlightRequest) -> None:
-        self.check_model(body.model)
-        if seconds := min((s for s in (body.timeout, self.config.request_seconds) if s), default=None):
-            http.must_end(seconds)
-
     async def _echo(self, choices: list[Choice], body: CompletionRequest) -> None:
         """Have them begin with their prompts."""
         skip = body.skip_special_tokens
@@ -190,6 +192,11 @@ class OpenAIService:
             for choice in choices[first : first + body.n]:
                 choice.echo, choice.echo_offsets = text, offsets
                 choice.scoring_only = body.max_tokens == 0
+
+    def _begin(self, body: ChatRequest | CompletionRequest, http: InFlightRequest) -> None:
+        self.check_model(body.model)
+        if seconds := min((s for s in (body.timeout, self.config.request_seconds) if s), default=None):
+            http.must_end(seconds)
 
     async def run(self, answer: Choices) -> bytes:
         """The whole answer, as JSON."""
@@ -241,10 +248,11 @@ class OpenAIService:
     ) -> list[int]:
         """Chat templates write special tokens themselves."""
         options, tools = body.chat_options(self.config.special_tokens_in_content), body.shown_tools
+        variables = len(str(body.chat_template_kwargs)) + len(str(tools))
         try:
             text = await self._work(
                 lambda: self.tokenizer.chat([message.for_template() for message in messages], tools, options),
-                len(messages) + sum(message.length for message in messages) // INLINE_SHARE,
+                len(messages) + (sum(message.length for message in messages) + variables) // INLINE_SHARE,
             )
             return await self._encode(text, bool(body.add_special_tokens), fits)
         except ValueError as error:
@@ -265,11 +273,11 @@ class OpenAIService:
         tools: ToolPlan | None = None,
     ) -> Choices:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
-        choices: list[Choice] = []
+        choices, owner = list[Choice](), _owner(http, body)
         for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth, structure, tools), len(choices)
-                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params)
+                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner)
                 text, parser = TextStream.of(self.tokenizer, params, prompt), tools.parser() if tools else None
                 choices.append(Choice(index, request, text, tools=parser))
         self._check_reported([choice.request for choice in choices])
@@ -388,6 +396,12 @@ class OpenAIService:
         if not self._broken and is_broken(output):
             self._broken = True
             log.error("model %s: its logits are not numbers (NaN); check its weights", self.config.model_name)
+
+
+def _owner(http: InFlightRequest, body: ChatRequest | CompletionRequest) -> str:
+    """Whose requests continue one another: those of one key that name the same seed, or none."""
+    parts = [http.owner] + ([f"seed {body.seed}"] if "seed" in body.model_fields_set else [])
+    return blake2b(" ".join(parts).encode(), digest_size=8).hexdigest() if any(parts) else ""
 
 
 def _reported(request: Request) -> int:

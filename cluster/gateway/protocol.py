@@ -166,9 +166,9 @@ class Message(Body):
 
     @property
     def length(self) -> int:
-        """Characters of its content."""
-        parts = self.content or ""
-        return len(parts) if isinstance(parts, str) else sum(len(part.text) for part in parts)
+        """Characters that it holds, more or less."""
+        parts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
+        return sum(map(len, (*parts, self.name or "", self.tool_call_id or "", str(self.tool_calls or ""))))
 
     def for_template(self) -> dict[str, Any]:
         """What chat templates read."""

@@ -33,15 +33,19 @@ class Reply(Response):
     """
 
     def __init__(
-        self, service: OpenAIService, request_id: str, prepare: Callable[[InFlightRequest], Awaitable[Choices]]
+        self,
+        service: OpenAIService,
+        request_id: str,
+        owner: str,
+        prepare: Callable[[InFlightRequest], Awaitable[Choices]],
     ) -> None:
-        self._service, self._request_id, self._prepare = service, request_id, prepare
+        self._service, self._request_id, self._owner, self._prepare = service, request_id, owner, prepare
         self._started = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self._service.in_flight.enter(self._request_id) as request, _watched(receive, request):
+            async with self._entered(receive) as request:
                 answer = scope["state"]["answer"] = await self._prepare(request)
                 if answer.asked.stream:
                     await self._stream(answer, send)
@@ -55,6 +59,11 @@ class Reply(Response):
                 raise
             scope["state"]["error"] = error
             await _send_error(error, send)
+
+    @asynccontextmanager
+    async def _entered(self, receive: Receive) -> AsyncIterator[InFlightRequest]:
+        async with self._service.in_flight.enter(self._request_id, self._owner) as request, _watched(receive, request):
+            yield request
 
     async def _stream(self, answer: Choices, send: Send) -> None:
         async with aclosing(self._service.stream(answer)) as events:

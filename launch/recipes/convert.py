@@ -3,7 +3,6 @@
 Zhang et al. 2501.06589 §4 do this to Llama-3.1-8B-Instruct: half of the layers, 3 billion tokens.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +18,10 @@ from stepladder.launch.recipes.corpus import Corpus, Document, standard_library
 from stepladder.launch.recipes.documents import given_text
 from stepladder.launch.recipes.training import Recipe, Words, run_with_progress, size
 from stepladder.parallel.checkpoint import fingerprints, load_weights, save_weights
+from stepladder.parallel.families import identity
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
+from stepladder.parallel.typed_json import read_object
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 
 CONVERTED = {
@@ -175,10 +176,11 @@ def _train(recipe: ConvertRecipe, model: Transformer, words: Words, corpus: Corp
 
 
 def write_model(model: Transformer, spec: ModelSpec, source: Path, directory: Path) -> None:
-    """A Hugging Face directory: the source's configuration with the new wiring, its tokenizer, the model's weights."""
+    """A Hugging Face directory: the source's configuration with the new wiring and a name of ours, its tokenizer, the
+    model's weights."""
     directory.mkdir(parents=True, exist_ok=True)
     assert spec.ladder_layers is not None
-    config = json.loads((source / "config.json").read_text())
+    config = read_object(source / "config.json") | identity(spec.family, spec.residual)
     config |= {"residual": spec.residual, "ladder_layers": list(spec.ladder_layers)}
     for pattern in KEPT:
         for path in filter(Path.is_file, source.glob(pattern)):

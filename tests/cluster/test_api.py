@@ -1,6 +1,8 @@
 """The OpenAI protocol as the official client and its types see it."""
 
 import asyncio
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import httpx
 import openai.types as oai
 import openai.types.chat as oai_chat
 import pytest
+from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import AutoTokenizer
 
 from stepladder import LLM, SamplingParams
@@ -27,7 +30,7 @@ def text(server: Server, **body: Any) -> str:
 def test_models(server: Server) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["org/tiny"]
-    strict(oai.Model, client.models.retrieve("org/tiny").to_dict(), extra=("max_model_len",))
+    strict(oai.Model, client.models.retrieve("org/tiny").to_dict(), extra=("max_model_len", "parent", "root"))
 
 
 def test_completion_is_what_llm_generates(server: Server, llm: LLM) -> None:
@@ -222,9 +225,36 @@ def test_an_answer_can_be_sent_back_with_its_null_fields(server: Server) -> None
 
 
 def test_routes_are_described(server: Server) -> None:
-    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    """What is documented is what is sent: statuses, bodies, content types."""
+    document = httpx.get(server.url + "/openapi.json").json()
+    paths = document["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/metrics"} <= paths.keys()
     assert httpx.get(server.url + "/version").json() == {"version": "1"}
+    chat = paths["/v1/chat/completions"]["post"]
+    assert chat["responses"].keys() == {"200", "400", "401", "404", "413", "429", "503"}
+    assert chat["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == [CONTENT_TYPE_LATEST]
+    assert "422" not in json.dumps(document) and "HTTPValidationError" not in json.dumps(document)
+    schemas = document["components"]["schemas"]
+    assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ChatRequest")
+    assert {"messages", "temperature", "timeout"} <= schemas["ChatRequest"]["properties"].keys()
+    for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)):
+        assert name in schemas, "every reference leads somewhere"
+    for path in ("/health", "/ready"):
+        assert httpx.get(server.url + path).headers["content-type"] == "application/json"
+
+
+def test_head_is_answered_as_get_without_a_body(server: Server) -> None:
+    for path in ("/health", "/ready", "/metrics", "/version", "/v1/models"):
+        answer = httpx.head(server.url + path)
+        assert answer.status_code == 200 and not answer.content and int(answer.headers["content-length"]) > 0
+    assert httpx.head(server.url + "/v1/completions").status_code == 405
+
+
+def test_vllms_clients_find_the_tokenizer(random_model: Path, server: Server) -> None:
+    with serve(random_model, root=str(random_model)) as rooted:
+        assert httpx.get(rooted.url + "/v1/models").json()["data"][0]["root"] == str(random_model)
+    assert httpx.get(server.url + "/v1/models").json()["data"][0]["root"] == "org/tiny"
 
 
 def test_tokenizer_info(random_model: Path, server: Server) -> None:

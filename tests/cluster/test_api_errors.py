@@ -1,6 +1,7 @@
 """Every refusal: its status, and its body in OpenAI's shape, naming the field."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from stepladder.cluster.gateway.api_keys import ApiKeys
 from stepladder.cluster.gateway.protocol import ANYTHING, ChatRequest, CompletionRequest
 from tests.cluster.serving import Server, serve
 
@@ -207,6 +209,36 @@ def test_api_key(random_model: Path) -> None:
             server.client(api_key="other").models.list()
         right: Any = {"Authorization": "Bearer sécret".encode()}
         assert httpx.post(server.url + CHAT, json=BODIES[CHAT], headers=right).status_code == 200
+
+
+def hashed(*keys: str) -> str:
+    return "".join(f"sha256:{sha256(key.encode()).hexdigest()} of {index}\n" for index, key in enumerate(keys))
+
+
+def test_api_keys_of_a_file(random_model: Path, tmp_path: Path) -> None:
+    """Any of them opens; the file is read again when an unknown key comes."""
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\n" + hashed("one", "two"))
+
+    def status(key: str) -> int:
+        return httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    with serve(random_model, api_key="given", api_key_file=str(file)) as server:
+        assert [status(key) for key in ("one", "two", "given", "three")] == [200, 200, 200, 401]
+        file.write_text("sha256:half a li")
+        assert [status(key) for key in ("one", "three")] == [200, 401], "somebody edits it"
+        file.write_text(hashed("three"))
+        assert [status(key) for key in ("three", "one", "given")] == [200, 401, 200]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("secret\n", "line 1 is not sha256:"), ("", "holds no key"), (None, "No such file")]
+)
+def test_api_key_files_that_are_none(tmp_path: Path, text: str | None, why: str) -> None:
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    with pytest.raises(ValueError, match=f"gateway.api_key_file .*/keys: .*{why}"):
+        ApiKeys(file=str(tmp_path / "keys"))
 
 
 def test_overload(random_model: Path) -> None:

@@ -59,6 +59,24 @@ HOSTILE: dict[str, tuple[str, bytes, int, str | None]] = {
     "tokenize": ("/tokenize", filled("a", '{"prompt":"', '"}', ""), 200, None),
     "detokenize": ("/detokenize", filled("65", '{"tokens":[', "]}"), 200, None),
     "detokenize nonsense": ("/detokenize", filled('"a"', '{"tokens":[', "]}"), 400, "tokens[0]"),
+    "forged turns": (
+        CHAT,
+        filled("<|end|>", '{"model":"org/tiny","messages":[{"role":"user","content":"', '"}]}', ""),
+        400,
+        "messages",
+    ),
+    "forged template variables": (
+        "/tokenize",
+        filled("<|end|>", '{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"x":"', '"}}', ""),
+        200,
+        None,
+    ),
+    "tool calls without anything": (
+        CHAT,
+        filled("{}", '{"model":"org/tiny","messages":[{"role":"assistant","tool_calls":[', "]}]}"),
+        400,
+        "messages[0].tool_calls",
+    ),
     "a deep nest": (CHAT, b"[" * LIMIT, 400, None),
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM
 
 import stepladder.launch.recipes.convert
 from stepladder import LLM, SamplingParams
@@ -177,6 +178,11 @@ def test_every_family_survives(tmp_path: Path, family: str, text: Path) -> None:
     before, after = ModelSpec.load(source), ModelSpec.load(tmp_path / "model")
     assert after == converted(before, 1)
     assert after.residual == ("ladder-parallel" if before.residual == "parallel" else "ladder")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["model_type"] == f"stepladder_{before.family}" and config["architectures"][0].startswith("Stepladder")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    want = theirs(torch.arange(24)[None]).logits[0].detach()
+    torch.testing.assert_close(logits(tmp_path / "model"), want, rtol=0, atol=1e-4 * float(want.abs().max()))
     rewired = logits(source, after)
     torch.testing.assert_close(logits(tmp_path / "model"), rewired, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(rewired, logits(source), rtol=1e-2, atol=1e-2)

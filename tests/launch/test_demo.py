@@ -7,13 +7,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stepladder.launch.recipes.corpus import primed_xz_bits_per_byte, standard_library
 from stepladder.launch.recipes.demo_model import DemoRecipe, run
 from stepladder.launch.recipes.training import Words
 from stepladder.launch.train import recipe_of
-from stepladder.parallel.checkpoint import load_weights
+from stepladder.parallel.checkpoint import load_weights, save_weights
+from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import kv_heads_of
 from stepladder.parallel.shards import Shard
@@ -43,7 +44,28 @@ def test_the_bundled_model_is_a_ladder_that_four_ranks_can_share() -> None:
     for ranks in (1, 2, 4):
         assert Transformer(spec, Shard(0, ranks)).num_kv_heads == len(kv_heads_of(spec, Shard(0, ranks)))
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12e6
-    assert AutoConfig.from_pretrained(DEMO).num_hidden_layers == spec.num_layers
+    assert AutoConfig.from_pretrained(DEMO, trust_remote_code=True).num_hidden_layers == spec.num_layers
+
+
+def test_transformers_computes_the_bundled_model_with_its_code() -> None:
+    spec, tokens = ModelSpec.load(DEMO), torch.arange(40) * 7
+    model = Transformer(spec).requires_grad_(False)
+    load_weights(model, DEMO)
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO, trust_remote_code=True, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        want = theirs(tokens[None]).logits[0]
+        got = model.logits(model(tokens, WholeSequences(1, 40)))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(DEMO, trust_remote_code=False)
+
+
+def test_the_bundled_model_lies_there_as_we_write_it(tmp_path: Path) -> None:
+    spec = ModelSpec.load(DEMO)
+    assert json.loads((DEMO / "config.json").read_text()) == spec.to_config()
+    save_weights(Transformer(spec), tmp_path, torch.bfloat16)
+    code = "modeling_stepladder.py"
+    assert (DEMO / code).read_text() == (tmp_path / code).read_text()
 
 
 def test_training_json_says_what_was_measured() -> None:

@@ -282,7 +282,6 @@ def test_a_missing_field_is_named(copy: Path, field: str) -> None:
     [
         ("model_type", "gpt2"),
         ("hidden_act", "gelu"),
-        ("sliding_window", 64),
         ("layer_types", ["full_attention"]),
         ("layer_types", ["full_attention", "sliding_attention", "full_attention"]),
         ("rope_parameters", {"rope_type": "su", "rope_theta": 1e4, "factor": 2.0}),

@@ -102,6 +102,16 @@ def test_each_role_has_its_own_form(tmp_path: Path) -> None:
         assert tokenizer.chat(messages) == "a<a>a!a!"
 
 
+def test_a_role_that_shows_nothing_has_the_form_of_users(tmp_path: Path) -> None:
+    """As where a template wants more of a conversation than two messages."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' or messages | length > 2 %}"
+        "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}"
+    )
+    messages = [*HELLO, {"role": "assistant", "content": "a"}, *HELLO]
+    assert tokenizer_of(tmp_path, template).chat(messages) == "<hello><a><hello>"
+
+
 HERMES = (
     "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}{% for m in messages %}"
     "{% if m.tool_calls %}{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls %}<tool_call>"

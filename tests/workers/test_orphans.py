@@ -8,8 +8,11 @@ from stepladder.workers.core import Output, Request, SamplingParams
 from stepladder.workers.server.orphans import Orphans
 
 
-def request(request_id: str = "chat-0#1.7", prompt: tuple[int, ...] = (1, 2), **params: Any) -> Request:
-    return Request(id=request_id, prompt=prompt, params=SamplingParams(**{"seed": 5, "stop": ("x",), **params}))
+def request(
+    request_id: str = "chat-0#1.7", prompt: tuple[int, ...] = (1, 2), owner: str = "me", **params: Any
+) -> Request:
+    params = {"seed": 5, "stop": ("x",), **params}
+    return Request(id=request_id, prompt=prompt, params=SamplingParams(**params), owner=owner)
 
 
 def test_a_retry_takes_over_what_went_on() -> None:
@@ -33,6 +36,7 @@ def test_a_retry_takes_over_what_went_on() -> None:
         {"stop": ()},
         {"logit_bias": {1: 2.0}},
         {"request_id": "chat-1#1"},
+        {"owner": "somebody else, or I with a seed of my own"},
     ],
 )
 def test_a_request_that_asks_otherwise_is_no_retry(other: dict[str, Any]) -> None:

@@ -97,6 +97,13 @@ def test_a_text_behind_special_tokens_keeps_its_space(byte_fallback: Tokenizer) 
     assert shown.push([*word]) == " " and shown.stopped
 
 
+def test_a_text_goes_on_behind_a_long_run_of_bytes(byte_fallback: Tokenizer) -> None:
+    """Of which a window that began within a character would make nothing."""
+    for before in ("한" * 4 + "ü", "ü" * 7 + "한", "한" * 20):
+        prompt, tokens = byte_fallback.encode(before), byte_fallback.encode("한ü")[1:]  # without the space before it
+        assert push_all(TextStream(byte_fallback, before=prompt), tokens, []) == "한ü"
+
+
 def test_the_space_is_what_transformers_decodes(byte_fallback: Tokenizer, tmp_path: Path) -> None:
     oracle = PreTrainedTokenizerFast(tokenizer_object=byte_fallback.fast)
     prompt, tokens = oracle.encode("to a"), oracle.encode("STOP a")

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import wire_to_ffn
+from stepladder.parallel.wiring import ATTENTION, FFN
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import fixed_number
 from stepladder.workers.afd.pool import FeedForwardPool
@@ -46,6 +47,8 @@ class PoolFigures(RankFigures):
 class AttentionRank(EngineRank):
     """A rank that holds attention, KV cache, embedding and head, with an engine of its own."""
 
+    pools = (ATTENTION,)
+
     @property
     def _forward(self) -> PoolForward:
         return cast(PoolForward, self._executor.forward)
@@ -82,6 +85,8 @@ class AttentionRank(EngineRank):
 
 class FeedForwardRank(Rank):
     """A rank of the FFN pool. Its address is that of the pool's store, where attention ranks join."""
+
+    pools = (FFN,)
 
     @property
     def ordered(self) -> bool:

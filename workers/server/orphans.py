@@ -16,12 +16,13 @@ class Orphan:
     finish_reason: FinishReason | None = None
 
     def answers(self, request: Request) -> bool:
-        """Whether `request` is a retry of this one: the same name, prompt and sampling parameters.
+        """Whether `request` is a retry of this one: the same name, owner, prompt and sampling parameters.
 
-        A retry may bring another seed, since a client that names none gets a random one each time.
+        A retry may bring another seed, since a client that names none gets a random one each time; one that names a
+        seed is another owner.
         """
         mine, seed = self.request, request.params.seed
-        same_name = name_of(mine.id) == name_of(request.id)
+        same_name = (name_of(mine.id), mine.owner) == (name_of(request.id), request.owner)
         same = same_name and mine.prompt == request.prompt and replace(mine.params, seed=seed) == request.params
         return same and len(self.tokens) >= len(request.output)
 

@@ -1,7 +1,6 @@
 """Between text and tokens: the tokenizer of a model directory, and text that grows token by token."""
 
 import codecs
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +12,19 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from stepladder.parallel.special_tokens import named_tokens
+from stepladder.parallel.typed_json import (
+    LONG_TEXT,
+    TEXT,
+    check_regular,
+    either,
+    naming,
+    optional,
+    read_object,
+    read_text,
+    record,
+    several,
+    typed,
+)
 from stepladder.workers.core import Output, SamplingParams
 from stepladder.workers.text.chat import DEFAULTS, ChatOptions, ChatTemplate, Message
 from stepladder.workers.text.control_tokens import (
@@ -24,6 +36,12 @@ from stepladder.workers.text.control_tokens import (
 )
 from stepladder.workers.text.templates import compile_template, literals, reads
 from stepladder.workers.text.token_bytes import TokenBytes
+
+_TOKEN = optional(either(TEXT, record(content=TEXT)))
+_FIELDS = {  # of tokenizer_config.json, as far as they are read
+    "chat_template": optional(either(LONG_TEXT, several(record(name=TEXT, template=LONG_TEXT)))),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+}
 
 
 class Tokenizer:
@@ -38,7 +56,7 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path) -> None:
         self.fast = read_tokenizer(Path(directory) / "tokenizer.json")
-        self._config = _read_json(Path(directory) / "tokenizer_config.json")
+        self._config = _tokenizer_config(Path(directory) / "tokenizer_config.json")
         self._chat_template = _chat_template(Path(directory), self._config)
         self._named = named_tokens(directory)
         self._added = self.fast.get_added_tokens_decoder()
@@ -363,6 +381,7 @@ def read_tokenizer(path: Path) -> FastTokenizer:
         ValueError: it cannot be read.
     """
     try:
+        check_regular(path)
         fast = FastTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} cannot be read: {error}") from None
@@ -376,20 +395,22 @@ def _is_inside_character(raw: bytes) -> bool:
     return bool(raw) and 0x80 <= raw[0] < 0xC0
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _tokenizer_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        config = read_object(path)
+    except FileNotFoundError:
+        return {}
+    with naming(path):
+        return typed(config, _FIELDS)
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     """From a file of its own (transformers 5), or from the configuration: one, or several with names."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text()
-    found = config.get("chat_template")
-    if isinstance(found, list):
+    try:
+        return read_text(directory / "chat_template.jinja")
+    except FileNotFoundError:
+        found = config.get("chat_template")
+    if isinstance(found, tuple):
         return next((entry["template"] for entry in found if entry["name"] == "default"), None)
     return found
 
