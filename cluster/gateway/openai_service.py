@@ -248,7 +248,7 @@ class OpenAIService:
     ) -> list[int]:
         """Chat templates write special tokens themselves."""
         options, tools = body.chat_options(self.config.special_tokens_in_content), body.shown_tools
-        variables = len(str(body.chat_template_kwargs))
+        variables = len(str(body.chat_template_kwargs)) + len(str(tools))
         try:
             text = await self._work(
                 lambda: self.tokenizer.chat([message.for_template() for message in messages], tools, options),

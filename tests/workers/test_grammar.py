@@ -16,14 +16,19 @@ from hypothesis import strategies as st
 
 from stepladder import LLM, StructuredOutputs
 from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import sampler
 from stepladder.workers.assembly import whole_executor
+from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import Output, Request, Sample, SamplingParams
 from stepladder.workers.engine import Engine
+from stepladder.workers.engine_rank import EngineRank
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.grammar.constraint import GrammarConstraint, words
 from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.rank import RankConfig
+from stepladder.workers.server.messages import Submit, Update, decode_to_engine, decode_update, encode
 from stepladder.workers.text.stream import Tokenizer
 from stepladder.workers.text.token_bytes import _gpt2_alphabet
 from tests.cluster.models import write_tokenizer
@@ -320,6 +325,26 @@ def test_an_engine_refuses_what_it_cannot_end_or_read(model: Path, grammars: Gra
     with pytest.raises(ValueError, match="no tokenizer"):
         endless.add(Request(id="a", prompt=(1,), params=params(stop_token_ids=(EOS,))))
     assert not endless.has_work
+
+
+def test_a_rank_reads_its_models_tokenizer_when_it_is_asked(model: Path) -> None:
+    """And what it is asked travels there, and errors back."""
+    rank = EngineRank(
+        RankConfig(
+            model=str(model), shard=Shard(), prefix="1", host="127.0.0.1", ranks_here=1, device="cpu", secret="s",
+            collective_seconds=5.0, engine=EngineConfig(threads=1), kv=KvConfig(),
+        )
+    )  # fmt: skip
+    rank.begin(rank.load("127.0.0.1", rank.open_store()))
+    assert rank._engine and rank._channel
+    submit = Submit(1, requests(2)[1])
+    arrived = decode_to_engine(encode(submit))
+    assert arrived == submit and isinstance(arrived, Submit)
+    rank._engine.executor.mesh.clock.restart()
+    check_all([submit.request], serve(rank._engine, [arrived.request]))
+    rank._channel.close()
+    update = Update(1, 1, [Output("1", [], "abort", error="why")], [], rank._engine.stats, [])
+    assert decode_update(encode(update)).outputs == update.outputs
 
 
 def test_in_one_process(model: Path) -> None:
