@@ -219,7 +219,10 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """Where figures go, besides /metrics: a JSONL file always, Weights & Biases unless disabled."""
+    """Where figures go, besides /metrics: a JSONL file always, Weights & Biases too.
+
+    wandb: online, offline or disabled. project: of W&B. every_seconds: between two rows of figures.
+    """
 
     wandb: str = "offline"
     project: str = "stepladder"

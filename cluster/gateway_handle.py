@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from stepladder.cluster import placement
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.error_text import error_text
@@ -69,6 +70,12 @@ class GatewayHandle:
         (self.place,) = wait_for([self.actor.where.remote()], seconds, go)
         port = self.port or self.deployment.gateway.port
         (self.port,) = wait_for([self.actor.start.remote(port)], seconds, go)
+
+    def homeless(self) -> str | None:
+        """Why no node can take it now; None if one can."""
+        resource = self.deployment.gateway.resource
+        why = placement.lacking(resource) if resource else None
+        return f"gateway.resource is {resource!r}, but {why}" if why else None
 
     def adopt(self) -> bool:
         """Take over the gateway that an earlier controller left running."""

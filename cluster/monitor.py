@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from typing import Any
 LOG = logging.getLogger(__name__)
 CLOCKS = {  # what W&B plots each family of figures over; serving, training and drafters have clocks of their own
     **dict.fromkeys(("serve/*", "engine/*", "afd/*", "ranks/*", "spec/*"), "serve/seconds"),
-    "train/*": "train/step",
+    **dict.fromkeys(("train/*", "held_out/*"), "train/step"),
     "drafter/*": "drafter/version",
 }
 INIT_SECONDS = 20.0
 FINISH_SECONDS = 30.0
+RUN_ID = "wandb-run-id.txt"
 
 
 def open_monitor(directory: Path, wandb: str, project: str, name: str, config: Mapping[str, Any]) -> "Monitors":
@@ -94,7 +96,8 @@ class JsonlMonitor:
 
 
 class WandbMonitor:
-    """One W&B run, kept by one process of the job.
+    """One W&B run, kept by one process of the job. A job that is started again in the same directory continues it: its
+    id lies there.
 
     A missing key, a missing network or any other failure of W&B is a warning: online falls back to offline (a run
     directory that `wandb sync` sends later), and a failure after that ends the logging, not the work.
@@ -138,12 +141,30 @@ def _start(directory: Path, mode: str, project: str, name: str, config: Mapping[
 
     settings = wandb.Settings(console="off", init_timeout=INIT_SECONDS, login_timeout=1, silent=True)
     directory.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(project=project, name=name, mode=mode, dir=str(directory), config=dict(config), settings=settings)  # type: ignore[arg-type]
+    run = wandb.init(
+        project=project,
+        name=name,
+        mode=mode,  # type: ignore[arg-type]
+        dir=str(directory),
+        config=dict(config),
+        settings=settings,
+        id=_run_id(directory),
+        resume="allow",
+    )
     for clock in set(CLOCKS.values()):
         run.define_metric(clock)
     for names, clock in CLOCKS.items():
         run.define_metric(names, step_metric=clock)
     return run
+
+
+def _run_id(directory: Path) -> str:
+    """Of the run whose figures are in `directory`; drawn when it is first asked for."""
+    path = directory / RUN_ID
+    known = path.read_text().strip() if path.exists() else ""
+    if not known:
+        path.write_text(known := secrets.token_hex(8))
+    return known
 
 
 def _finish(run: Any) -> None:

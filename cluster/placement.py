@@ -32,6 +32,16 @@ def place(
     return group
 
 
+def lacking(resource: str) -> str | None:
+    """Why nothing that needs some of `resource` can be placed now; None if a node has it."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(resource in node for node in nodes):
+        return None
+    names_of_nodes = resource.startswith("node:")
+    there = ", ".join(sorted({n for node in nodes for n in node if names_of_nodes or not n.startswith("node:")}))
+    return f"no node of the cluster has the resource {resource!r}; nodes have {there}"
+
+
 def names(prefix: str) -> list[str]:
     """Names of the placement groups that still hold or want resources and begin with `prefix`."""
     return [

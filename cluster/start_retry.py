@@ -9,6 +9,8 @@ log = logging.getLogger(__name__)
 
 MAX_FAILED = 3  # starts of something that has never worked
 MAX_PAUSE = 30.0  # seconds
+# what the same configuration raises every time, in words of ours (ValueError) or, where nobody checked it, in Python's
+SAME_AGAIN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, NotImplementedError)
 
 
 class StartRetry:
@@ -54,4 +56,4 @@ def _hopeless(error: Exception) -> bool:
 
     Errors of the system (ETIMEDOUT) and of Ray (GetTimeoutError) are kinds of TimeoutError too, but pass.
     """
-    return isinstance(error, ValueError) or (type(error) is TimeoutError and error.errno is None)
+    return isinstance(error, SAME_AGAIN) or (type(error) is TimeoutError and error.errno is None)

@@ -82,6 +82,7 @@ class Supervisor:
         if journal.get("ending"):
             self._ending.set()
         self._figures: dict[str, float] = {}
+        self._homeless_since: float | None = None  # monotonic seconds
 
     def status(self) -> Status:
         url = self._gateway.url if self._gateway.port else None
@@ -199,7 +200,7 @@ class Supervisor:
             if self._phase != "starting":
                 self._set("mending", "the gateway was lost; starting it again")
             self._gateway.kill()
-        if self._gateway_starts.pause:
+        if self._gateway_starts.pause or self._homeless():
             return
         self._journal.set(gateway_life=self._gateway.life + 1)
         try:
@@ -212,6 +213,20 @@ class Supervisor:
         else:
             self._gateway_starts.succeeded()
             self._journal.set(port=self._gateway.port)
+
+    def _homeless(self) -> bool:
+        """Whether no node can take the gateway. One that can may still come, so this waits as long as a start may take,
+        and says so at once."""
+        why, seconds = self._gateway.homeless(), self.deployment.cluster.start_seconds
+        if why is None:
+            self._homeless_since = None
+            return False
+        self._homeless_since = self._homeless_since or monotonic()
+        self._gateway_starts.trouble = f"{why} (waiting up to {seconds:.0f} s for one)"
+        if monotonic() - self._homeless_since > seconds:
+            self._gateway_starts.failed(TimeoutError(f"{why}; set it to one of these, or to null for any node"))
+            self._homeless_since = None
+        return True
 
     def _adopt(self) -> None:
         """After a restart of the controller: keep what is whole and ours, remove what is not."""

@@ -2,59 +2,56 @@
 
 It speaks to the Ray cluster of RAY_ADDRESS (host:port of its head; without it, the one on this machine). Exit codes:
 0 done, and for `status` ready; 1 no such deployment or cluster; 2 wrong usage; 3 `status`: it is not ready; 4 `drain`
-or `stop`: it was not done within `seconds`.
+or `stop`: it was not done within `seconds`; 141 whoever read our output has stopped.
 """
 
 import argparse
 import json
-import logging
 import os
-import socket
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from stepladder.cluster.names import CONTROLLER, deployments, namespace
 from stepladder.launch.build import build
+from stepladder.launch.ctl_options import CtlOptions
 from stepladder.launch.logs import LogOptions, logs
+from stepladder.launch.ray_cluster import ATTACH_SECONDS, Head, attach, within
 from stepladder.launch.table import table
 
+T = TypeVar("T")
+
 OK, ABSENT, USAGE, NOT_READY, LATE = 0, 1, 2, 3, 4
-REACH_SECONDS = 5.0
-ANSWER_SECONDS = 15.0
+CUT_OFF = 128 + signal.SIGPIPE
+SHUTDOWN_SECONDS = 5.0
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusOptions:
-    """name: of the deployment; may be left out if there is one only. format: table or json."""
+class StatusOptions(CtlOptions):
+    """format: table or json."""
 
-    name: str | None = None
     format: str = "table"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.format not in ("table", "json"):
             raise ValueError(f"format is {self.format!r}; it must be table or json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions:
-    name: str | None = None
+class WaitOptions(CtlOptions):
+    """The order stands even if `seconds` were too few."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class WaitOptions:
-    """seconds: how long to wait; the order stands even if that was too short."""
-
-    name: str | None = None
     seconds: float = 600.0
 
 
@@ -73,9 +70,14 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"stepladder: {given.command}: {error}", file=sys.stderr)
         return USAGE
     try:
-        with connected():
-            name, controller = find(options.name)
-            return run(options, name, controller)
+        with connected(options.seconds):
+            name, controller = find(options)
+            code = run(options, name, controller)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever read has seen enough; what is still in the buffer must not complain at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except (ValueError, ConnectionError) as error:
         print(f"stepladder: {error}", file=sys.stderr)
         return ABSENT
@@ -84,17 +86,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def status(options: StatusOptions, name: str, controller: ActorHandle) -> int:
-    report = answer(controller.report.remote(), name)
+    report = answer(controller.report.remote(), name, options)
     print(json.dumps(report, indent=2) if options.format == "json" else describe(report))
     return OK if report["phase"] == "ready" else NOT_READY
 
 
 def drain(options: WaitOptions, name: str, controller: ActorHandle) -> int:
     """Stop admitting requests and wait for those in flight; everything stays up."""
-    answer(controller.drain.remote(True), name)
+    answer(controller.drain.remote(True), name, options)
 
     def left() -> str | None:
-        report = answer(controller.report.remote(), name)
+        report = answer(controller.report.remote(), name, options)
         if report["phase"] == "draining" and not report["in_flight"]:
             return None
         return f"{report['in_flight']} requests in flight" if report["phase"] == "draining" else report["phase"]
@@ -102,9 +104,9 @@ def drain(options: WaitOptions, name: str, controller: ActorHandle) -> int:
     return _wait(left, options.seconds, f"{name} is drained; `stop` removes it, `resume` admits requests again")
 
 
-def resume(options: ResumeOptions, name: str, controller: ActorHandle) -> int:
+def resume(options: CtlOptions, name: str, controller: ActorHandle) -> int:
     """Undo a drain."""
-    answer(controller.drain.remote(False), name)
+    answer(controller.drain.remote(False), name, options)
     print(f"{name} admits requests again")
     return OK
 
@@ -115,11 +117,11 @@ def stop(options: WaitOptions, name: str, controller: ActorHandle) -> int:
 
     def left() -> str | None:
         try:
-            return ray.get(controller.report.remote(), timeout=ANSWER_SECONDS)["detail"]
+            return ray.get(controller.report.remote(), timeout=options.patience)["detail"]
         except GetTimeoutError:
             return "its controller is busy"
         except RayActorError:
-            return "removing the controller" if name in deployments(_named()) else None
+            return "removing the controller" if name in deployments(_named(options)) else None
 
     return _wait(left, options.seconds, f"{name} is gone")
 
@@ -128,13 +130,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str, ActorHandle], int]]] = {
     "status": (StatusOptions, status),
     "logs": (LogOptions, logs),
     "drain": (WaitOptions, drain),
-    "resume": (ResumeOptions, resume),
+    "resume": (CtlOptions, resume),
     "stop": (WaitOptions, stop),
 }
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(seconds: float) -> Iterator[None]:
     """Attached to the running cluster; never starts one.
 
     Raises:
@@ -143,55 +145,40 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "")
-    _reach(address)
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"no Ray cluster at {address or 'this machine'}: {why}") from None
+    attach(seconds=min(seconds, ATTACH_SECONDS))
     try:
         yield
     finally:
-        ray.shutdown()
+        with suppress(TimeoutError):  # its head may be gone by now
+            within(SHUTDOWN_SECONDS, ray.shutdown, TimeoutError())
 
 
-def _reach(address: str) -> None:
-    """Ray itself would try for minutes before it says that nobody is there."""
-    if address.startswith("http"):
-        raise ConnectionError(f"RAY_ADDRESS is {address}; `ctl` needs the head's own address, such as head:6379")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
-        except OSError as error:
-            raise ConnectionError(f"no Ray cluster at {address}: {error.strerror or error}") from None
-
-
-def find(name: str | None) -> tuple[str, ActorHandle]:
+def find(options: CtlOptions) -> tuple[str, ActorHandle]:
     """A deployment's name and controller.
 
     Raises:
         ValueError: it does not exist, or no name was given and there is not exactly one.
     """
-    known = deployments(_named())
-    if name is None and len(known) == 1:
-        name = known[0]
+    known, name = deployments(_named(options)), options.name
+    if not known:
+        raise ValueError("this Ray cluster has no deployment; `stepladder serve` makes one")
+    if name is None and len(known) > 1:
+        raise ValueError(f"this Ray cluster has several deployments; say which: name={' or name='.join(known)}")
+    name = known[0] if name is None else name
     if name not in known:
-        missing = "give name=..." if name is None else f"there is no deployment named {name!r}"
-        raise ValueError(f"{missing}; this Ray cluster has {', '.join(known) or 'none'}")
-    assert name is not None
-    return name, ray.get_actor(CONTROLLER, namespace=namespace(name))
+        raise ValueError(f"there is no deployment named {name!r}; this Ray cluster has {', '.join(known)}")
+    space = namespace(name)
+    return name, _head_answers(options, lambda: ray.get_actor(CONTROLLER, namespace=space))
 
 
-def answer(reference: Any, name: str) -> Any:
+def answer(reference: Any, name: str, options: CtlOptions) -> Any:
     """The controller's answer.
 
     Raises:
         ConnectionError: it does not answer; Ray restarts it if it is dead.
     """
     try:
-        return ray.get(reference, timeout=ANSWER_SECONDS)
+        return ray.get(reference, timeout=options.patience)
     except (GetTimeoutError, RayActorError):
         raise ConnectionError(f"the controller of {name} does not answer; if it died, Ray restarts it soon") from None
 
@@ -264,8 +251,20 @@ def _wait(left: Callable[[], str | None], seconds: float, done: str) -> int:
     return OK
 
 
-def _named() -> list[dict[str, str]]:
-    return ray.util.list_named_actors(all_namespaces=True)
+def _named(options: CtlOptions) -> list[dict[str, str]]:
+    return _head_answers(options, lambda: ray.util.list_named_actors(all_namespaces=True))
+
+
+def _head_answers(options: CtlOptions, call: Callable[[], T]) -> T:
+    """What `call` asks the cluster's head.
+
+    Raises:
+        ConnectionError: it does not answer.
+    """
+    head = Head.of_environment()
+    where = f" at {head.address}" if head else ""
+    sentence = f"the head of the Ray cluster{where} does not answer within {options.patience:.0f} s; start it again"
+    return within(options.patience, call, ConnectionError(sentence))
 
 
 def pairs(words: Sequence[str]) -> dict[str, str]:
@@ -277,4 +276,7 @@ def pairs(words: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what Ray does at the exit of a process waits for a head that has died

@@ -9,7 +9,6 @@ Exit codes: 0 done; 1 done, but some prompts were refused (their rows say why), 
 
 import logging
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,15 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from stepladder import LLM, Completion
 from stepladder.cluster.config import ModelConfig
 from stepladder.launch.build import build, plain
+from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.prompts import Line, Options, OutputFile, read_lines
-from stepladder.launch.where import CONF
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.rank import resolve
@@ -36,7 +34,10 @@ DEFAULTS = {"max_tokens": 256}  # where they are not those of SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """prompts, output: files.
+    """Options.
+
+    prompts: *.jsonl has an object per line, anything else a prompt per line. output: what is there already is kept and
+    not generated again. device: cpu or cuda; None takes CUDA where there is one.
 
     sampling: fields of SamplingParams, for lines that do not give them. What is None or missing is as the model's
     generation_config.json recommends, or else as in DEFAULTS.
@@ -55,16 +56,17 @@ class GenerateConfig:
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda or null")
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="generate")
-def main(config: DictConfig) -> None:
+def main() -> None:
+    run_command("generate", lambda _: GenerateConfig, _generate)
+
+
+def _generate(config: DictConfig) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    try:
-        sys.exit(generate(build(GenerateConfig, plain(config)), stop.is_set))
-    except (ValueError, OSError) as error:
-        sys.exit(f"stepladder: {error}")
+    values = plain(config)
+    return generate(build(GenerateConfig, values | {"output": of_this_job(values["output"])}), stop.is_set)
 
 
 def generate(config: GenerateConfig, stopping: Callable[[], bool] = lambda: False) -> int:

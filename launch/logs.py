@@ -1,9 +1,10 @@
 """The log lines of a deployment's actors, from every node, through Ray's log API. `launch/ctl.py` prints them."""
 
 import re
+import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 from typing import Any
 
@@ -14,6 +15,7 @@ from requests.exceptions import RequestException
 
 from stepladder.cluster.names import CONTROLLER, namespace
 from stepladder.launch.build import check_counts
+from stepladder.launch.ctl_options import CtlOptions
 
 FILES = ("out", "err")  # `print` and what is logged
 LOOK_SECONDS = 2.0
@@ -22,7 +24,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogOptions:
+class LogOptions(CtlOptions):
     """What to print.
 
     Attributes:
@@ -32,30 +34,51 @@ class LogOptions:
         dead: also those that have ended, of earlier lives too.
     """
 
-    name: str | None = None
     follow: bool = False
     lines: int = 100
     actor: str = ""
     dead: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self, "lines")
 
 
 def logs(options: LogOptions, name: str, _: ActorHandle) -> int:
-    """Print them, in order of time as far as it is known; returns the exit code."""
-    if options.follow:
-        _follow(options, name)
-        return 0
-    streams = [_dated(_lines(a, file, options)) for a in _actors(options, name) for file in FILES]
-    for _time, line in merge(*streams, key=lambda dated: dated[0]):
-        print(line)
+    """Print them, in order of time as far as it is known; returns the exit code.
+
+    Raises:
+        ValueError: no actor is called so. ConnectionError: Ray's API server does not answer.
+    """
+    try:
+        if options.follow:
+            _follow(options, name)
+            return 0
+        actors = _actors(options, name)
+        if not actors:
+            raise ValueError(_nobody(options, name))
+        streams = [_dated(_lines(a, file, options)) for a in actors for file in FILES]
+        for _time, line in merge(*streams, key=lambda dated: dated[0]):
+            print(line)
+    except (RayStateApiException, RequestException) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConnectionError(f"Ray's API server, which has the logs, does not answer: {said}") from None
     return 0
 
 
 def _actors(options: LogOptions, name: str) -> list[Any]:
-    found = list_actors(filters=[("ray_namespace", "=", namespace(name))], limit=10_000)
+    found = list_actors(
+        filters=[("ray_namespace", "=", namespace(name))], limit=10_000, timeout=max(1, int(options.patience))
+    )
     return [a for a in found if options.actor in a.name and (options.dead or a.state == "ALIVE")]
+
+
+def _nobody(options: LogOptions, name: str) -> str:
+    """What there is instead."""
+    everybody = replace(options, actor="")
+    there = ", ".join(sorted({a.name for a in _actors(everybody, name)})) or "nobody"
+    hint = "" if options.dead else "; dead=true has those that have ended, too"
+    return f"no actor of {name} has {options.actor!r} in its name; there are {there}{hint}"
 
 
 def _lines(actor: Any, file: str, options: LogOptions, follow: bool = False) -> Iterator[str]:
@@ -87,20 +110,26 @@ def _dated(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 def _follow(options: LogOptions, name: str) -> None:
     """A thread per file; new actors are looked for until the controller is gone."""
     seen: set[str] = set()
-    pause = threading.Event()
-    while True:
-        actors = _actors(options, name)
-        for actor in actors:
+    cut_off = threading.Event()
+    if not _actors(options, name):
+        print(f"stepladder: so far, {_nobody(options, name)}", file=sys.stderr)
+    while not cut_off.is_set():
+        for actor in _actors(options, name):
             for file in FILES if actor.actor_id not in seen else ():
-                threading.Thread(target=_print_all, args=(_lines(actor, file, options, True),), daemon=True).start()
+                lines = _lines(actor, file, options, True)
+                threading.Thread(target=_print_all, args=(lines, cut_off), daemon=True).start()
             seen.add(actor.actor_id)
         alive = list_actors(filters=[("ray_namespace", "=", namespace(name)), ("name", "=", CONTROLLER)], limit=1000)
         if not any(controller.state != "DEAD" for controller in alive):
-            pause.wait(LOOK_SECONDS)  # for what was written last
+            cut_off.wait(LOOK_SECONDS)  # for what was written last
             return
-        pause.wait(LOOK_SECONDS)
+        cut_off.wait(LOOK_SECONDS)
+    raise BrokenPipeError
 
 
-def _print_all(lines: Iterator[str]) -> None:
-    for line in lines:
-        print(line + "\n", end="", flush=True)  # in one piece, whatever other threads print
+def _print_all(lines: Iterator[str], cut_off: threading.Event) -> None:
+    try:
+        for line in lines:
+            print(line + "\n", end="", flush=True)  # in one piece, whatever other threads print
+    except BrokenPipeError:
+        cut_off.set()

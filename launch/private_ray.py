@@ -137,15 +137,20 @@ class PrivateRay(RayNode):
     def __init__(
         self, num_cpus: int = 2, seconds: float = 90.0, address: str | None = None, prefix: Sequence[str] = ()
     ) -> None:
+        self._client_port = reserved_port()  # the one port that Ray does not choose by itself
         options: dict[str, object] = {
             "--head": None,
             "--port": 0,
             "--dashboard-host": address or "127.0.0.1",
             "--dashboard-port": 0,
-            "--ray-client-server-port": _free_port(),  # the one port that Ray does not choose by itself
+            "--ray-client-server-port": self._client_port.getsockname()[1],
         }
         super().__init__(options, _environment(), num_cpus, seconds, address, prefix)
         self.address = self.dashboard = ""
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._client_port.close()
 
     def joined(self, num_cpus: int, address: str, prefix: Sequence[str], seconds: float = 90.0) -> RayNode:
         """Another node of this cluster, to be entered while this one runs."""
@@ -209,7 +214,10 @@ def _title(process: psutil.Process) -> str:
     return " ".join([program.rpartition("/")[2], *arguments])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserved_port() -> socket.socket:
+    """A free port, kept by a socket that does not listen: nobody gets it by chance, and a server that shares ports, as
+    those of gRPC do, can take it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("", 0))
+    return held

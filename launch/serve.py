@@ -5,15 +5,12 @@ wants to know. The controller does the rest. On SIGTERM (`ray job stop`) the dep
 it is when this process just dies.
 """
 
-import logging
 import secrets
 import signal
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-import hydra
 import ray
 from omegaconf import DictConfig
 from ray.actor import ActorHandle
@@ -26,7 +23,8 @@ from stepladder.cluster.gateway.actor import GatewayActor
 from stepladder.cluster.names import namespace
 from stepladder.cluster.supervisor import Status
 from stepladder.launch.build import build, plain
-from stepladder.launch.where import CONF
+from stepladder.launch.hydra_command import of_this_job, run_command
+from stepladder.launch.ray_cluster import Head, attach
 from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import NoModel, resolve
 
@@ -34,14 +32,14 @@ HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="serve")
-def main(config: DictConfig) -> None:
-    try:
-        deployment = deployment_of(config)
-        check_here(deployment)
-        sys.exit(serve(deployment))
-    except ValueError as error:
-        sys.exit(f"stepladder: {error}")
+def main() -> None:
+    run_command("serve", lambda _: Deployment, _serve)
+
+
+def _serve(config: DictConfig) -> int:
+    deployment = deployment_of(config)
+    check_here(deployment)
+    return serve(deployment)
 
 
 def deployment_of(config: DictConfig) -> Deployment:
@@ -50,7 +48,9 @@ def deployment_of(config: DictConfig) -> Deployment:
     Raises:
         ValueError: an option that does not exist or cannot be.
     """
-    deployment = build(Deployment, {**plain(config), "secret": secrets.token_hex(32)})
+    values = plain(config)
+    values["run_dir"] = of_this_job(values["run_dir"])
+    deployment = build(Deployment, {**values, "secret": secrets.token_hex(32)})
     if not Path(deployment.run_dir).is_absolute():
         raise ValueError(
             f"run_dir is {deployment.run_dir!r}; it must be absolute, since a Ray job's own directory is temporary"
@@ -70,9 +70,13 @@ def check_here(deployment: Deployment) -> None:
 
 
 def serve(deployment: Deployment) -> int:
-    """Run until the deployment has ended, or only until it is ready if it is detached. Returns the exit code."""
+    """Run until the deployment has ended, or only until it is ready if it is detached. Returns the exit code.
+
+    Raises:
+        ConnectionError: no Ray cluster lets us in. ValueError: a deployment of this name runs there.
+    """
     if not ray.is_initialized():
-        ray.init(namespace=namespace(deployment.name), log_to_driver=False, logging_level=logging.WARNING)
+        attach(namespace(deployment.name), start=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which installs handlers of its own
         signal.signal(number, lambda *_: stop.set())
@@ -84,7 +88,7 @@ def serve(deployment: Deployment) -> int:
 def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Event) -> int:
     """Heartbeats until the controller is gone; prints what changes."""
     seen: Status | None = None
-    pause, told = threading.Event(), False
+    pause, told, headless = threading.Event(), False, ""
     while True:
         if told:
             pause.wait(ENDING_SECONDS)  # `stop` is set, and would not wait
@@ -93,8 +97,11 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
             told = True
         try:
             status: Status = ray.get(controller.heartbeat.remote(), timeout=deployment.cluster.hang_seconds)
-        except (GetTimeoutError, ActorUnavailableError):
-            continue  # it is busy or restarting; Ray tells when it is gone for good
+        except (GetTimeoutError, ActorUnavailableError):  # busy or restarting; Ray tells when it is gone for good
+            headless, before = _headless(), headless
+            if headless and not before:  # Ray ends this process after a minute of that
+                print(f"stepladder: {headless}", flush=True)
+            continue
         except RayActorError as error:
             if told or seen:  # somebody has ended it
                 return 0
@@ -108,6 +115,16 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
             return 1
         if status.phase == "ready" and deployment.detach:
             return 0
+
+
+def _headless() -> str:
+    """Why the cluster's head does not answer; empty if it does."""
+    try:
+        if head := Head.of_environment(start=True):
+            head.ask()
+    except ConnectionError as error:
+        return str(error)
+    return ""
 
 
 def _tell(status: Status, before: Status | None) -> None:

@@ -1,18 +1,16 @@
 """Train a model: `python -m launch.train recipe=demo`; what a recipe does is told in its own file."""
 
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from stepladder.launch.build import build, plain
+from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.recipes import convert, twins
 from stepladder.launch.recipes import demo_model as demo
-from stepladder.launch.where import CONF
 
 RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (demo.DemoRecipe, demo.run),
@@ -21,14 +19,15 @@ RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="train")
-def main(config: DictConfig) -> None:
+def main() -> None:
+    run_command("train", lambda config: RECIPES[config.name][0], _train)
+
+
+def _train(config: DictConfig) -> int:
     logging.getLogger().setLevel(logging.WARNING)
-    try:
-        recipe, run = recipe_of(config)
-        run(recipe)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"stepladder: {error}")
+    recipe, run = recipe_of(config)
+    run(recipe)
+    return 0
 
 
 def recipe_of(config: DictConfig) -> tuple[Any, Callable[[Any], None]]:
@@ -41,7 +40,7 @@ def recipe_of(config: DictConfig) -> tuple[Any, Callable[[Any], None]]:
     if options["name"] not in RECIPES:
         raise ValueError(f"name is {options['name']!r}; the recipes are {', '.join(RECIPES)}")
     kind, run = RECIPES[options["name"]]
-    return build(kind, options | {"run_dir": str(Path(options["run_dir"]).absolute())}), run
+    return build(kind, options | {"run_dir": of_this_job(str(Path(options["run_dir"]).absolute()))}), run
 
 
 if __name__ == "__main__":

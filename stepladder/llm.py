@@ -15,7 +15,7 @@ from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
 from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import resolve
-from stepladder.workers.sizing import kv_size
+from stepladder.workers.sizing import check_kv, fitting, kv_size
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream
@@ -109,9 +109,11 @@ class LLM:
         path = resolve(path)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         spec, self.defaults, self.tokenizer = check_model(path, engine, str(mesh.device))
-        executor = assembly.load(spec, path, mesh, engine)
-        size = kv_size(executor, engine, kv, mesh.device)
-        self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer)
+        check_kv(spec, kv, mesh.device)
+        with fitting("the model with its KV cache"):
+            executor = assembly.load(spec, path, mesh, engine)
+            size = kv_size(executor, engine, kv, mesh.device)
+            self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer)
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 

@@ -19,7 +19,7 @@ class KvConfig:
     Attributes:
         tokens: how many tokens it holds, in whole blocks; None measures how many fit.
         memory_fraction: if measured, the share of a GPU's memory that model, largest step and cache may take together,
-            or on CPU the share of what is left for the cache; None takes MEMORY_FRACTION.
+            or on CPU the share of what is left for the cache; None takes 0.9.
         block_size: tokens of a block, the unit in which sequences get room.
         prefix_caching: keep and share the blocks of known beginnings of prompts.
     """

@@ -13,7 +13,7 @@ from stepladder.workers.figures import RankFigures, counter
 from stepladder.workers.rank import Rank, RankConfig, resolve
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
-from stepladder.workers.sizing import kv_size
+from stepladder.workers.sizing import check_kv, kv_size
 from stepladder.workers.text.stream import Tokenizer
 
 
@@ -48,14 +48,16 @@ class EngineRank(Rank):
         return self._channel.address if self._channel else None
 
     def _load(self, path: str) -> int:
-        config = self.config
+        config, device = self.config, self._mesh.device
+        here = config.ranks_here, config.own_ranks_here
+        check_kv(self._spec, config.kv, device, config.shard, *here)
         self._executor = self._build(path)
-        return kv_size(self._executor, config.engine, config.kv, self._mesh.device, config.ranks_here)
+        return kv_size(self._executor, config.engine, config.kv, device, *here)
 
     def _build(self, path: str) -> Executor:
         return assembly.load(self._spec, path, self._mesh, self.config.engine, self.config.balance)
 
-    def begin(self, kv_tokens: int) -> str | None:
+    def _begin(self, kv_tokens: int) -> str | None:
         config = self.config
         tokenizer = partial(Tokenizer, resolve(config.model))
         engine = assembly.begin(self._executor, config.engine, config.kv, kv_tokens, tokenizer)

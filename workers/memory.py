@@ -23,6 +23,17 @@ def available(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     return min([psutil.virtual_memory().available, *_left(cgroups, own)])
 
 
+def total(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
+    """Bytes that the machine has, or the tightest control group may take; arguments as `available`'s."""
+    return min([psutil.virtual_memory().total, *_limits(cgroups, own)])
+
+
+def _limits(cgroups: Path, own: Path) -> Iterator[int]:
+    for group, limit, _ in _groups(cgroups, own):
+        with suppress(OSError, ValueError):
+            yield int((group / limit).read_text())
+
+
 def _left(cgroups: Path, own: Path) -> Iterator[int]:
     """Of every group with a limit: what is left. The page cache counts as left, as in the machine's own figure."""
     for group, limit, used in _groups(cgroups, own):

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from stepladder.parallel.mesh import Mesh, join
+from stepladder.parallel.rendezvous import open_store
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.model_check import check_memory
+from stepladder.workers.sizing import fitting
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -108,8 +110,8 @@ class Rank(ABC):
         return None
 
     def open_store(self) -> int:
-        """On rank 0: open the rendezvous on a free port and return it."""
-        self._store = dist.TCPStore(self.config.host, 0, None, True, wait_for_workers=False)
+        """On rank 0: open the rendezvous on a free port of this rank's address and return it."""
+        self._store = open_store(self.config.host)
         return self._store.port
 
     def load(self, store_host: str, store_port: int) -> int:
@@ -125,19 +127,25 @@ class Rank(ABC):
             check_memory(self._spec, config.device, config.shard, self.pools, config.own_ranks_here)
         self._join(store_host, store_port)
         self._take_device()
-        return self._load(path)
+        with fitting("the model"):
+            return self._load(path)
 
     @abstractmethod
     def _load(self, path: str) -> int:
         """Read the weights; see `load`."""
 
-    @abstractmethod
     def begin(self, kv_tokens: int) -> str | None:
         """The last step before the loop, with what all ranks of the group have agreed on; returns `address`.
 
         Raises:
-            ValueError: the limits contradict each other or the model.
+            ValueError: the limits contradict each other, the model or the memory that there is.
         """
+        with fitting(f"a KV cache of {kv_tokens} tokens"):
+            return self._begin(kv_tokens)
+
+    @abstractmethod
+    def _begin(self, kv_tokens: int) -> str | None:
+        """See `begin`."""
 
     def run(self) -> None:
         """Until `stop`, or until the group breaks (then it raises)."""

@@ -10,12 +10,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import hydra
 from omegaconf import DictConfig
 
 from stepladder.launch.build import build, plain
+from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.report import Report, publish
 from stepladder.launch.where import CONF, FOLDER
 
@@ -24,15 +24,16 @@ SUITES = sorted(path.stem for path in Path(CONF, "suite").glob("*.yaml"))
 TERMINATED = 128 + signal.SIGTERM
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="bench")
-def main(config: DictConfig) -> None:
+def main() -> None:
+    run_command("bench", lambda config: _suite(config.name)[0], _bench)
+
+
+def _bench(config: DictConfig) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _end)
-    try:
-        options, run = suite_of(config)
-        publish(run(options), sys.argv[1:], Path(options.run_dir))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"stepladder: {error}")
+    options, run = suite_of(config)
+    publish(run(options), sys.argv[1:], Path(options.run_dir))
+    return 0
 
 
 def _end(*_: object) -> None:
@@ -54,9 +55,14 @@ def suite_of(config: DictConfig) -> tuple[Any, Callable[[Any], Report]]:
     name = values.get("name")
     if name not in SUITES:
         raise ValueError(f"name is {name!r}; the suites are {', '.join(SUITES)}")
+    kind, run = _suite(name)
+    return build(kind, values | {"run_dir": of_this_job(str(Path(values["run_dir"]).absolute()))}), run
+
+
+def _suite(name: str) -> tuple[type, Callable[[Any], Report]]:
+    """The dataclass of its options, and the function that runs it."""
     home = f"{name}.suite" if (FOLDER / "bench" / name).is_dir() else name
-    kind, run = pkgutil.resolve_name(f"stepladder.launch.bench.{home}:SUITE")
-    return build(kind, values | {"run_dir": str(Path(values["run_dir"]).absolute())}), run
+    return cast(tuple[type, Callable[[Any], Report]], pkgutil.resolve_name(f"stepladder.launch.bench.{home}:SUITE"))
 
 
 if __name__ == "__main__":

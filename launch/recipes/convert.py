@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from stepladder.cluster.monitor import Monitors
 from stepladder.launch.build import check_counts
 from stepladder.launch.json_files import kept, write_json
 from stepladder.launch.recipes.convert_report import BEFORE, WRITTEN, publish
 from stepladder.launch.recipes.corpus import Corpus, Document, standard_library
 from stepladder.launch.recipes.documents import given_text
-from stepladder.launch.recipes.training import Recipe, Words, run_with_progress, size
+from stepladder.launch.recipes.training import Recipe, Words, held_out, run_with_progress, size, training_monitor
 from stepladder.parallel.checkpoint import fingerprints, load_weights, save_weights
 from stepladder.parallel.families import identity
 from stepladder.parallel.model import Transformer
@@ -36,7 +37,7 @@ KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """path: a Hugging Face directory."""
+    """path: a Hugging Face directory, the model that is converted."""
 
     path: str
 
@@ -81,16 +82,18 @@ def run(recipe: ConvertRecipe) -> None:
     corpus = given_text(recipe.data, recipe.held_out, recipe.text_field) if recipe.data else standard_library()
     measured = some(corpus.held_out, recipe.held_out_bytes)
     directory.mkdir(parents=True, exist_ok=True)
+    settings = _settings(recipe, corpus, measured)
     with training_ranks() as ranks:
-        costs = Costs(directory / "measured.json", _settings(recipe, corpus, measured), words, measured, context, ranks)
-        if BEFORE not in costs.known:
-            costs.measure(BEFORE, _load(source, before))
-        model = _load(source, after)
-        _train(recipe, model, words, corpus, costs, ranks)
-        if ranks.rank == 0:
-            write_model(model, after, source, directory / "model")
-            load_weights(model, directory / "model")  # rounded to the checkpoint's dtype: what others will load
-        costs.measure(WRITTEN, model)
+        costs = Costs(directory / "measured.json", settings, words, measured, context, ranks)
+        with training_monitor(recipe, directory, after, ranks, text=corpus.sha256) as rows:
+            if BEFORE not in costs.known:
+                rows.log(held_out(0, costs.measure(BEFORE, _load(source, before)), "bits_per_byte_before"))
+            model = _load(source, after)
+            _train(recipe, model, words, corpus, costs, ranks, rows)
+            if ranks.rank == 0:
+                write_model(model, after, source, directory / "model")
+                load_weights(model, directory / "model")  # rounded to the checkpoint's dtype: what others will load
+            rows.log(held_out(recipe.train.steps, costs.measure(WRITTEN, model), "bits_per_byte_written"))
     if ranks.rank == 0:
         publish(costs.known, recipe.train.batch_tokens, recipe.tolerance, directory)
 
@@ -137,13 +140,14 @@ class Costs:
         found = ranks.share(kept(path, settings, refusal) if ranks.rank == 0 else None)
         self.known: dict[str, float] = found["bits_per_byte"] if found else {}
 
-    def measure(self, key: str, model: Transformer) -> None:
+    def measure(self, key: str, model: Transformer) -> float:
         """Rank 0 measures, all ranks know."""
         model = model.to(self.ranks.device)
         cost = self.words.bits_per_byte(model, self.text, self.context) if self.ranks.rank == 0 else None
         self.known[key] = self.ranks.share(cost)
         if self.ranks.rank == 0:
             write_json(self.path, {"settings": self.settings, "bits_per_byte": self.known})
+        return self.known[key]
 
 
 def _settings(recipe: ConvertRecipe, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
@@ -164,15 +168,23 @@ def _load(directory: Path, spec: ModelSpec) -> Transformer:
     return model
 
 
-def _train(recipe: ConvertRecipe, model: Transformer, words: Words, corpus: Corpus, costs: Costs, ranks: Ranks) -> None:
+def _train(
+    recipe: ConvertRecipe,
+    model: Transformer,
+    words: Words,
+    corpus: Corpus,
+    costs: Costs,
+    ranks: Ranks,
+    rows: Monitors,
+) -> None:
     trainer = Trainer(model, words.stream(corpus.train), recipe.train, Path(recipe.run_dir), ranks)
 
     def after(step: int) -> None:
         wanted = step % recipe.measure_every == 0 or step == recipe.train.steps
         if wanted and str(step) not in costs.known:
-            costs.measure(str(step), model)
+            rows.log(held_out(step, costs.measure(str(step), model)))
 
-    run_with_progress(trainer, recipe.name, recipe.monitor, after)
+    run_with_progress(trainer, recipe.name, rows, after)
 
 
 def write_model(model: Transformer, spec: ModelSpec, source: Path, directory: Path) -> None:

@@ -12,7 +12,15 @@ from tokenizers import Tokenizer
 from stepladder.launch.json_files import write_json
 from stepladder.launch.recipes.bpe import end_of_text_id, train_tokenizer
 from stepladder.launch.recipes.corpus import Corpus, primed_xz_bits_per_byte, standard_library
-from stepladder.launch.recipes.training import RecipeFromScratch, Words, run_with_progress, size, write_model
+from stepladder.launch.recipes.training import (
+    RecipeFromScratch,
+    Words,
+    held_out,
+    run_with_progress,
+    size,
+    training_monitor,
+    write_model,
+)
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
@@ -38,13 +46,12 @@ def run(recipe: DemoRecipe) -> None:
     with training_ranks() as ranks:
         figures = train(recipe, corpus, directory, ranks)
     if ranks.rank == 0:
-        figures |= measure(directory, corpus)
         write_json(directory / "training.json", figures)
         print(f"{json.dumps(figures, indent=2)}\nwritten to {directory}")
 
 
 def train(recipe: DemoRecipe, corpus: Corpus, directory: Path, ranks: Ranks) -> dict[str, Any]:
-    """Make tokenizer and weights; rank 0 writes them to `directory`. Returns the figures of the run."""
+    """Make tokenizer and weights; rank 0 writes and measures them. Returns the figures of the run."""
     learned = None
     if ranks.rank == 0:
         learned = train_tokenizer((document.text for document in corpus.train), recipe.model.vocab_size).to_str()
@@ -53,11 +60,15 @@ def train(recipe: DemoRecipe, corpus: Corpus, directory: Path, ranks: Ranks) -> 
     model = Transformer(spec)
     init_weights(model, spec, recipe.train.seed)
     stream = Words.of_bundled(tokenizer).stream(corpus.train)
-    trainer = Trainer(model, stream, recipe.train, Path(recipe.run_dir), ranks)
-    run_with_progress(trainer, recipe.name, recipe.monitor)
-    if ranks.rank == 0:
-        write_model(model, tokenizer, directory)
-    return {
+    run_dir, measured = Path(recipe.run_dir), dict[str, Any]()
+    trainer = Trainer(model, stream, recipe.train, run_dir, ranks)
+    with training_monitor(recipe, run_dir, spec, ranks, data_sha256=corpus.sha256) as rows:
+        run_with_progress(trainer, recipe.name, rows)
+        if ranks.rank == 0:
+            write_model(model, tokenizer, directory)
+            measured = measure(directory, corpus)
+            rows.log(held_out(trainer.step, measured["held_out_bits_per_byte"]))
+    return measured | {
         "recipe": recipe.name,
         "seed": recipe.train.seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -74,13 +85,13 @@ def measure(directory: Path, corpus: Corpus) -> dict[str, Any]:
     model = Transformer(spec)
     load_weights(model, directory)
     words = Words.of_bundled(Tokenizer.from_file(str(directory / "tokenizer.json")))
-    held_out = corpus.held_out
+    text = corpus.held_out
     return {
         "python": platform.python_version(),
         "data_sha256": corpus.sha256,
         "train_bytes": size(corpus.train),
-        "held_out_bytes": size(held_out),
-        "held_out_documents": len(held_out),
-        "held_out_bits_per_byte": round(words.bits_per_byte(model, held_out, spec.max_position), 4),
-        "primed_xz_bits_per_byte": round(primed_xz_bits_per_byte(corpus.train, held_out), 4),
+        "held_out_bytes": size(text),
+        "held_out_documents": len(text),
+        "held_out_bits_per_byte": round(words.bits_per_byte(model, text, spec.max_position), 4),
+        "primed_xz_bits_per_byte": round(primed_xz_bits_per_byte(corpus.train, text), 4),
     }

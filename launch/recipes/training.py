@@ -1,7 +1,8 @@
 """What the training recipes share: a run with its progress and figures, and text as tokens with what it costs."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepladder.cluster.config import WANDB_MODES
-from stepladder.cluster.monitor import open_monitor
+from stepladder.cluster.monitor import Monitors, open_monitor
 from stepladder.launch.build import check_counts
 from stepladder.launch.json_files import write_json
 from stepladder.launch.recipes.bpe import encode_plain, end_of_text_id, save_tokenizer
@@ -23,12 +24,15 @@ from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.text.stream import read_tokenizer
 from stepladder.workers.training.evaluate import bits_per_byte
 from stepladder.workers.training.train_config import TrainConfig
-from stepladder.workers.training.trainer import Trainer
+from stepladder.workers.training.trainer import Ranks, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMonitor:
-    """metrics.jsonl gets a row every train.log_every steps, and so does W&B unless it is disabled."""
+    """metrics.jsonl gets a row every train.log_every steps, and so does W&B.
+
+    wandb: online, offline or disabled. project: of W&B.
+    """
 
     wandb: str
     project: str
@@ -40,7 +44,11 @@ class TrainMonitor:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What all recipes have. run_dir: absolute. threads: of torch."""
+    """What all recipes have.
+
+    name: of the recipe; recipe=NAME chooses it. run_dir: where everything goes; a run that was interrupted there is
+    continued. threads: of torch; other numbers round differently.
+    """
 
     name: str
     run_dir: str
@@ -64,22 +72,39 @@ class RecipeFromScratch(Recipe):
             raise ValueError(f"train.contexts has {longest}, more than model.max_position ({self.model.max_position})")
 
 
+@contextmanager
+def training_monitor(
+    recipe: Recipe, directory: Path, spec: ModelSpec, ranks: Ranks, **more: object
+) -> Iterator[Monitors]:
+    """Figures of one run in `directory`, under its name; those of ranks other than 0 go nowhere.
+
+    Beside them stand the whole recipe, the shapes of the model, and `more` in place of what the recipe says.
+    """
+    shown = asdict(recipe) | more
+    shown["model"] = shown.get("model", {}) | asdict(spec) | {"dtype": str(spec.dtype)}
+    monitor, rows = recipe.monitor, Monitors()
+    if ranks.rank == 0:
+        rows = open_monitor(directory, monitor.wandb, monitor.project, directory.name, shown)
+    try:
+        yield rows
+    finally:
+        rows.close()
+
+
 def run_with_progress(
-    trainer: Trainer, name: str, monitor: TrainMonitor, after: Callable[[int], None] = lambda step: None
+    trainer: Trainer, name: str, rows: Monitors, after: Callable[[int], None] = lambda step: None
 ) -> None:
-    """All remaining steps, under a progress bar, and the trainer's end; rank 0 writes figures beside its checkpoint.
+    """All remaining steps, under a progress bar, and the trainer's end.
 
     Args:
+        rows: where figures go.
         after: called on every rank with the number of steps done, before the first step and after each.
     """
-    shown = {"train": trainer.settings["config"], "model": trainer.settings["model"]}
     lead = trainer.ranks.rank == 0
-    rows = open_monitor(trainer.directory.parent, monitor.wandb, monitor.project, name, shown) if lead else None
     bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=name, disable=not lead)
 
     def log(row: dict[str, Any]) -> None:
-        if rows is not None:
-            rows.log(row)
+        rows.log(row)
         bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
 
     try:
@@ -89,10 +114,13 @@ def run_with_progress(
             after(step)
     finally:
         bar.close()
-        if rows is not None:
-            rows.close()
     trainer.save()
     trainer.close()
+
+
+def held_out(step: int, cost: float, of: str = "bits_per_byte") -> dict[str, Any]:
+    """A row of figures: bits per byte of held-out text after so many steps."""
+    return {"train/step": step, f"held_out/{of}": cost}
 
 
 def write_model(model: Transformer, tokenizer: Tokenizer, directory: Path) -> None:

@@ -16,7 +16,14 @@ from torch import Tensor
 from stepladder.launch.json_files import kept, write_json
 from stepladder.launch.recipes.bpe import END_OF_TEXT
 from stepladder.launch.recipes.corpus import Corpus, standard_library
-from stepladder.launch.recipes.training import RecipeFromScratch, Words, run_with_progress, write_model
+from stepladder.launch.recipes.training import (
+    RecipeFromScratch,
+    Words,
+    held_out,
+    run_with_progress,
+    training_monitor,
+    write_model,
+)
 from stepladder.launch.recipes.twins_report import publish
 from stepladder.launch.where import BUNDLED
 from stepladder.parallel.model import Transformer
@@ -32,6 +39,8 @@ class TwinsRecipe(RecipeFromScratch):
     """Each run goes to run_dir/WIRING-SEED. tokenizer: a model directory; null for the bundled one.
 
     model.residual and train.seed stay as they are: `wirings` and `seeds` are in their place.
+
+    wirings: any of standard, ladder, parallel and ladder-parallel. seeds: every wiring is trained with each.
     """
 
     wirings: tuple[str, ...]
@@ -110,17 +119,22 @@ def _train(
     init_weights(model, spec, config.seed)
     directory.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, text.stream, config, directory, ranks)
-    run_with_progress(trainer, directory.name, recipe.monitor)
     result: dict[str, Any] = {"wiring": spec.residual, "seed": config.seed}
+    more = {"train": asdict(config), "data_sha256": text.corpus.sha256}
+    with training_monitor(recipe, directory, spec, ranks, **more) as rows:
+        run_with_progress(trainer, directory.name, rows)
+        if ranks.rank == 0:
+            write_model(model, text.words.tokenizer, directory / "model")
+            began = time.monotonic()
+            bits = text.words.bits_per_byte(model, text.corpus.held_out, spec.max_position)
+            measure_seconds = round(time.monotonic() - began)
+            rows.log(held_out(trainer.step, bits))
     if ranks.rank == 0:
-        write_model(model, text.words.tokenizer, directory / "model")
-        began = time.monotonic()
-        bits = text.words.bits_per_byte(model, text.corpus.held_out, spec.max_position)
         result |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "tokens": trainer.step * config.batch_tokens,
             "train_seconds": round(trainer.seconds),
-            "measure_seconds": round(time.monotonic() - began),
+            "measure_seconds": measure_seconds,
             "held_out_bits_per_byte": bits,
             "ranks": ranks.size,
         }

@@ -116,4 +116,4 @@ def _dots(axes: Any, results: Sequence[Result], primed_xz: float) -> None:
 def losses(directory: Path) -> dict[int, float]:
     """Training loss by tokens, from metrics.jsonl; of steps done twice because of a kill, the last."""
     rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-    return {row["train/tokens"]: row["train/loss"] for row in rows}
+    return {row["train/tokens"]: row["train/loss"] for row in rows if "train/loss" in row}

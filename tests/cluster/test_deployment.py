@@ -181,6 +181,24 @@ def test_ctl_prints_logs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 10 and all(line.startswith("controller | ") for line in lines)
     assert any("INFO stepladder.cluster." in line for line in lines)
+    assert ctl.main(["logs", "name=tests", "actor=typo"]) == ctl.ABSENT
+    said = capsys.readouterr().err
+    assert said.startswith("stepladder: no actor of tests has 'typo' in its name; there are controller, tests/")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["status", "status format=json", "logs lines=1000", "logs follow=true"])
+def test_whoever_stops_reading_ends_ctl_without_a_word(job: Job, words: str) -> None:
+    """As `ctl status | head -0` does."""
+    command = [sys.executable, "-m", "launch.ctl", *words.split(), "name=tests"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        env = {**os.environ, **job.cluster.env}
+        done = subprocess.run(command, env=env, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (ctl.CUT_OFF, "")
 
 
 def test_ctl_drains_and_resumes(job: Job, undisturbed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +224,26 @@ def test_nothing_is_left_after_ctl_stop(job: Job) -> None:
     assert (done.returncode, done.stderr) == (ctl.OK, "") and done.stdout.endswith("tests is gone\n")
     eventually(lambda: not job.remains(), job.remains)
     eventually(lambda: "succeeded" in job.cluster.job("status", "tests"))
+
+
+def test_ctl_says_what_a_cluster_without_a_deployment_needs(
+    cluster: PrivateRay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ([], ["name=other"]):
+        assert ctl.main(["status", *name]) == ctl.ABSENT
+        assert capsys.readouterr().err == (
+            "stepladder: this Ray cluster has no deployment; `stepladder serve` makes one\n"
+        )
+
+
+def test_a_cache_larger_than_memory_is_refused_at_its_first_start(
+    cluster: PrivateRay, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as failed:
+        submit(cluster, "large", model, tmp_path, "kv.tokens=100000000000").__enter__()
+    why = r"stepladder failed: kv.tokens is 100000000000, whose KV cache needs [\d.]+ GB on each of 2 ranks, but there "
+    assert re.search(why + r"are [\d.]+ GB free on this machine; set fewer, or null", str(failed.value))
+    assert "trying again" not in str(failed.value)
 
 
 def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
@@ -260,6 +298,15 @@ def test_ranks_without_a_controller_end_themselves(cluster: PrivateRay) -> None:
     silent = monotonic()
     eventually(lambda: not process.is_running() and not placement.names("alone/"))
     assert monotonic() - silent > 1.5
+
+
+def test_a_gateway_without_its_resource_is_told(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:
+    options = ("cluster.start_seconds=12", "gateway.resource=gpu_room")
+    with pytest.raises(SystemExit) as failed:
+        submit(cluster, "homeless", model, tmp_path, *options, layout=("layout.tp=1",)).__enter__()
+    why = r"gateway.resource is 'gpu_room', but no node of the cluster has the resource 'gpu_room'; nodes have CPU, .*"
+    assert re.search(rf"stepladder starting: .*; the gateway: {why} \(waiting up to 12 s for one\)", str(failed.value))
+    assert re.search(rf"stepladder failed: {why}; set it to one of these, or to null", str(failed.value))
 
 
 def test_ranks_without_room_are_told(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:

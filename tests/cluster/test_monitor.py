@@ -40,6 +40,22 @@ def test_online_without_a_key_becomes_an_offline_run(tmp_path: Path, monkeypatch
     assert run.stat().st_size > 0
 
 
+def test_a_job_that_is_started_again_in_its_folder_continues_its_run(tmp_path: Path) -> None:
+    """Another folder's is another run."""
+
+    def run_id(directory: Path) -> str:
+        monitor = WandbMonitor(directory, "offline", "stepladder", "test", {})
+        found, resumes = monitor._run.id, monitor._run.settings.resume
+        monitor.close()
+        assert resumes == "allow" and list(directory.glob(f"wandb/offline-run-*-{found}*/*.wandb"))
+        return found
+
+    first = run_id(tmp_path / "a")
+    assert run_id(tmp_path / "a") == first != run_id(tmp_path / "b")
+    (tmp_path / "a" / "wandb-run-id.txt").write_text("")  # as a full disk leaves it
+    assert run_id(tmp_path / "a") != first
+
+
 def test_a_failing_run_stops_the_logging_to_wandb_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wandb = WandbMonitor(tmp_path, "offline", "stepladder", "test", {})
     monitor = Monitors(JsonlMonitor(tmp_path / "metrics.jsonl"), wandb)

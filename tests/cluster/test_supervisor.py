@@ -3,6 +3,7 @@
 import errno
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,11 +50,15 @@ class ScriptedHandle:
     """No process: starts fail as told, then succeed."""
 
     failures: ClassVar[list[Exception]] = []
+    lacking: ClassVar[list[str]] = []
 
     def __init__(self, deployment: Deployment, name: str, life: int, port: int) -> None:
         self.life, self.port, self.actor = life, port, None
         self.stats: dict[str, Any] = {}
         self.url = "http://nowhere"
+
+    def homeless(self) -> str | None:
+        return self.lacking[0] if self.lacking else None
 
     def start(self, go: Callable[[], bool]) -> None:
         self.life, self.actor = self.life + 1, object()  # type: ignore[assignment]
@@ -82,6 +87,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     ScriptedGang.failures.clear()
     ScriptedHandle.failures.clear()
+    ScriptedHandle.lacking.clear()
 
 
 def deployment(run_dir: Path, secret: str = "a") -> Deployment:
@@ -149,6 +155,9 @@ def test_an_engine_that_has_worked_is_tried_again_while_the_other_serves(turns: 
 @pytest.mark.parametrize(("errors", "why"), [
     ([ROOM], str(ROOM)),
     ([ValueError("layout.tp is 3")], "layout.tp is 3"),
+    ([remote(ValueError("kv.tokens is 3"))], "kv.tokens is 3 (on node 10.0.0.7)"),
+    ([remote(TypeError("a list where a number is needed"))], "TypeError: a list where a number is needed"),
+    ([remote(KeyError("rope_theta"))], "KeyError: 'rope_theta'"),
     ([RayError("gone")] * 3, "3 starts of engine-1 failed, the last one with: gone"),
     ([GetTimeoutError("late")] * 3, "3 starts of engine-1 failed, the last one with: late"),
     ([TimeoutError(errno.ETIMEDOUT, "of a socket")] * 3, "3 starts of engine-1 failed, the last one with: [Errno"),
@@ -187,6 +196,25 @@ def test_a_gateway_whose_port_is_taken_for_a_moment_comes_back(turns: Turns, mon
 def test_a_gateway_that_has_never_worked_fails_the_deployment(turns: Turns, errors: list[Exception], why: str) -> None:
     ScriptedHandle.failures.extend(errors)
     turns.until("failed", why)
+
+
+def test_a_gateway_that_no_node_can_take_is_told_at_once_and_waited_for(turns: Turns) -> None:
+    """Engines start meanwhile; a node that comes later takes it."""
+    ScriptedHandle.lacking.append("gateway.resource is 'gpu_room', but no node of the cluster has it")
+    why = f"the gateway: {ScriptedHandle.lacking[0]} (waiting up to 300 s for one); trying again"
+    turns.until("starting", why)
+    assert turns.supervisor._gateway.life == 0
+    eventually(lambda: all(turns.keeper(index).endpoint for index in range(2)))
+    ScriptedHandle.lacking.clear()
+    turns.until("ready")
+    assert turns.supervisor._gateway.life == 1 and turns.supervisor._gateway_starts.trouble is None
+
+
+def test_a_gateway_that_no_node_ever_takes_fails_the_deployment(tmp_path: Path) -> None:
+    ScriptedHandle.lacking.append("gateway.resource is 'gpu_room', but no node of the cluster has it")
+    impatient = replace(deployment(tmp_path), cluster=ClusterConfig(ping_seconds=0.01, start_seconds=0.05))
+    turns = Turns(Supervisor(impatient, JsonlMonitor(tmp_path / "metrics.jsonl")))
+    turns.until("failed", "no node of the cluster has it; set it to one of these, or to null for any node")
 
 
 def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def runnable(module: str) -> list[Any]:
-    """Without those that only show a form, such as `[key=value]` or `...`."""
-    kept = [(f, w) for f, w in commands(module) if not any(_ELLIPSIS.match(word) for word in w) and "--help" not in w]
+    """Without those that only show a form, such as `[key=value]` or `...`; test_hydra_command.py has flags."""
+    kept = [(f, w) for f, w in commands(module) if not any(_ELLIPSIS.match(word) or word[:2] == "--" for word in w)]
     return [pytest.param(words, id=f"{file}: {' '.join(words)[:60]}") for file, words in kept]
 
 

@@ -50,6 +50,21 @@ def test_every_choice_of_every_group_serves(choice: tuple[str, ...]) -> None:
     assert deployment.cluster.orphan_seconds > deployment.cluster.hang_seconds
 
 
+@pytest.mark.parametrize("name", choices("cluster"))
+def test_a_cluster_of_gpus_has_sizes_for_gpus(name: str) -> None:
+    """And what is given on the command line stands."""
+    deployment = deployment_of(compose("serve", [f"cluster={name}"]))
+    engine, tokens = deployment.engine, deployment.kv.tokens
+    if deployment.cluster.device == "cuda":
+        assert (engine.max_sequences, engine.max_step_tokens, engine.max_queued_tokens) == (256, 8192, 1 << 20)
+        assert tokens is None
+    else:
+        assert (engine.max_sequences, engine.max_step_tokens, tokens) == (64, 512, 16384)
+    given = deployment_of(compose("serve", ["kv.tokens=160", "engine.max_sequences=3", f"cluster={name}"]))
+    assert (given.kv.tokens, given.engine.max_sequences) == (160, 3)
+    assert given.engine.batch_invariant is False and given.gateway == deployment.gateway
+
+
 def test_there_is_no_group_that_nobody_composes() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert groups == {*GROUPS, "secrets", "suite", "recipe"}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import stepladder.launch.recipes.convert
 from stepladder import LLM, SamplingParams
+from stepladder.cluster.monitor import Monitors, open_monitor
 from stepladder.launch.recipes.convert import ConvertRecipe, converted, run, some, write_model
 from stepladder.launch.recipes.convert_report import curve_of, report_of
 from stepladder.launch.recipes.corpus import Document
@@ -86,6 +87,13 @@ def test_from_configuration_to_a_model_that_can_be_served(
     tmp_path: Path, standard: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train", "recipe=convert"])
+    shown: dict[str, Any] = {}
+
+    def opened(*args: Any) -> Monitors:
+        shown.update(args[-1])
+        return open_monitor(*args)
+
+    monkeypatch.setattr("stepladder.launch.recipes.training.open_monitor", opened)
     run(recipe(f"run_dir={tmp_path}", f"model.path={standard}", "ladder_layers=2", f"data=[{text}]", *FEW_STEPS))
     spec = ModelSpec.load(tmp_path / "model")
     assert (spec.residual, spec.ladder_layers, spec.dtype) == ("ladder", (1, 2), torch.float32)
@@ -101,6 +109,11 @@ def test_from_configuration_to_a_model_that_can_be_served(
     costs = [row["value"] for row in report["rows"]]
     assert costs[1] != costs[0] and costs[-1] < costs[1]  # another wiring costs, training helps
     assert costs[-1] == costs[-2]  # in fp32
+    assert (shown["model"]["path"], shown["data"], shown["ladder_layers"]) == (str(standard), (str(text),), 2)
+    assert shown["model"]["residual"] == "ladder" and shown["model"]["hidden_size"] == spec.hidden_size
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measured = [(r["train/step"], r[key]) for r in rows for key in r if key.startswith("held_out/")]
+    assert measured == list(zip((0, 0, 2, 4, 6, 8, 8), costs, strict=True))
     assert report["summary"]["cost of the written model, of before"]["value"] == pytest.approx(costs[-1] / costs[0])
     assert (tmp_path / "convert.png").stat().st_size > 5_000
     assert "converted, untrained" in capsys.readouterr().out

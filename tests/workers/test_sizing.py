@@ -1,5 +1,7 @@
 """How large a measured KV cache becomes, and what a container's limits have to do with it."""
 
+import re
+import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -9,8 +11,10 @@ import psutil
 import pytest
 import torch
 
+from stepladder import LLM
 from stepladder.parallel.afd.wire import PLAIN
 from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers import executor as executor_module
 from stepladder.workers import sizing
@@ -19,9 +23,10 @@ from stepladder.workers.afd.pool_forward import attention_executor
 from stepladder.workers.assembly import whole_executor
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.core import StepPlan
-from stepladder.workers.memory import available
-from stepladder.workers.sizing import kv_size
+from stepladder.workers.memory import available, total
+from stepladder.workers.sizing import check_kv, fitting, kv_size
 from tests.ranks import run_ranks
+from tests.tokenizers_of import write_byte_level
 
 CPU = torch.device("cpu")
 PER_TOKEN = 2 * 3 * 2 * 12 * 4  # keys and values, layers, KV heads, head_dim, bytes of fp32
@@ -85,6 +90,67 @@ def test_too_little_is_a_sentence(untied: Path, room: Any) -> None:
     room(10)
     with pytest.raises(ValueError, match=r"only 0 tokens of KV cache fit"):
         kv_size(Recording(untied), EngineConfig(), KvConfig(), CPU)
+
+
+def test_a_number_that_does_not_fit_is_refused(untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of what a machine of 3 GB has free: for one rank, for two that start together, for four in all."""
+    monkeypatch.setattr(sizing, "available", lambda: 2_000_000_000)
+    monkeypatch.setattr(sizing, "total", lambda: 3_000_000_000)
+    spec, gigabyte = ModelSpec.load(untied), 10**9 // PER_TOKEN + 16
+
+    def asked(tokens: int, ranks_here: int = 1, own_ranks_here: int = 1) -> int:
+        kv, here = KvConfig(tokens=tokens), {"ranks_here": ranks_here, "own_ranks_here": own_ranks_here}
+        check_kv(spec, kv, CPU, **here)
+        return kv_size(Recording(untied), EngineConfig(), kv, CPU, **here)
+
+    assert asked(gigabyte) > 0 and asked(gigabyte // 2, 4, 2) > 0
+    for numbers, sentence in (
+        ((2 * gigabyte,), "needs 2.0 GB, but there are 2.0 GB free on this machine; set fewer, or null, which takes"),
+        ((gigabyte, 2, 2), "needs 1.0 GB on each of 2 ranks, but there are 2.0 GB free on this machine"),
+        ((gigabyte, 3, 1), "needs 1.0 GB on each of 3 ranks, but there are 3.0 GB in this machine at all"),
+    ):
+        with pytest.raises(ValueError, match=rf"kv\.tokens is {numbers[0]}, whose KV cache {re.escape(sentence)}"):
+            asked(*numbers)
+
+
+def test_a_rank_that_is_started_again_needs_room_only_for_its_own_group(
+    untied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other replica has taken its half of the memory already."""
+    monkeypatch.setattr(sizing, "available", lambda: 1_200_000_000)
+    monkeypatch.setattr(sizing, "total", lambda: 3_000_000_000)
+    kv = KvConfig(tokens=10**9 // PER_TOKEN)
+    assert kv_size(Recording(untied), EngineConfig(), kv, CPU, ranks_here=2, own_ranks_here=1) == kv.whole(kv.tokens)
+
+
+def test_a_rank_needs_room_for_its_own_heads_only(untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec.load(untied)
+    monkeypatch.setattr(sizing, "available", lambda: 100 * PER_TOKEN)
+    kv = KvConfig(tokens=160)
+    check_kv(spec, kv, CPU, Shard(0, 2))
+    with pytest.raises(ValueError, match=r"kv\.tokens is 160"):
+        check_kv(spec, kv, CPU)
+
+
+def test_llm_refuses_what_does_not_fit_before_it_reads_weights(
+    untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    model = shutil.copytree(untied, tmp_path / "model")
+    write_byte_level(model)
+    monkeypatch.setattr("stepladder.workers.assembly.load", load)
+    with pytest.raises(ValueError, match=r"kv\.tokens is \d+, whose KV cache needs \d+\.\d GB, .* or null, which"):
+        LLM(str(model), device="cpu", kv_tokens=10**15 // PER_TOKEN)
+
+
+def test_an_allocators_refusal_is_a_sentence() -> None:
+    refusal = r"^the model does not fit into memory; use .* can't allocate memory"
+    with pytest.raises(ValueError, match=refusal), fitting("the model"):
+        torch.empty(1 << 60, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=r"^something else$"), fitting("the model"):
+        raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +231,7 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     own = member(tmp_path, "0::/pod/container\n")
     group(tmp_path / "pod", 5000, 1000)
     group(tmp_path / "pod" / "container", 4000, 3000, cache=500)
-    assert available(tmp_path, own) == 1500
+    assert available(tmp_path, own) == 1500 and total(tmp_path, own) == 4000
     group(tmp_path / "pod", 5000, 4000)
     assert available(tmp_path, own) == 1000
     group(tmp_path / "pod", 5000, 6000)
@@ -189,7 +255,7 @@ def test_control_groups_v1(tmp_path: Path) -> None:
 
 
 def test_without_a_limit_the_machines_memory_counts(tmp_path: Path) -> None:
-    total = psutil.virtual_memory().total
+    machine = psutil.virtual_memory().total
     for own in (tmp_path / "nothing", member(tmp_path, ""), member(tmp_path, "0::/\n1:name=systemd:/x\n")):
-        assert 2**20 < available(tmp_path, own) <= total
-    assert 0 < available() <= total
+        assert 2**20 < available(tmp_path, own) <= machine == total(tmp_path, own)
+    assert 0 < available() <= total()

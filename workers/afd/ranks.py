@@ -103,7 +103,7 @@ class FeedForwardRank(Rank):
         self._pool = FeedForwardPool(config, side, self._mesh, self._connect, self._silence, wire)
         return UNBOUNDED
 
-    def begin(self, kv_tokens: int) -> str | None:
+    def _begin(self, kv_tokens: int) -> str | None:
         return self.address
 
     def _run(self) -> None:

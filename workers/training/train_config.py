@@ -7,13 +7,16 @@ from dataclasses import dataclass
 class TrainConfig:
     """How to train; which model and which text is the recipe's business.
 
-    tokens: in all, rounded down to whole steps. batch_tokens: of one step, over all ranks. accumulate: micro-batches a
-    rank cuts its share of a step into. contexts: window lengths in tokens, each for an equal share of the steps, in
-    this order. warmup, decay: the shares of all steps in which the learning rate rises from and falls to 0, linearly.
+    seed: of the first weights and of the order of the text. tokens: in all, rounded down to whole steps. batch_tokens:
+    of one step, over all ranks. accumulate: micro-batches a rank cuts its share of a step into. contexts: window
+    lengths in tokens, each for an equal share of the steps, in this order. warmup, decay: the shares of all steps in
+    which the learning rate rises from and falls to 0, linearly.
 
     muon_lr: Muon's (Jordan et al. 2024) for the matrices inside the blocks; null trains those with AdamW too, and then
     `weight_decay` is AdamW's. adam_lr: of everything else. clip: the gradient's largest norm, or null; only without
     Muon, since DeepSpeed clips after Muon has orthogonalised, which would scale its updates down and nothing else.
+
+    weight_decay: of the matrices. precision: fp32, or bf16 for torch's autocast. log_every, checkpoint_every: steps.
     """
 
     seed: int

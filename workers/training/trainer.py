@@ -30,6 +30,7 @@ from torch.optim import AdamW, Optimizer
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import Norm
+from stepladder.parallel.rendezvous import open_store
 from stepladder.workers.training.sliced_loss import sliced_cross_entropy
 from stepladder.workers.training.stacked import put_together, take_apart
 from stepladder.workers.training.text_windows import TextWindows
@@ -76,8 +77,7 @@ def training_ranks() -> Iterator[Ranks]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=open_store("127.0.0.1"), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)

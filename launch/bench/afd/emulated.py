@@ -24,6 +24,7 @@ from stepladder.parallel.afd.edges import GlooEdge, Header
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
 from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.rendezvous import open_store
 from stepladder.parallel.residual import Block
 from stepladder.parallel.spec import ModelSpec
 
@@ -107,7 +108,7 @@ class LateReduce:
 def measure(case: Case, layers: int, steps: int) -> Measured:
     """`steps` decode steps, after one that warms up."""
     spec = _spec(layers, case.lag)
-    server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    server = open_store("127.0.0.1")
     tokens = tuple((ROWS,) * case.micro_batches for _ in range(case.attention))
     layouts = [Layout(0, number, tokens) for number in range(steps + 1)]
 

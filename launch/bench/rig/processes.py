@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from stepladder.launch.bench.rig.hosts import Hosts
 from stepladder.launch.where import IMPORTED_FROM
+from stepladder.parallel.rendezvous import open_store
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def serve(make: Callable[[Start[M], dist.Store], Callable[[T], object]], start: 
     if mine.core is not None:
         os.sched_setaffinity(0, {mine.core})
     torch.set_num_threads(mine.threads)
-    store = dist.TCPStore(mine.store_host, mine.port, None, mine.rank == 0, wait_for_workers=False)
+    store = dist.TCPStore(mine.store_host, mine.port, None, False) if mine.rank else open_store(mine.store_host)
     _write(store.port, sys.stdout)
     with torch.inference_mode():
         answer = make(mine, store)

@@ -1,0 +1,22 @@
+"""What every command of `launch/ctl.py` takes."""
+
+from dataclasses import dataclass
+
+ANSWER_SECONDS = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtlOptions:
+    """name: of the deployment; may be left out if there is one only. seconds: how long the command may take."""
+
+    name: str | None = None
+    seconds: float = ANSWER_SECONDS
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds}; it must be above 0")
+
+    @property
+    def patience(self) -> float:
+        """Seconds for one answer."""
+        return min(self.seconds, ANSWER_SECONDS)
