@@ -10,6 +10,7 @@ from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import ATTENTION, FFN, WHOLE
+from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -45,6 +46,7 @@ class LayoutConfig:
     Attributes:
         kind: "tp": every rank has a slice of every layer. "afd": attention and FFNs lie on different ranks.
         tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side.
+        balance: of "tp". "auto" has the FFNs make up for heads that ranks cannot share evenly; "even" does not.
         attention: attention ranks of "afd", each with an engine, a KV cache and requests of its own.
         ffn: FFN ranks of "afd", tensor-parallel among themselves, for all attention ranks together.
         schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work
@@ -56,6 +58,7 @@ class LayoutConfig:
     kind: str = "tp"
     tp: int = 1
     replicas: int = 1
+    balance: str = "auto"
     attention: int = 1
     ffn: int = 1
     schedule: str = "auto"
@@ -66,7 +69,7 @@ class LayoutConfig:
         for name in ("tp", "replicas", "attention", "ffn", "micro_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        choices = {"kind": tuple(LAYOUTS), "schedule": SCHEDULES, "wire": tuple(WIRES)}
+        choices = {"kind": tuple(LAYOUTS), "balance": ("auto", "even"), "schedule": SCHEDULES, "wire": tuple(WIRES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"layout.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -118,7 +121,7 @@ def _afd(layout: LayoutConfig) -> list[Group]:
 
 
 LAYOUTS = {
-    "tp": Layout(("tp", "replicas"), "choose layout=afd for it", _tp),
+    "tp": Layout(("tp", "replicas", "balance"), "choose layout=afd for it", _tp),
     "afd": Layout(
         ("attention", "ffn", "schedule", "micro_batches", "wire"), "use layout.attention and layout.ffn", _afd
     ),
@@ -143,6 +146,8 @@ class GatewayConfig:
         tokenizer_info: serve /tokenizer_info, which shows the chat template.
         special_tokens_in_content: what spells a special token in a chat message is one; as text, it cannot forge turns.
             A request may say otherwise for itself.
+        tool_parser: how the model writes calls of tools, hermes or llama3_json; None looks at its chat template.
+        cors_origins: of web pages, such as https://chat.example, that browsers let ask this server; "*" is all.
     """
 
     host: str = "127.0.0.1"
@@ -156,6 +161,8 @@ class GatewayConfig:
     otlp_traces_endpoint: str | None = None
     tokenizer_info: bool = False
     special_tokens_in_content: bool = False
+    tool_parser: str | None = None
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -165,6 +172,16 @@ class GatewayConfig:
                 raise ValueError(f"gateway.{name} is {value}; it must be above 0, or null")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("gateway.api_key is empty; give a key that clients can send, or null to let everybody in")
+        if self.tool_parser not in (None, *FORMATS):
+            raise ValueError(
+                f"gateway.tool_parser is {self.tool_parser!r}; it must be one of {', '.join(FORMATS)}, or null"
+            )
+        for origin in self.cors_origins:
+            if origin != "*" and (not _is_http(origin) or urlsplit(origin)._replace(scheme="", netloc="").geturl()):
+                raise ValueError(
+                    f"gateway.cors_origins holds {origin!r}; it must be an origin such as https://chat.example, "
+                    'without a path, or "*" for all'
+                )
         if self.otlp_traces_endpoint is not None:
             check_endpoint(self.otlp_traces_endpoint)
 

@@ -193,6 +193,7 @@ class Gang:
             engine=self.deployment.engine,
             kv=self.deployment.kv,
             generation=self.generation,
+            balance=self.deployment.layout.balance == "auto",
             role=self.plan.role,
             afd=AfdConfig(
                 schedule=self.deployment.layout.schedule,

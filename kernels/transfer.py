@@ -4,12 +4,13 @@ the queue waits for it."""
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Nested lists of numbers as a tensor on `device`.
+def upload(values: Sequence[Any] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Nested lists of numbers, or an array, as a tensor on `device`.
 
     On CUDA they go through pinned memory. `torch.tensor(values, device="cuda")` copies from pageable memory, for which
     the host waits until everything queued before it is done.

@@ -1,4 +1,4 @@
-"""`stepladder serve|ctl|train|generate|bench ...`: each the same as `python -m stepladder.launch.NAME ...`."""
+"""`stepladder serve|ctl|train|generate|chat|bench ...`: each the same as `python -m stepladder.launch.NAME ...`."""
 
 import runpy
 import sys
@@ -10,6 +10,7 @@ COMMANDS = {
     "ctl": "look after a running deployment: status, logs, drain, resume, stop",
     "generate": "continue every prompt of a file, in one process without Ray",
     "train": "train, or convert to Ladder: recipe=demo|twins|convert",
+    "chat": "talk to a model that is served: url=http://HOST:PORT",
     "bench": "measure: suite=engine|overlap|afd|serve|failures|fp8",
 }
 USAGE = "\n".join(["usage: stepladder COMMAND ...", *(f"  {name:<10}{does}" for name, does in COMMANDS.items())])

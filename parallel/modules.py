@@ -15,6 +15,7 @@ from stepladder.kernels.linear import linear
 from stepladder.kernels.norm import layer_norm, rms_norm
 from stepladder.kernels.rope import rotate
 from stepladder.parallel.context import Context
+from stepladder.parallel.heads import heads_of
 from stepladder.parallel.shards import Piece, Shard, Sharded, columns, rows, whole
 from stepladder.parallel.spec import ModelSpec
 
@@ -42,7 +43,7 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()
         d, h = spec.head_dim, spec.hidden_size
-        heads, kv_heads = shard.split(spec.num_heads, "num_attention_heads"), kv_heads_of(spec, shard)
+        heads, kv_heads = heads_of(spec, shard)
         self.layer, self.window, self.interleaved = layer, spec.window(layer), spec.rope_interleaved
         self.head_dim, self.num_heads, self.num_kv_heads = d, len(heads), len(kv_heads)
         q_rows, kv_rows = (range(part.start * d, part.stop * d) for part in (heads, kv_heads))
@@ -149,19 +150,6 @@ def _head_norm(spec: ModelSpec, name: str, total: int, heads: range) -> nn.Modul
     if spec.qk_norm == "shared":
         return Norm(spec, whole(name, spec.head_dim))
     return Norm(spec, rows(name, (total, spec.head_dim), heads))
-
-
-def kv_heads_of(spec: ModelSpec, shard: Shard) -> range:
-    """The KV heads a rank holds: its equal part, or one head shared by several ranks where there are fewer heads."""
-    if spec.num_kv_heads >= shard.size:
-        return shard.split(spec.num_kv_heads, "num_key_value_heads")
-    if shard.size % spec.num_kv_heads:
-        raise ValueError(
-            f"num_key_value_heads is {spec.num_kv_heads}, which {shard.size} ranks cannot replicate evenly; "
-            f"change layout.tp"
-        )
-    head = shard.rank * spec.num_kv_heads // shard.size
-    return range(head, head + 1)
 
 
 def init_weights(module: nn.Module, spec: ModelSpec, seed: int) -> None:

@@ -8,24 +8,37 @@ from torch import Tensor, nn
 
 
 class Shard(NamedTuple):
-    """One rank's place in a tensor-parallel group."""
+    """One rank's place in a tensor-parallel group.
+
+    Attributes:
+        shares: how many of the items that `split` cuts each rank gets; () gives all of them equally many, or the first
+            ones one more.
+    """
 
     rank: int = 0
     size: int = 1
+    shares: tuple[int, ...] = ()
 
     def split(self, total: int, what: str) -> range:
-        """This rank's equal part of `total` items.
+        """This rank's part of `total` items.
 
         Raises:
-            ValueError: `total` is not a multiple of the group's size.
+            ValueError: there is not one for each rank.
         """
-        if total % self.size:
+        if total < self.size:
             raise ValueError(
-                f"{what} is {total}, which {self.size} tensor-parallel ranks cannot share; change layout.tp, or "
+                f"{what} is {total}, which {self.size} tensor-parallel ranks cannot share; lower layout.tp, or "
                 "layout.ffn with layout=afd"
             )
-        part = total // self.size
-        return range(self.rank * part, (self.rank + 1) * part)
+        shares = self.shares or equal_shares(total, self.size)
+        assert len(shares) == self.size and sum(shares) == total, "shares are of what is split"
+        start = sum(shares[: self.rank])
+        return range(start, start + shares[self.rank])
+
+
+def equal_shares(total: int, size: int) -> tuple[int, ...]:
+    """As equal as whole numbers can be, the larger ones first."""
+    return tuple(total // size + (rank < total % size) for rank in range(size))
 
 
 ALONE = Shard()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepladder.llm import LLM, Completion
-    from stepladder.workers.core import SamplingParams, TokenLogprob
+    from stepladder.workers.core import SamplingParams, StructuredOutputs, TokenLogprob
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams", "TokenLogprob", "__version__"]
+__all__ = ["LLM", "Completion", "SamplingParams", "StructuredOutputs", "TokenLogprob", "__version__"]
 
 _HERE = Path(__file__).parent
 if not (_HERE / "workers").is_dir():  # a checkout: the folders of this package lie beside this one, in a wheel below it

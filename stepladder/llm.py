@@ -12,13 +12,15 @@ from tqdm import tqdm
 from stepladder.parallel.mesh import SingleRank
 from stepladder.workers import assembly
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
-from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
 from stepladder.workers.model_check import check_model
 from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import check_kv, fitting, kv_size
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream
+
+__all__ = ["LLM", "Completion", "SamplingParams", "StructuredOutputs", "TokenLogprob"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -110,7 +112,8 @@ class LLM:
         check_kv(spec, kv, mesh.device)
         with fitting("the model with its KV cache"):
             executor = assembly.load(spec, path, mesh, engine)
-            self.engine = assembly.begin(executor, engine, kv, kv_size(executor, engine, kv, mesh.device))
+            size = kv_size(executor, engine, kv, mesh.device)
+            self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer)
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 
@@ -188,8 +191,10 @@ class LLM:
         """Queue one prompt, given as text and as tokens; `step` puts it in `done` at its end. Returns the request's id.
 
         Raises:
-            ValueError: it is empty or does not fit.
+            ValueError: it is empty or does not fit, or its structured_outputs cannot be used.
         """
+        if params.structured_outputs and self.engine.grammars:
+            self.engine.grammars.check(params.structured_outputs).result()
         request = Request(id=next(self._ids), prompt=tokens, params=params)
         self.engine.add(request)
         self._growing[request.id] = _Growing(

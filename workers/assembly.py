@@ -4,10 +4,12 @@ An engine comes to be in two steps, since the ranks of a group agree on the size
 `load` (weights, executor), then `begin` (cache, engine).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from stepladder.parallel.balance import balanced
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
@@ -17,28 +19,38 @@ from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
 from stepladder.workers.forward import WholeForward
+from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.graphs import Capture, CudaCapture
+from stepladder.workers.text.stream import Tokenizer
 
 
-def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig) -> Executor:
+def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: bool = False) -> Executor:
     """This rank's shard of the whole model, as an engine's options want it; without a cache yet.
+
+    Args:
+        balance: FFNs make up for what attention splits unevenly.
 
     Raises:
         ValueError: the checkpoint or an option is unusable.
     """
     capture = CudaCapture(mesh.device) if config.graphs_on(mesh.device) else None
-    return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture)
+    return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture, balance=balance)
 
 
-def begin(executor: Executor, config: EngineConfig, kv: KvConfig, kv_tokens: int) -> Engine:
+def begin(
+    executor: Executor, config: EngineConfig, kv: KvConfig, kv_tokens: int, tokenizer: Callable[[], Tokenizer]
+) -> Engine:
     """Make the cache of `kv_tokens`, on every rank of the group alike, and the engine, which rank 0 runs.
+
+    Args:
+        tokenizer: the model's; asked for when a request first needs it.
 
     Raises:
         ValueError: the limits contradict each other or the model.
     """
     limits = config.limits(executor.model.spec, kv, kv_tokens, executor.mesh.device)
     executor.allocate(limits.num_blocks, limits.block_size)
-    return Engine(limits, executor)
+    return Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
 
 
 def whole_executor(
@@ -50,15 +62,17 @@ def whole_executor(
     measure_every: int = 16,
     batch_invariant: bool = False,
     capture: Capture | None = None,
+    balance: bool = False,
 ) -> Executor:
     """All of the model on one group; arguments as `WholeForward`'s.
 
     Args:
         spec, path: the checkpoint.
+        balance: as in `load`.
         num_blocks, block_size: the KV cache, as in `Executor.allocate`; without blocks that is called later.
     """
     with torch.device(mesh.device):
-        model = Transformer(spec, mesh.shard, mesh.all_reduce)
+        model = Transformer(spec, balanced(spec, mesh.shard) if balance else mesh.shard, mesh.all_reduce)
     fill(model, path, batch_invariant, mesh)
     executor = Executor(WholeForward(model, mesh, measure_every, batch_invariant, capture), mesh)
     if num_blocks:

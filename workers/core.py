@@ -4,13 +4,16 @@ A step is one flat, ragged batch. A prefill chunk, a decode token and (later) th
 same thing in it: "run these q tokens of sequence s". There is no other kind of step.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from stepladder.workers.params import SamplingParams, check
+from stepladder.workers.structured_outputs import StructuredOutputs
 
 __all__ = [
+    "Constraint",
     "FinishReason",
     "Output",
     "Request",
@@ -21,6 +24,7 @@ __all__ = [
     "Start",
     "StepPlan",
     "StepResult",
+    "StructuredOutputs",
     "TokenLogprob",
 ]
 
@@ -45,6 +49,28 @@ class Request:
 
     def __post_init__(self) -> None:
         check(len(self.prompt) > 0, "the prompt is empty; it must hold at least one token")
+
+
+class Constraint(Protocol):
+    """Which tokens may follow in one sequence; host state of rank 0. `grammar/constraint.py` says more.
+
+    Attributes:
+        ended: the last token ended the text, whatever the parameters say.
+        error: why it cannot go on; then what is drawn is void.
+    """
+
+    ended: bool
+    error: str | None
+
+    def advance(self, token: int) -> None:
+        """The sequence goes on with this token."""
+
+    def rollback(self, count: int) -> None:
+        """Take back the last tokens."""
+
+    def mask_rows(self, mask: Any, unending: int = 0, drafts: Seq[int] = ()) -> None:
+        """Fill int32 rows [1 + drafts, vocab / 32 + 1] with a bit per token that may follow, in the first, and behind
+        each draft, in the others. In `unending` rows none may end the text, unless nothing else can follow."""
 
 
 class TokenLogprob(NamedTuple):
@@ -87,9 +113,11 @@ class Sequence:
         prompt_logprobs: of the prompt's tokens from the second on, as far as they have been computed. They outlive a
             preemption, so that nothing is scored twice.
         added, scheduled: `time.monotonic()` when it came, and when it first got a place.
+        constraint: has been told every token of the output that is known.
     """
 
     request: Request
+    constraint: Constraint | None = None
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -140,7 +168,7 @@ class Sample(NamedTuple):
 
     row: index into the plan's rows. position: where the drawn token will stand in its sequence.
     tokens: the sequence's tokens, of which the first `position` precede it and the first `num_prompt` are the prompt;
-        not a copy. barred: tokens that may not be drawn.
+        not a copy. barred: tokens that may not be drawn; with a constraint, whether it may not end is `unending`.
     """
 
     row: int
@@ -149,6 +177,8 @@ class Sample(NamedTuple):
     tokens: list[int]
     num_prompt: int
     barred: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    unending: int = 0
 
 
 class Score(NamedTuple):
@@ -209,6 +239,7 @@ class Output:
         logprobs: one per token, if they were asked for.
         prompt_logprobs: with the first token, if they were asked for: those of the prompt from its second token on.
         start: with the first token; with a replay that continues behind it, never.
+        error: with "abort", why; None if the request is not to blame.
     """
 
     id: str
@@ -217,3 +248,4 @@ class Output:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     start: Start | None = None
+    error: str | None = None

@@ -2,14 +2,17 @@
 
 from bisect import bisect_left
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
-from stepladder.workers.core import Output, Request, Sequence, StepPlan
+from stepladder.workers.core import Constraint, Output, Request, Sequence, StepPlan
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import counter, gauge, limit
+from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.sampler import Drawn
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
+PREPARE_SECONDS = 0.01  # how long a step without other work waits for a constraint
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's buckets
 
 
@@ -47,10 +50,14 @@ class Engine:
     """Continuous batching over one group of ranks; `step` is the whole of it.
 
     `config.lookahead` steps stay queued behind the one that is read, so that the device has work while the host plans.
+
+    Attributes:
+        grammars: what requests with structured_outputs need; without it they are refused.
     """
 
     config: SchedulerConfig
     executor: Executor
+    grammars: Grammars | None = None
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
@@ -64,7 +71,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if it can never be served."""
-        self.scheduler.add(request)
+        self.config.check(request)
+        self.scheduler.add(request, self._constraint_of(request))
         self.stats.prompt_tokens += len(request.prompt)
 
     def find(self, request_id: str) -> Sequence | None:
@@ -79,10 +87,15 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Read one step and return what it did for each sequence that got a token."""
+        outputs = self.scheduler.take_prepared()
         while len(self._under_way) <= self.config.lookahead and (plan := self.scheduler.schedule()).tokens:
             self._under_way.append(self.executor.submit(plan))
             self.stats.count_step(len(plan.tokens))
-        outputs = self.scheduler.commit(self._under_way.popleft().result()) if self._under_way else []
+        if self._under_way:
+            outputs += self.scheduler.commit(self._under_way.popleft().result())
+        elif self.scheduler.preparing:
+            self.executor.submit(StepPlan())  # nobody should wait for this engine
+            wait(self.scheduler.preparing.values(), PREPARE_SECONDS, FIRST_COMPLETED)
         self._count(outputs)
         return outputs
 
@@ -91,6 +104,15 @@ class Engine:
         self.executor.submit(StepPlan())
         self.scheduler.check_integrity()
         self._look()
+
+    def _constraint_of(self, request: Request) -> Future[Constraint] | None:
+        params, config = request.params, self.config
+        if params.structured_outputs is None:
+            return None
+        if self.grammars is None:
+            raise ValueError("this engine has no tokenizer, which structured_outputs need")
+        ends, last_ends = config.ends(params), config.last_ends(params)
+        return self.grammars.begin(params.structured_outputs, ends, last_ends, request.output)
 
     def _count(self, outputs: list[Output]) -> None:
         self.stats.steps += 1
@@ -101,6 +123,6 @@ class Engine:
         """The present state of the queues."""
         s, stats = self.scheduler, self.stats
         stats.preemptions = s.num_preemptions
-        stats.running, stats.waiting = len(s.running), len(s.waiting)
+        stats.running, stats.waiting = len(s.running), len(s.waiting) + len(s.preparing)
         stats.prefix_cache_queries, stats.prefix_cache_hits = s.blocks.queries, s.blocks.hits
         stats.kv_usage = 1 - s.blocks.num_free / s.blocks.num_blocks

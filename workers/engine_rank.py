@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from stepladder.parallel.layers import POOLS
@@ -9,10 +10,11 @@ from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter
-from stepladder.workers.rank import Rank, RankConfig
+from stepladder.workers.rank import Rank, RankConfig, resolve
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
 from stepladder.workers.sizing import check_kv, kv_size
+from stepladder.workers.text.stream import Tokenizer
 
 
 @dataclass
@@ -53,10 +55,12 @@ class EngineRank(Rank):
         return kv_size(self._executor, config.engine, config.kv, device, *here)
 
     def _build(self, path: str) -> Executor:
-        return assembly.load(self._spec, path, self._mesh, self.config.engine)
+        return assembly.load(self._spec, path, self._mesh, self.config.engine, self.config.balance)
 
     def _begin(self, kv_tokens: int) -> str | None:
-        engine = assembly.begin(self._executor, self.config.engine, self.config.kv, kv_tokens)
+        config = self.config
+        tokenizer = partial(Tokenizer, resolve(config.model))
+        engine = assembly.begin(self._executor, config.engine, config.kv, kv_tokens, tokenizer)
         if self.config.shard.rank == 0:
             self._engine, self._channel = engine, Channel(self.config.host, self.config.secret)
         return self.address

@@ -59,6 +59,14 @@ class SchedulerConfig:
         room = max(1, self.max_model_len - num_prompt_tokens)
         return params if params.max_tokens <= room else replace(params, max_tokens=room)
 
+    def ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end a sequence."""
+        return params.stop_token_ids if params.ignore_eos else self.last_ends(params)
+
+    def last_ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end a sequence behind which, by its constraint, nothing else can follow."""
+        return (*params.stop_token_ids, *self.eos_ids)
+
     def check(self, request: Request) -> None:
         """Judge a request before it is queued.
 
@@ -74,6 +82,11 @@ class SchedulerConfig:
         if len(output) >= params.max_tokens:
             raise ValueError(
                 f"nothing is left to generate: {len(output)} of its {params.max_tokens} output tokens are there already"
+            )
+        if params.structured_outputs and not self.last_ends(params):
+            raise ValueError(
+                "this model has no end-of-sequence token, so that a text cannot end where structured_outputs does; "
+                "give stop_token_ids"
             )
         named = {"the prompt": prompt, "the output so far": output}
         for where, tokens in (named | listed_tokens(params)).items():

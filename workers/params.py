@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from stepladder.workers.structured_outputs import StructuredOutputs
+
 MAX_LOGPROBS = 20
 MAX_LISTED_TOKENS = 1024  # of logit_bias and of stop_token_ids
 MAX_COUNT = 2**31 - 1  # of anything that is counted, and of token ids
@@ -10,8 +12,8 @@ MAX_PENALTY = 1000.0  # of repetition_penalty, either way: logits stay finite in
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one sequence is continued. Applied in this order: logit_bias, min_tokens, penalties, temperature, min_p,
-    top_k, top_p, then noise.
+    """How one sequence is continued. Applied in this order: logit_bias, min_tokens, penalties, structured_outputs,
+    temperature, min_p, top_k, top_p, then noise.
 
     Attributes:
         max_tokens: how many tokens may be generated.
@@ -34,6 +36,8 @@ class SamplingParams:
         logprobs: report each drawn token's log-probability, and those of the so many likeliest tokens. They are the
             model's own: log-softmax of the raw logits, before anything above.
         prompt_logprobs: the same for the prompt's tokens, the first excepted.
+        structured_outputs: the form that the text must have. Only tokens are drawn that can lead to it; where nothing
+            else may follow the text ends, even before min_tokens or with ignore_eos.
     """
 
     max_tokens: int = 16
@@ -54,6 +58,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def wants_logprobs(self) -> bool:

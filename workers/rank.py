@@ -56,6 +56,7 @@ class RankConfig:
         own_ranks_here: how many of its own group do.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
+        balance: FFNs make up for what attention splits unevenly.
         role: what the group is for; a key of `ROLES`.
     """
 
@@ -70,6 +71,7 @@ class RankConfig:
     engine: EngineConfig
     kv: KvConfig
     generation: int = 1
+    balance: bool = False
     role: str = WHOLE
     own_ranks_here: int = 1
     afd: AfdConfig = field(default_factory=AfdConfig)

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepladder.kernels.noise import gumbel
 from stepladder.kernels.transfer import Download, upload
 from stepladder.workers.core import Sample, StepPlan, StepResult
+from stepladder.workers.grammar.mask import masked
 from stepladder.workers.logprobs import Judged, judge, tell
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -68,7 +69,7 @@ def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
         logits: [R, vocab], any float dtype; not changed.
         samples: R samples.
     """
-    logits = _adjusted(logits, samples)
+    logits = masked(_adjusted(logits, samples), samples)
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
         return _draw(logits, samples)

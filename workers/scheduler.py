@@ -1,16 +1,17 @@
 """Continuous batching: which sequences run which tokens in the next step. Pure host code: no torch, no Ray, no I/O."""
 
 from collections import deque
+from concurrent.futures import Future
 from time import monotonic
 from typing import NamedTuple
 
 from stepladder.workers.blocks import BlockManager
 from stepladder.workers.core import (
+    Constraint,
     FinishReason,
     Output,
     Request,
     Sample,
-    SamplingParams,
     Score,
     Sequence,
     StepPlan,
@@ -50,6 +51,7 @@ class Scheduler:
         self.blocks = BlockManager(config.num_blocks, config.block_size, config.cache_salt, config.prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.preparing: dict[str, Future[Constraint]] = {}  # of those that wait for it before they wait for a place
         self.num_preemptions = 0
         self._planned: list[_Part] = []  # of the step that is being planned
         self._under_way: deque[list[_Part]] = deque()
@@ -57,10 +59,10 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.preparing)
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, request: Request, constraint: Future[Constraint] | None = None) -> None:
+        """Queue a request, once its constraint is ready, if it has one.
 
         Raises:
             ValueError: it can never be served (see `SchedulerConfig.check`), or its id is in use.
@@ -69,7 +71,10 @@ class Scheduler:
         if request.id in self._alive:
             raise ValueError(f"a request with the id {request.id!r} is here already; give this one another id")
         self._alive[request.id] = Sequence(request)
-        self.waiting.append(self._alive[request.id])
+        if constraint is None:
+            self.waiting.append(self._alive[request.id])
+        else:
+            self.preparing[request.id] = constraint
 
     def abort(self, request_id: str) -> bool:
         """Forget a request; False if it is not here (any more)."""
@@ -81,6 +86,20 @@ class Scheduler:
     def find(self, request_id: str) -> Sequence | None:
         """The sequence of a request that has not ended."""
         return self._alive.get(request_id)
+
+    def take_prepared(self) -> list[Output]:
+        """Queue those whose constraints are ready; the ends of those that cannot have theirs."""
+        failed = []
+        for request_id, constraint in [pair for pair in self.preparing.items() if pair[1].done()]:
+            sequence, error = self._alive[request_id], constraint.exception()
+            if error is None:
+                del self.preparing[request_id]
+                sequence.constraint = constraint.result()
+                self.waiting.append(sequence)
+            else:
+                self._end(sequence)
+                failed.append(Output(request_id, [], "abort", error=str(error)))
+        return failed
 
     def schedule(self) -> StepPlan:
         """The next step. Unless it is empty, it is under way until its result is committed."""
@@ -150,8 +169,8 @@ class Scheduler:
     def _must_wait(sequence: Sequence) -> bool:
         """Whether it cannot go on before its last token is known: it ends with that one, or the next depends on it in
         ways that the host has to work out."""
-        params = sequence.request.params
-        return sequence.is_drawing and (params.penalises or sequence.num_output >= params.max_tokens)
+        params, depends = sequence.request.params, sequence.constraint is not None
+        return sequence.is_drawing and (depends or params.penalises or sequence.num_output >= params.max_tokens)
 
     def _preempt_youngest(self) -> Sequence:
         victim = self.running.pop()
@@ -178,34 +197,45 @@ class Scheduler:
             plan.rows.extend(range(first_row + scored.start - start, first_row + scored.stop - start))
         if samples := stop == len(sequence.tokens):
             params, num_prompt = sequence.request.params, len(sequence.request.prompt)
-            barred = self._ends(params) if sequence.num_output < params.min_tokens else ()
+            constraint, unending = sequence.constraint, max(0, params.min_tokens - sequence.num_output)
+            barred = self.config.ends(params) if unending and not constraint else ()
             sequence.tokens.append(-1 - len(plan.samples))
-            plan.samples.append(Sample(len(plan.rows), stop, params, sequence.tokens, num_prompt, barred))
+            sample = Sample(len(plan.rows), stop, params, sequence.tokens, num_prompt, barred, constraint, unending)
+            plan.samples.append(sample)
             plan.rows.append(len(plan.tokens) - 1)
         sequence.num_computed = stop
         self._planned.append(_Part(sequence, start, stop, samples, bool(scored)))
 
-    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
-        """The tokens that end a sequence."""
-        return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.config.eos_ids)
-
     def _extend(self, sequence: Sequence, position: int, token: int, logprob: TokenLogprob | None) -> Output:
         request, sequence.tokens[position] = sequence.request, token
         params, count = request.params, position + 1 - len(request.prompt)
-        reason: FinishReason | None = None
-        if count > params.min_tokens and token in self._ends(params):
+        reason = _end_by_constraint(sequence, token)
+        if not reason and count > params.min_tokens and token in self.config.ends(params):
             reason = "stop"
-        elif count >= params.max_tokens:
+        elif not reason and count >= params.max_tokens:
             reason = "length"
         if reason:
             self._end(sequence)
         first = count == 1
         prompt_logprobs = sequence.prompt_logprobs if first and params.prompt_logprobs is not None else None
         start = sequence.start() if first else None
-        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs, start)
+        error = sequence.constraint.error if sequence.constraint else None
+        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs, start, error)
 
     def _end(self, sequence: Sequence) -> None:
         """It leaves for good."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if self.preparing.pop(sequence.request.id, None) is None:
+            (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.blocks.release(sequence)
         del self._alive[sequence.request.id]
+
+
+def _end_by_constraint(sequence: Sequence, token: int) -> FinishReason | None:
+    """Tell the sequence's constraint of its newest token; why that ended the sequence, if it did."""
+    constraint = sequence.constraint
+    if constraint is None:
+        return None
+    constraint.advance(token)
+    if constraint.error:
+        return "abort"
+    return "stop" if constraint.ended else None

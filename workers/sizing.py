@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from stepladder.parallel.heads import heads_of
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.modules import kv_heads_of
 from stepladder.parallel.shards import ALONE, Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import MEMORY_FRACTION, EngineConfig, KvConfig
@@ -57,7 +57,7 @@ def check_kv(
         ValueError: `kv.tokens` do not even fit without the model.
     """
     if kv.tokens is not None:
-        _refuse_too_large(bytes_per_token(spec, len(kv_heads_of(spec, shard))), kv, device, ranks_here, own_ranks_here)
+        _refuse_too_large(bytes_per_token(spec, len(heads_of(spec, shard).kv)), kv, device, ranks_here, own_ranks_here)
 
 
 def bytes_per_token(spec: ModelSpec, kv_heads: int) -> int:

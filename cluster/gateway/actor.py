@@ -54,6 +54,8 @@ def service_config(deployment: Deployment, directory: str) -> ServiceConfig:
         api_key_file=deployment.gateway.api_key_file,
         tokenizer_info=deployment.gateway.tokenizer_info,
         special_tokens_in_content=deployment.gateway.special_tokens_in_content,
+        tool_parser=deployment.gateway.tool_parser,
+        cors_origins=deployment.gateway.cors_origins,
         request_seconds=deployment.gateway.request_seconds,
         max_body_bytes=deployment.gateway.max_body_bytes,
         defaults=recommended_params(directory),

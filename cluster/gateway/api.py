@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from stepladder.cluster.gateway.api_keys import ApiKeys
@@ -33,6 +34,11 @@ def build_app(service: OpenAIService, traces: Traces | None = None) -> FastAPI:
     app.add_middleware(Gatekeeper, keys=keys, max_body_bytes=service.config.body_limit)
     if traces:
         app.add_middleware(Traced, traces=traces, untraced=OPEN_PATHS)  # sees what the other refuses
+    if origins := service.config.cors_origins:  # outermost: a preflight has no key, and refusals must be readable
+        headers = ["X-Request-Id", "Retry-After"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=headers
+        )
     install_handlers(app)
     _add_generating(app, service)
     _add_models(app, service)

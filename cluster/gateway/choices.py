@@ -1,6 +1,7 @@
 """One generating HTTP request: its choices, and the JSON that they become."""
 
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from stepladder.cluster.gateway.metrics import SequenceMeter
 from stepladder.cluster.gateway.protocol import Generating
 from stepladder.workers.core import FinishReason, Output, Request, Start, TokenLogprob
 from stepladder.workers.text.stream import TextStream
+from stepladder.workers.text.tool_calls import ToolParser
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Choice:
         prompt_logprobs: of the prompt's tokens from the second on, if wanted.
         start: how the engine came to the first token; None before it, or if another gateway was told.
         meter: its clock, once it runs.
+        tools: splits its text into content and calls of tools, if it may hold such.
+        content, calls: what it has become so far, with `tools`; calls as a message has them.
     """
 
     index: int
@@ -51,6 +55,9 @@ class Choice:
     prompt_logprobs: list[TokenLogprob] | None = None
     start: Start | None = None
     meter: SequenceMeter | None = None
+    tools: ToolParser | None = None
+    content: str = ""
+    calls: list[Json] = field(default_factory=list)
     _begun: bool = False
 
     def take(self, output: Output) -> "Piece":
@@ -61,7 +68,30 @@ class Choice:
             self.finish_reason = "length"
         else:
             fresh += self._append(output)
-        return Piece(self, fresh, self.scored[scored_before:], self.finish_reason)
+        fresh, calls = self._split(fresh)
+        return Piece(self, fresh, self.scored[scored_before:], self.finish_reason, calls)
+
+    @property
+    def reason(self) -> str | None:
+        """Its finish reason as a chat has it."""
+        return "tool_calls" if self.calls and self.finish_reason == "stop" else self.finish_reason
+
+    def _split(self, fresh: str) -> tuple[str, list[Json]]:
+        """New text as content and what is new of calls, as a stream has it."""
+        if self.tools is None:
+            return fresh, []
+        events = self.tools.push(fresh, finished=self.finish_reason is not None)
+        text, deltas = "".join(event.text for event in events), dict[int, Json]()
+        self.content += text
+        for index, name, arguments in ((e.call, e.name, e.arguments) for e in events if e.call >= 0):
+            if name is not None:
+                began = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+                self.calls.append({**began, "function": {"name": name, "arguments": ""}})
+                deltas[index] = {"index": index, **began, "function": {"name": name, "arguments": ""}}
+            delta = deltas.setdefault(index, {"index": index, "function": {"arguments": ""}})
+            for function in (delta["function"], self.calls[index]["function"]):
+                function["arguments"] += arguments
+        return text, list(deltas.values())
 
     def _append(self, output: Output) -> str:
         fresh, visible = "", self.text.visible(output)
@@ -101,12 +131,14 @@ class Piece(NamedTuple):
     """What one output added to a choice. Its own copy: the choice may be further when the piece is sent.
 
     text: what can be shown now. scored: tokens with their log-probabilities, also those whose text is held back.
+    calls: what is new of calls of tools.
     """
 
     choice: Choice
     text: str
     scored: list[ScoredToken]
     finish_reason: FinishReason | None
+    calls: Sequence[Json] = ()
 
 
 @dataclass(frozen=True)
@@ -147,17 +179,24 @@ class Chat(Format):
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": choice.text.text, "refusal": None}
+        content = choice.text.text if choice.tools is None else choice.content
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if choice.calls:
+            message |= {"content": content or None, "tool_calls": choice.calls}
         logprobs = self._logprobs(choice, choice.scored)
-        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def part(self, piece: Piece) -> Json:
-        choice, text, scored, finish_reason = piece
-        delta = {} if choice.started else {"role": "assistant"}
-        if finish_reason is None:
+        choice, text, scored, finish_reason, calls = piece
+        delta: Json = {} if choice.started else {"role": "assistant"}
+        if calls:
+            delta |= {"content": text or None} if text or delta else {}
+            delta["tool_calls"] = calls
+        elif finish_reason is None:
             delta["content"] = text
         logprobs = self._logprobs(choice, scored) if scored else None
-        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        reason = choice.reason if finish_reason else None
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def extra(self, choices: list[Choice]) -> Json:
         """All choices have the same prompt."""
@@ -177,7 +216,7 @@ class Completion(Format):
         return self.part(piece) | self._prompt_logprobs(choice)
 
     def part(self, piece: Piece) -> Json:
-        choice, text, scored, finish_reason = piece
+        choice, text, scored, finish_reason, _ = piece
         top, logprobs = choice.request.params.logprobs, None
         if top is not None and scored:
             logprobs = completion_shape(choice.text.tokenizer, scored, top)
@@ -230,11 +269,11 @@ class Choices:
     def chunks(self, piece: Piece) -> list[Json]:
         """What to send for a piece: nothing while its text is held back, and the end as a chunk of its own."""
         choice, chunks = piece.choice, []
-        if piece.text or piece.scored or not choice.started:
+        if piece.text or piece.scored or piece.calls or not choice.started:
             chunks.append(self._chunk(self.format.part(piece._replace(finish_reason=None))))
             choice.started = True
         if piece.finish_reason:
-            chunks.append(self._chunk(self.format.part(piece._replace(text="", scored=[]))))
+            chunks.append(self._chunk(self.format.part(piece._replace(text="", scored=[], calls=()))))
         return chunks
 
     def usage_chunk(self) -> Json:

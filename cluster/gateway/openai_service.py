@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from stepladder.cluster.gateway.choices import Chat, Choice, Choices, Completion, Format, Piece
-from stepladder.cluster.gateway.errors import BadRequest, NotFound, Unavailable
+from stepladder.cluster.gateway.errors import BadRequest, NotFound, Overloaded, Unavailable
 from stepladder.cluster.gateway.inflight import InFlight, InFlightRequest
 from stepladder.cluster.gateway.logprob_json import encode_json, is_broken
 from stepladder.cluster.gateway.merge import merge
@@ -21,7 +21,6 @@ from stepladder.cluster.gateway.metrics import Metrics, SequenceMeter
 from stepladder.cluster.gateway.protocol import (
     ChatRequest,
     CompletionRequest,
-    Conversing,
     DetokenizeRequest,
     Message,
     TokenizeRequest,
@@ -29,8 +28,10 @@ from stepladder.cluster.gateway.protocol import (
 from stepladder.cluster.gateway.reading import body_bytes, read
 from stepladder.cluster.gateway.router import Router
 from stepladder.cluster.gateway.strict_json import Body, Bounds
+from stepladder.cluster.gateway.tools import ToolPlan, plan
 from stepladder.cluster.gateway.work_pool import WorkPool
-from stepladder.workers.core import Output, Request, SamplingParams
+from stepladder.workers.core import Output, Request, SamplingParams, StructuredOutputs
+from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.limits import listed_tokens
 from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream, Tokenizer, settled
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
 INLINE = 32  # tokens whose log-probabilities, or messages that, are written at once; more are in a thread
+MOST_COMPILING = 32  # grammars at once, each of which may take a second
 INLINE_SHARE = 128  # characters that are tokenized in the time that one of those takes
 
 T = TypeVar("T")
@@ -66,6 +68,8 @@ class ServiceConfig:
         tokenizer_info: serve /tokenizer_info.
         defaults: what holds for the sampling parameters that a request leaves out, its seed and max_tokens excepted.
             The only place for such defaults, as of a generation_config.json.
+        tool_parser: how the model writes calls of tools, a key of `tool_calls.FORMATS`; None looks at its template.
+        cors_origins: of web pages that may ask this server.
         special_tokens_in_content: what spells a special token in a chat message is one, where a request does not say.
         chat_max_tokens: as many tokens may follow a chat that leaves max_tokens out, if the context has room for them;
             None fills the context.
@@ -85,6 +89,8 @@ class ServiceConfig:
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_info: bool = False
     special_tokens_in_content: bool = False
+    tool_parser: str | None = None
+    cors_origins: tuple[str, ...] = ()
     defaults: SamplingParams = field(default_factory=SamplingParams)
     chat_max_tokens: int | None = None
 
@@ -107,6 +113,7 @@ class OpenAIService:
         self._router, self.tokenizer = router, tokenizer
         tokenizer.prepare()
         self._pool, self._broken = WorkPool(), False
+        self._grammars, self._compiling = Grammars(lambda: tokenizer, config.vocab_size), 0
 
     @property
     def ready(self) -> bool:
@@ -144,11 +151,13 @@ class OpenAIService:
     async def chat(self, body: ChatRequest, http: InFlightRequest) -> Choices:
         """Raises BadRequest or NotFound, as `completion` does."""
         self._begin(body, http)
+        tools = plan(body, body.form[1], self.tokenizer, self.config.tool_parser)
+        structure = await self._structure(body, tools)
         prompt = await self._encode_chat(body.messages, body, fits="messages")
         max_tokens = body.max_completion_tokens or body.max_tokens
         default = self.config.chat_max_tokens or self.config.max_model_len
         limits = [self._max_tokens(prompt, "messages", max_tokens, default)]
-        return self._answer(Chat(body.prompt_logprobs), body, http, [prompt], limits)
+        return self._answer(Chat(body.prompt_logprobs), body, http, [prompt], limits, structure, tools)
 
     async def completion(self, body: CompletionRequest, http: InFlightRequest) -> Choices:
         """A prompt of token ids is taken as it is."""
@@ -161,7 +170,8 @@ class OpenAIService:
         prompts = [await self._encode(p, special, "prompt") if isinstance(p, str) else p for p in body.prompts]
         asked = max(body.max_tokens, 1) if body.max_tokens is not None else None  # the engine draws one at least
         limits = [self._max_tokens(prompt, "prompt", asked, COMPLETION_MAX_TOKENS) for prompt in prompts]
-        answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits)
+        structure = await self._structure(body)
+        answer = self._answer(Completion(body.prompt_logprobs), body, http, prompts, limits, structure)
         if body.echo:
             await self._echo(answer.choices, body)
         return answer
@@ -233,13 +243,15 @@ class OpenAIService:
             raise BadRequest(sentence, param=fits, code="context_length_exceeded")
         return await self._work(partial(self.tokenizer.encode, text, special), len(text) // INLINE_SHARE)
 
-    async def _encode_chat(self, messages: list[Message], body: Conversing, fits: str | None = None) -> list[int]:
+    async def _encode_chat(
+        self, messages: list[Message], body: ChatRequest | TokenizeRequest, fits: str | None = None
+    ) -> list[int]:
         """Chat templates write special tokens themselves."""
-        options = body.chat_options(self.config.special_tokens_in_content)
-        variables = len(str(body.chat_template_kwargs))
+        options, tools = body.chat_options(self.config.special_tokens_in_content), body.shown_tools
+        variables = len(str(body.chat_template_kwargs)) + len(str(tools))
         try:
             text = await self._work(
-                lambda: self.tokenizer.chat([message.for_template() for message in messages], options=options),
+                lambda: self.tokenizer.chat([message.for_template() for message in messages], tools, options),
                 len(messages) + (sum(message.length for message in messages) + variables) // INLINE_SHARE,
             )
             return await self._encode(text, bool(body.add_special_tokens), fits)
@@ -257,20 +269,51 @@ class OpenAIService:
         http: InFlightRequest,
         prompts: list[list[int]],
         limits: list[int],
+        structure: StructuredOutputs | None = None,
+        tools: ToolPlan | None = None,
     ) -> Choices:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
         choices, owner = list[Choice](), _owner(http, body)
         for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
             for nth in range(body.n):
-                params, index = self._params(body, max_tokens, nth), len(choices)
+                params, index = self._params(body, max_tokens, nth, structure, tools), len(choices)
                 request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner)
-                choices.append(Choice(index, request, TextStream.of(self.tokenizer, params, prompt)))
+                text, parser = TextStream.of(self.tokenizer, params, prompt), tools.parser() if tools else None
+                choices.append(Choice(index, request, text, tools=parser))
         self._check_reported([choice.request for choice in choices])
         return Choices(http.id, http.arrived, http.until, body, format, choices, sum(map(len, prompts)))
 
-    def _params(self, body: ChatRequest | CompletionRequest, max_tokens: int, nth: int) -> SamplingParams:
+    async def _structure(
+        self, body: ChatRequest | CompletionRequest, tools: ToolPlan | None = None
+    ) -> StructuredOutputs | None:
+        """The form of the text; BadRequest if it cannot be had. It is compiled in a thread, of which there is one."""
+        param, form = ("tools", tools.structure) if tools else body.form
+        if form is None:
+            return None
+        if self._compiling >= MOST_COMPILING:
+            raise Overloaded("too many grammars wait to be compiled; try again later", retry_after=1)
+        self._compiling += 1
         try:
-            params = body.params(self.config.defaults, nth, max_tokens=max_tokens, **body.reports)
+            await asyncio.wrap_future(self._grammars.check(form))
+        except ValueError as error:
+            raise BadRequest(f"{param}: {error}", param=param, code="invalid_value") from None
+        finally:
+            self._compiling -= 1
+        return form
+
+    def _params(
+        self,
+        body: ChatRequest | CompletionRequest,
+        max_tokens: int,
+        nth: int,
+        structure: StructuredOutputs | None,
+        tools: ToolPlan | None,
+    ) -> SamplingParams:
+        try:
+            fields = {"max_tokens": max_tokens, "structured_outputs": structure, **body.reports}
+            if tools and tools.special:
+                fields["skip_special_tokens"] = False
+            params = body.params(self.config.defaults, nth, **fields)
         except ValueError as error:  # every value has been judged alone; only these two can contradict each other
             raise BadRequest(str(error), param="min_tokens", code="invalid_value") from None
         for name, tokens in listed_tokens(params).items():
@@ -327,6 +370,8 @@ class OpenAIService:
         try:
             async with aclosing(self._router.generate(choice.request, answer.until)) as outputs:
                 async for output in outputs:
+                    if output.finish_reason == "abort" and output.error:
+                        raise BadRequest(output.error, code="invalid_value")
                     if output.finish_reason == "abort":
                         break
                     if not output.tokens and not output.finish_reason:

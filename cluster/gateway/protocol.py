@@ -17,7 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-from stepladder.cluster.gateway.sampling import Sampling
 from stepladder.cluster.gateway.strict_json import (
     ANYTHING,
     Body,
@@ -29,6 +28,8 @@ from stepladder.cluster.gateway.strict_json import (
     refusal,
     unicode,
 )
+from stepladder.cluster.gateway.structured import Structured
+from stepladder.cluster.gateway.tools import Tooled, ToolUse
 from stepladder.workers.params import MAX_LOGPROBS
 from stepladder.workers.text.chat import ChatOptions
 
@@ -49,18 +50,14 @@ _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_key": (ANYTHING,),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (ANYTHING,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -91,7 +88,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class Generating(Sampling):
+class Generating(Structured):
     """What both generating endpoints share. timeout: seconds after which nobody waits for the answer any longer."""
 
     model: str
@@ -219,7 +216,7 @@ Messages = Annotated[
 ]
 
 
-class ChatRequest(Conversing, Generating):
+class ChatRequest(Conversing, ToolUse, Generating):
     NEUTRAL = _CHAT_NEUTRAL
 
     messages: Messages
@@ -306,7 +303,7 @@ class CompletionRequest(Generating):
         return [self.prompt] if one else self.prompt  # type: ignore[return-value,list-item]
 
 
-class TokenizeRequest(Conversing):
+class TokenizeRequest(Conversing, Tooled):
     """vLLM's: a prompt or a conversation."""
 
     NEUTRAL: ClassVar[Neutral] = {

@@ -66,12 +66,12 @@ class Sampling(Body):
             SamplingParams(**fields)
         return value
 
-    def params(self, defaults: SamplingParams, nth: int, **fields: int | None) -> SamplingParams:
+    def params(self, defaults: SamplingParams, nth: int, **fields: Any) -> SamplingParams:
         """Those of the nth choice of a prompt: its seed is the request's plus n, so that choices differ.
 
         Args:
             defaults: what holds for fields that the request leaves out, the seed excepted.
-            fields: what the request says in its own way: max_tokens, logprobs, prompt_logprobs.
+            fields: what the request says in its own way: max_tokens, logprobs, prompt_logprobs, structured_outputs.
 
         Raises:
             ValueError: two of them contradict each other.

@@ -184,7 +184,7 @@ def test_the_client_raises_its_own_errors(server: Server) -> None:
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**BODIES[CHAT], tools=[{"type": "function"}])
-    assert refused.value.param == "tools"
+    assert refused.value.param == "tools[0].function"
 
 
 def test_body_size(random_model: Path) -> None:

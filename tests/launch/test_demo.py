@@ -15,8 +15,8 @@ from stepladder.launch.recipes.training import Words
 from stepladder.launch.train import recipe_of
 from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.context import WholeSequences
+from stepladder.parallel.heads import heads_of
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.modules import kv_heads_of
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 
@@ -42,7 +42,7 @@ def test_the_bundled_model_is_a_ladder_that_four_ranks_can_share() -> None:
     spec = ModelSpec.load(DEMO)
     assert all(spec.is_ladder(layer) for layer in range(spec.num_layers))
     for ranks in (1, 2, 4):
-        assert Transformer(spec, Shard(0, ranks)).num_kv_heads == len(kv_heads_of(spec, Shard(0, ranks)))
+        assert Transformer(spec, Shard(0, ranks)).num_kv_heads == len(heads_of(spec, Shard(0, ranks)).kv)
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12e6
     assert AutoConfig.from_pretrained(DEMO, trust_remote_code=True).num_hidden_layers == spec.num_layers
 

@@ -50,6 +50,19 @@ def rows(path: str | Path) -> dict[int, dict[str, Any]]:
     return {row["index"]: row for row in found}
 
 
+def test_a_line_may_ask_for_a_form(model: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"]}},
+        {"prompt": "b", "structured_outputs": {"json": {"type": "strin"}}},
+        {"prompt": "c"},
+    ]
+    wanted = config(model, write_lines(tmp_path / "p.jsonl", lines))
+    assert generate(wanted) == 1
+    got = rows(wanted.output)
+    assert got[0]["text"] in ("yes", "no") and got[0]["finish_reason"] == "stop" and got[2]["text"]
+    assert got[1]["error"] == "json cannot be used: Invalid type: strin"
+
+
 def test_every_line_gets_its_own_text(model: Path, tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"prompt": "naïve 日本", "id": "first"},

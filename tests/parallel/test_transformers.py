@@ -109,20 +109,15 @@ def test_whole_sequences_equal_transformers(untied: Path) -> None:
     [
         (
             {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3},
-            2,
-            "num_attention_heads is 3, which 2 tensor-parallel",
-        ),
-        ({"intermediate_size": 50}, 4, "intermediate_size is 50, which 4 tensor-parallel"),
-        (
-            {"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3},
             4,
-            "num_key_value_heads is 3, which 4 ranks cannot",
+            "num_attention_heads is 3, 1 for each of 3 KV heads, which 4 tensor-parallel",
         ),
         (
-            {"hidden_size": 36, "num_attention_heads": 12, "num_key_value_heads": 3},
-            2,
-            "num_key_value_heads is 3, which 2 tensor-parallel",
+            {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3},
+            7,
+            "num_attention_heads is 6, 2 for each of 3 KV heads, which 7 tensor-parallel",
         ),
+        ({"intermediate_size": 3}, 4, "intermediate_size is 3, which 4 tensor-parallel"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(tmp_path: Path, fields: dict[str, int], tp: int, sentence: str) -> None:

@@ -416,8 +416,8 @@ def test_another_wire_is_refused_in_one_sentence_and_the_pool_goes_on(
 
 
 def test_a_pool_that_cannot_share_the_ffns_says_what_to_change(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"intermediate_size is 48, which 5 .* cannot share; .* layout\.ffn"):
-        FeedForwardSide(ModelSpec.load(checkpoint), Shard(0, 5))
+    with pytest.raises(ValueError, match=r"intermediate_size is 48, which 49 .* cannot share; .* layout\.ffn"):
+        FeedForwardSide(ModelSpec.load(checkpoint), Shard(0, 49))
 
 
 def attention_rank(path: Path, pool: PoolAddress, **afd: object) -> AttentionRank:

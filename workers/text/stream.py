@@ -34,7 +34,7 @@ from stepladder.workers.text.control_tokens import (
     marked_text,
     reader_of_marks,
 )
-from stepladder.workers.text.templates import compile_template, literals
+from stepladder.workers.text.templates import compile_template, literals, reads
 from stepladder.workers.text.token_bytes import TokenBytes
 
 _TOKEN = optional(either(TEXT, record(content=TEXT)))
@@ -147,6 +147,21 @@ class Tokenizer:
         model may hold the latter, such as <think>, and are sent back."""
         return self._special_tokens if role == "assistant" else self._control_tokens
 
+    @property
+    def template(self) -> str:
+        """The source of the chat template; "" without one."""
+        return self._chat_template or ""
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
+        return reads(self.template, "tools")
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """How special tokens are spelled."""
+        return frozenset(self._added[token].content for token in self._special)
+
     def info(self) -> dict[str, Any]:
         """`tokenizer_config.json` with the chat template in use, as vLLM's /tokenizer_info shows it: special tokens as
         their text, and no paths of files."""
@@ -161,6 +176,10 @@ class Tokenizer:
     def knows(self, token: int) -> bool:
         """Whether the vocabulary holds it."""
         return self.fast.id_to_token(token) is not None
+
+    def is_special(self, token: int) -> bool:
+        """Whether texts are shown without it."""
+        return token in self._special
 
     def bytes_of(self, token: int) -> bytes:
         """What one token stands for, special ones written out; it may be part of a character."""

@@ -35,6 +35,14 @@ def literals(source: str) -> list[str]:
     return [*(node.data for node in tree.find_all(nodes.TemplateData)), *constants]
 
 
+def reads(source: str, name: str) -> bool:
+    """Whether a template looks at a variable.
+
+    Raises jinja2.TemplateSyntaxError.
+    """
+    return any(node.name == name for node in _environment().parse(source).find_all(nodes.Name))
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]

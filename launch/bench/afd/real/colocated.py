@@ -15,8 +15,8 @@ from stepladder.launch.bench.rig.meeting import meet
 from stepladder.launch.bench.rig.priority import communication_first
 from stepladder.launch.bench.rig.processes import TIMEOUT, Start, serve
 from stepladder.launch.bench.rig.spans import Window
+from stepladder.parallel.heads import heads_of
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.modules import kv_heads_of
 from stepladder.parallel.shards import Shard
 
 RANKS = 2
@@ -77,7 +77,7 @@ class ColocatedRank(Rank):
     @lru_cache(maxsize=2)  # noqa: B019 a process has one rank
     def _batch(self, kind: str, load: Load) -> Batch:
         if kind == TP:
-            return Batch(self.spec, load, kv_heads_of(self.spec, self.shard), range(load.batch))
+            return Batch(self.spec, load, heads_of(self.spec, self.shard).kv, range(load.batch))
         first = micro_sizes(load.batch, RANKS)[0]
         which = range(first) if self.shard.rank == 0 else range(first, load.batch)
         return Batch(self.spec, load, range(self.spec.num_kv_heads), which)
