@@ -22,6 +22,7 @@ from stepladder.parallel.families import identity
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.typed_json import read_object
+from stepladder.workers.source.resolve import resolve
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 
 CONVERTED = {
@@ -36,7 +37,7 @@ KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """path: a Hugging Face directory."""
+    """path: a Hugging Face directory, a GGUF file, or the name of a packaged model."""
 
     path: str
 
@@ -71,7 +72,7 @@ class ConvertRecipe(Recipe):
 def run(recipe: ConvertRecipe) -> None:
     """Convert, train and measure; writes run_dir/model, convert.json and convert.png."""
     torch.set_num_threads(recipe.threads)
-    source, directory = Path(recipe.model.path), Path(recipe.run_dir)
+    source, directory = Path(resolve(recipe.model.path, fetching=True, progress=True)), Path(recipe.run_dir)
     before = ModelSpec.load(source)
     after = converted(before, recipe.ladder_layers)
     context = max(recipe.train.contexts)
@@ -82,7 +83,9 @@ def run(recipe: ConvertRecipe) -> None:
     measured = some(corpus.held_out, recipe.held_out_bytes)
     directory.mkdir(parents=True, exist_ok=True)
     with training_ranks() as ranks:
-        costs = Costs(directory / "measured.json", _settings(recipe, corpus, measured), words, measured, context, ranks)
+        costs = Costs(
+            directory / "measured.json", _settings(recipe, source, corpus, measured), words, measured, context, ranks
+        )
         if BEFORE not in costs.known:
             costs.measure(BEFORE, _load(source, before))
         model = _load(source, after)
@@ -146,10 +149,10 @@ class Costs:
             write_json(self.path, {"settings": self.settings, "bits_per_byte": self.known})
 
 
-def _settings(recipe: ConvertRecipe, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
+def _settings(recipe: ConvertRecipe, source: Path, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
     """What the costs depend on."""
     return {
-        "checkpoint": fingerprints(recipe.model.path),
+        "checkpoint": fingerprints(source),
         "ladder_layers": recipe.ladder_layers,
         "text": corpus.sha256,
         "measured_bytes": size(measured),
