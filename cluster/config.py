@@ -10,6 +10,7 @@ from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import ATTENTION, FFN, WHOLE
+from stepladder.workers.source.once import CACHE
 from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")
@@ -17,10 +18,17 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """path: a Hugging Face directory that every node can read. name: what clients call it."""
+    """What is served.
+
+    Attributes:
+        path: a Hugging Face directory or a GGUF file that every node can read, or the name of a packaged model.
+        name: what clients call it.
+        cache: folder on every node for packaged models, and for what GGUF files become.
+    """
 
     path: str
     name: str
+    cache: str = CACHE
 
 
 @dataclass(frozen=True)
