@@ -18,7 +18,7 @@ from stepladder.cluster import placement
 from stepladder.cluster.checkpoint_agreement import CheckpointAgreement
 from stepladder.cluster.config import Deployment, Group
 from stepladder.cluster.error_text import error_text
-from stepladder.cluster.processes import kill_process
+from stepladder.cluster.processes import GRACE_SECONDS, kill_process
 from stepladder.cluster.ray_wait import wait_for
 from stepladder.parallel.shards import Shard
 from stepladder.workers.actors import Place, RankActor, Sign
@@ -40,6 +40,7 @@ class Gang:
         asked: when (monotonic seconds) it asked the cluster for room that it has not got yet.
         address: where rank 0 takes requests, or where attention ranks join the pool.
         figures: of every rank, as of its last sign of life.
+        loaded: the share of their weights that the ranks have read while they start, of the slowest; else None.
     """
 
     deployment: Deployment
@@ -51,6 +52,7 @@ class Gang:
     address: str | None = None
     asked: float | None = None
     figures: list[RankFigures] = field(default_factory=list)
+    loaded: float | None = None
     _told: dict[type[Notice], Notice] = field(default_factory=dict)
 
     ROOM_SECONDS: ClassVar[float] = 5.0  # placing ranks takes less where there is room
@@ -82,7 +84,7 @@ class Gang:
         group = placement.place(self.group, bundle, size, cluster.strategy, cluster.start_seconds, go)
         self.asked = None
         actors = [self._actor(group, index) for index in range(size)]
-        go = _pinging(actors, go)  # loading may take longer than a rank waits for its controller
+        go = self._pinging(actors, go)  # loading may take longer than a rank waits for its controller
         places = wait_for([a.where.remote() for a in actors], cluster.start_seconds, go)
         order = sorted(range(size), key=lambda i: places[i].node)  # ranks of one node lie side by side
         self.ranks, self.places = [actors[i] for i in order], [places[i] for i in order]
@@ -93,6 +95,7 @@ class Gang:
         kv_tokens = min(wait_for(loads, cluster.start_seconds, go))
         self.address = wait_for([a.begin.remote(kv_tokens) for a in self.ranks], cluster.start_seconds, go)[0]
         wait_for([a.start.remote() for a in self.ranks], cluster.start_seconds, go)
+        self.loaded = None
 
     def adopt(self) -> bool:
         """Take over the ranks that an earlier controller left running; False unless all of them answer."""
@@ -137,12 +140,13 @@ class Gang:
 
     def kill(self) -> None:
         """End every process and give the resources back, also of ranks that hang (a stopped process ignores Ray)."""
-        for actor, place in zip(self.ranks, self.places, strict=False):
+        for actor in self.ranks:
             with suppress(RayError):
                 ray.kill(actor)
-            kill_process(place)
+        for place in self.places:
+            kill_process(place, grace_seconds=GRACE_SECONDS)
         placement.remove(self.group)
-        self.ranks, self.places, self.asked = [], [], None
+        self.ranks, self.places, self.asked, self.loaded = [], [], None, None
 
     def _compare_checkpoints(self, go: Callable[[], bool]) -> None:
         """All nodes must have the same files, those of other gangs too, before any rank reads them."""
@@ -206,13 +210,17 @@ class Gang:
         nodes = sum(node["Alive"] for node in ray.nodes())
         return -(-self.deployment.layout.ranks // nodes)
 
+    def _pinging(self, actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], bool]:
+        """`go`, with a sign of life to the actors each time it is asked, and theirs of how far they have loaded."""
+        shares, asked = [0.0] * len(actors), {actor.ping.remote(): index for index, actor in enumerate(actors)}
 
-def _pinging(actors: list[ActorHandle], go: Callable[[], bool]) -> Callable[[], bool]:
-    """`go`, with a sign of life to the actors each time it is asked."""
+        def go_on() -> bool:
+            for answer in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0]:
+                index = asked.pop(answer)
+                with suppress(RayError):  # what was asked for besides will fail too
+                    shares[index] = ray.get(answer).loaded
+                asked[actors[index].ping.remote()] = index
+            self.loaded = min(shares)
+            return go()
 
-    def asked() -> bool:
-        for actor in actors:
-            actor.ping.remote()
-        return go()
-
-    return asked
+        return go_on

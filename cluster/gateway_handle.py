@@ -15,7 +15,7 @@ from stepladder.cluster import placement
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.error_text import error_text
-from stepladder.cluster.processes import kill_process
+from stepladder.cluster.processes import GRACE_SECONDS, kill_process
 from stepladder.cluster.ray_wait import wait_for
 from stepladder.workers.actors import Place
 
@@ -125,7 +125,7 @@ class GatewayHandle:
             with suppress(RayError):
                 ray.kill(self.actor)
         if self.place is not None:
-            kill_process(self.place, self.deployment.cluster.hang_seconds)
+            kill_process(self.place, self.deployment.cluster.hang_seconds, GRACE_SECONDS)
         self.actor, self.place, self.stats = None, None, {}
 
     def _answer(self, call: Any) -> Any:

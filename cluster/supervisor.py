@@ -165,16 +165,23 @@ class Supervisor:
             if not self._journal.get("served"):
                 self._journal.set(served=True)
         elif self._phase == "starting":
-            self._set("starting", "; ".join([STARTING, *self._troubles()]) + self._full())
+            self._set("starting", "; ".join([STARTING + self._loaded(), *self._troubles()]) + self._full())
         else:
             parts = "engines and FFN pool" if self._pools else "engines"
             rest = self._troubles() or ["starting the rest again"]
-            self._set("mending", "; ".join([f"{serving} of {len(self._needed)} {parts} serve", *rest]) + self._full())
+            serve = f"{serving} of {len(self._needed)} {parts} serve{self._loaded()}"
+            self._set("mending", "; ".join([serve, *rest]) + self._full())
 
     def _troubles(self) -> list[str]:
         """Why something does not serve, if its last start has failed."""
         found = [f"{starts.name}: {trouble}" for starts in self._starts if (trouble := starts.trouble)]
         return [*found, "trying again"] if found else []
+
+    def _loaded(self) -> str:
+        """How far the slowest of those that load has read its weights; in tenths, which a person can follow."""
+        shares = [share for keeper in self._needed if (share := keeper.gang.loaded) is not None]
+        tenths = int(10 * min(shares, default=0.0))
+        return f" ({tenths}0 % of the weights are read)" if tenths else ""
 
     def _full(self) -> str:
         """Who waits for room, for a person who wonders why it takes so long."""

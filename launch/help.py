@@ -43,7 +43,7 @@ def help_of(name: str, kind: Callable[[DictConfig], type], words: Sequence[str])
 def meanings(kind: type) -> dict[str, str]:
     """What the docstrings of a dataclass and of those it inherits from say of its fields, written `name: meaning`."""
     found: dict[str, str] = {}
-    names = "|".join(re.escape(field.name) for field in fields(kind))  # type: ignore[arg-type]
+    names = "|".join(re.escape(field.name) for field in fields(kind))
     label = re.compile(rf"(?:(?<=^)|(?<=\s))((?:{names})(?:, (?:{names}))*): ")
     for cls in reversed(kind.__mro__[:-1]):
         text = " ".join((inspect.cleandoc(cls.__doc__ or "")).replace("Attributes:", "").split())

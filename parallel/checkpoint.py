@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,13 +26,21 @@ UNUSED = (  # masks, and what is computed from config.json; old checkpoints carr
 PAGE, PAGES = 4096, 32
 
 
-def load_weights(model: Transformer, directory: str | Path) -> None:
+def load_weights(
+    model: Transformer, directory: str | Path, told: Callable[[float], object] = lambda share: None
+) -> None:
     """Fill every parameter of `model` with its slices, cast to the parameter's dtype, on the parameter's device.
+
+    Args:
+        told: called after each slice with the share of the weights that has been read, up to 1.
 
     Raises:
         ValueError: a file is broken, or a tensor is missing, of the wrong shape or dtype, or of no use to this model.
     """
-    files = check_weights(model.spec, directory)
+    files, done = check_weights(model.spec, directory), 0
+    total = sum(
+        parameter.view_of(piece).numel() for parameter in sharded_parameters(model) for piece in parameter.pieces
+    )
     for parameter in sharded_parameters(model):
         for piece in parameter.pieces:
             view = parameter.view_of(piece)
@@ -40,6 +49,8 @@ def load_weights(model: Transformer, directory: str | Path) -> None:
             if view.numel() and not all(math.isfinite(end) for end in torch.aminmax(view)):
                 raise ValueError(f"{files.where(piece)} holds numbers that are not finite, read as {view.dtype}")
             _refuse_untied(files, model.spec, piece, tensor)
+            done += view.numel()
+            told(done / max(total, 1))
 
 
 def check_weights(spec: ModelSpec, directory: str | Path) -> WeightFiles:

@@ -41,7 +41,10 @@ class Mesh:
 
     Attributes:
         shard: this rank's place. meter: of its reduces. clock: of its life.
+        loaded: the share of this rank's weights that has been read, for whoever wonders how long it takes.
     """
+
+    loaded = 0.0
 
     def __init__(self, device: torch.device | str = "cpu", shard: Shard = ALONE) -> None:
         self.shard, self.device, self.meter, self.clock = shard, torch.device(device), ReduceMeter(), Clock()
@@ -62,6 +65,9 @@ class Mesh:
     def share(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, from device to device; the others pass one of its shape to be filled."""
         return tensor
+
+    def note_loaded(self, share: float) -> None:
+        self.loaded = share
 
     def close(self) -> None:
         """Leave the group, once; the others' collectives fail. Not while this rank is in a collective itself."""

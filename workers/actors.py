@@ -39,10 +39,11 @@ class Place(NamedTuple):
 
 
 class Sign(NamedTuple):
-    """Of life. figures: once the loop runs."""
+    """Of life. figures: once the loop runs. loaded: the share of its weights that the rank has read."""
 
     loop_runs: bool
     figures: RankFigures | None
+    loaded: float = 0.0
 
 
 @ray.remote(num_cpus=0, concurrency_groups={"ctl": 2})
@@ -96,7 +97,8 @@ class RankActor:
     def ping(self) -> Sign:
         """A sign of life for both sides: whether the loop runs, and how this rank is."""
         self._silence.broken()
-        return Sign(self._running, self._rank.stats() if self._rank and self._running else None)
+        rank = self._rank
+        return Sign(self._running, rank.stats() if rank and self._running else None, rank.loaded if rank else 0.0)
 
     @ray.method(concurrency_group="ctl")
     def tell(self, notice: Notice) -> None:

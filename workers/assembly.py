@@ -73,14 +73,14 @@ def whole_executor(
     """
     with torch.device(mesh.device):
         model = Transformer(spec, balanced(spec, mesh.shard) if balance else mesh.shard, mesh.all_reduce)
-    fill(model, path, batch_invariant)
+    fill(model, path, batch_invariant, mesh)
     executor = Executor(WholeForward(model, mesh, measure_every, batch_invariant, capture), mesh)
     if num_blocks:
         executor.allocate(num_blocks, block_size)
     return executor
 
 
-def fill(model: Transformer, path: str | Path, batch_invariant: bool) -> None:
-    """Weights for inference, laid out for this machine."""
-    load_weights(model.requires_grad_(False), path)
+def fill(model: Transformer, path: str | Path, batch_invariant: bool, mesh: Mesh) -> None:
+    """Weights for inference, laid out for this machine; `mesh` notes how far that is."""
+    load_weights(model.requires_grad_(False), path, mesh.note_loaded)
     pack_weights(model, batch_invariant)

@@ -171,6 +171,12 @@ class Rank(ABC):
         """News from outside, from any thread; the loop heeds it when it can."""
         raise AssertionError(f"ranks of role {self.config.role} do not listen to {notice}")
 
+    @property
+    def loaded(self) -> float:
+        """The share of its weights that it has read, from any thread."""
+        mesh = getattr(self, "_mesh", None)  # until it has joined its group
+        return mesh.loaded if mesh else 0.0
+
     def stop(self) -> None:
         """Ask the loop to end; on rank 0 it sends the others home."""
         self._stopping = True

@@ -244,6 +244,7 @@ def test_a_cache_larger_than_memory_is_refused_at_its_first_start(
     why = r"stepladder failed: kv.tokens is 100000000000, whose KV cache needs [\d.]+ GB on each of 2 ranks, but there "
     assert re.search(why + r"are [\d.]+ GB free on this machine; set fewer, or null", str(failed.value))
     assert "trying again" not in str(failed.value)
+    assert "OOM" not in str(failed.value), "Ray's own guess, where a rank was killed before it could end"
 
 
 def test_nothing_is_left_after_job_stop(cluster: PrivateRay, model: Path, tmp_path: Path) -> None:

@@ -198,6 +198,19 @@ def test_a_gateway_that_has_never_worked_fails_the_deployment(turns: Turns, erro
     turns.until("failed", why)
 
 
+def test_loading_is_followed_in_tenths(turns: Turns) -> None:
+    """By the slowest group of those that load."""
+    turns.until("ready")
+    for shares, words in (
+        ((0.09, 0.5), ""),
+        ((0.31, 0.5), " (30 % of the weights are read)"),
+        ((1.0, None), " (100 %"),
+    ):
+        for index, share in enumerate(shares):
+            turns.keeper(index).gang.loaded = share
+        assert turns.supervisor._loaded().startswith(words) and bool(turns.supervisor._loaded()) == bool(words)
+
+
 def test_a_gateway_that_no_node_can_take_is_told_at_once_and_waited_for(turns: Turns) -> None:
     """Engines start meanwhile; a node that comes later takes it."""
     ScriptedHandle.lacking.append("gateway.resource is 'gpu_room', but no node of the cluster has it")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from stepladder.parallel.checkpoint import fingerprints, load_weights, save_weights, sharded_parameters
 from stepladder.parallel.context import WholeSequences
-from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
-from stepladder.parallel.shards import Shard
+from stepladder.parallel.shards import ALONE, Shard
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.assembly import whole_executor
 from tests.families import FAMILIES
 from tests.llama import oracle_logits, read_llama
 from tests.ranks import run_ranks
@@ -44,6 +45,18 @@ def edit_config(path: Path, **fields: object) -> None:
 @pytest.fixture
 def copy(untied: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(untied, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("shard", [ALONE, Shard(1, 2)])
+def test_loading_tells_how_far_it_is(untied: Path, shard: Shard) -> None:
+    """Of a rank's own weights, slice by slice up to all of them."""
+    told: list[float] = []
+    model = Transformer(ModelSpec.load(untied), shard).requires_grad_(False)
+    load_weights(model, untied, told.append)
+    assert len(told) > 20 and told == sorted(told) and 0 < told[0] < 0.5 and told[-1] == 1.0
+    mesh = SingleRank()
+    whole_executor(ModelSpec.load(untied), str(untied), mesh)
+    assert mesh.loaded == 1.0
 
 
 @pytest.mark.parametrize("checkpoint", ["untied", "tied"])

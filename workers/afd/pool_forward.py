@@ -109,6 +109,7 @@ def attention_executor(
     mesh: SingleRank | None = None,
 ) -> Executor:
     """The attention half of the model on one rank, FFNs in a pool; arguments as `PoolForward`'s."""
-    fill(model := AttentionSide(spec), path, batch_invariant)
+    mesh = mesh or SingleRank()
+    fill(model := AttentionSide(spec), path, batch_invariant, mesh)
     forward = PoolForward(model, member, micro_batches, probe_sequences, batch_invariant)
-    return Executor(forward, mesh or SingleRank())
+    return Executor(forward, mesh)

@@ -98,7 +98,7 @@ class FeedForwardRank(Rank):
         self._store.set_timeout(self._timeout)
         side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce)
         side.clock = self._mesh.clock
-        fill(side, path, config.engine.batch_invariant)
+        fill(side, path, config.engine.batch_invariant, self._mesh)
         wire = wire_to_ffn(config.afd.wire, self._spec)
         self._pool = FeedForwardPool(config, side, self._mesh, self._connect, self._silence, wire)
         return UNBOUNDED
