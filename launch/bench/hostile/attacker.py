@@ -58,7 +58,7 @@ class Outcome:
         return [what for since, _, what in self.log if begin - JUST_BEFORE <= since <= end]
 
     def count(self, what: str, answered: list[int]) -> None:
-        self.answers.setdefault(what, Counter()).update(map(str, answered or ["none"]))
+        self.answers.setdefault(what, Counter()).update(map(str, answered) if answered else ["none"])
 
     def fault(self, **facts: Any) -> None:
         if len(self.faults) < FAULTS_KEPT:
