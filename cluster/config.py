@@ -54,7 +54,8 @@ class LayoutConfig:
     Attributes:
         kind: "tp": every rank has a slice of every layer. "afd": attention and FFNs lie on different ranks.
         tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side.
-        balance: of "tp". "auto" has the FFNs make up for heads that ranks cannot share evenly; "even" does not.
+        balance: of "tp". "auto" has FFNs of ladder and parallel layers make up for heads that ranks
+            cannot share evenly; "even" does not.
         attention: attention ranks of "afd", each with an engine, a KV cache and requests of its own.
         ffn: FFN ranks of "afd", tensor-parallel among themselves, for all attention ranks together.
         schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work
