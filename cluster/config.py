@@ -10,6 +10,7 @@ from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import ATTENTION, FFN, WHOLE
+from stepladder.workers.source.once import CACHE
 from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")
@@ -17,10 +18,17 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """path: a Hugging Face directory that every node can read. name: what clients call it."""
+    """What is served.
+
+    Attributes:
+        path: a Hugging Face directory or a GGUF file that every node can read, or the name of a packaged model.
+        name: what clients call it.
+        cache: folder on every node for packaged models, and for what GGUF files become.
+    """
 
     path: str
     name: str
+    cache: str = CACHE
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ class LayoutConfig:
     Attributes:
         kind: "tp": every rank has a slice of every layer. "afd": attention and FFNs lie on different ranks.
         tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side.
-        balance: of "tp". "auto" has the FFNs make up for heads that ranks cannot share evenly; "even" does not.
+        balance: of "tp". "auto" has FFNs of ladder and parallel layers make up for heads that ranks
+            cannot share evenly; "even" does not.
         attention: attention ranks of "afd", each with an engine, a KV cache and requests of its own.
         ffn: FFN ranks of "afd", tensor-parallel among themselves, for all attention ranks together.
         schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work

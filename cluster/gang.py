@@ -151,7 +151,8 @@ class Gang:
     def _compare_checkpoints(self, go: Callable[[], bool]) -> None:
         """All nodes must have the same files, those of other gangs too, before any rank reads them."""
         deployment = self.deployment
-        asked, seconds = (deployment.model.path, deployment.engine), deployment.cluster.start_seconds
+        asked = deployment.model.path, deployment.engine, deployment.model.cache
+        seconds = deployment.cluster.start_seconds
         one_per_node = {place.host: actor for place, actor in zip(self.places, self.ranks, strict=True)}
         found = wait_for([actor.fingerprints.remote(*asked) for actor in one_per_node.values()], seconds, go)
         for host, files in zip(one_per_node, found, strict=True):
@@ -182,6 +183,7 @@ class Gang:
         own = sum(other.node == place.node for other in self.places)
         return RankConfig(
             model=self.deployment.model.path,
+            cache=self.deployment.model.cache,
             shard=Shard(rank, len(self.ranks)),
             prefix=self.group,
             host=place.host,

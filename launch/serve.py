@@ -26,7 +26,7 @@ from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.ray_cluster import Head, attach
 from stepladder.workers.model_check import check_model
-from stepladder.workers.rank import NoModel, resolve
+from stepladder.workers.source.resolve import NoModel, resolve
 
 HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
@@ -65,7 +65,9 @@ def check_here(deployment: Deployment) -> None:
         ValueError: a file, a limit or a field is unusable.
     """
     with suppress(NoModel):
-        model = check_model(resolve(deployment.model.path), deployment.engine)
+        source, dtype = deployment.model, deployment.engine.dtype
+        directory = resolve(source.path, dtype, source.cache, fetching=True, progress=True)
+        model = check_model(directory, deployment.engine)
         deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
 
 

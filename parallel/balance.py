@@ -1,6 +1,7 @@
 """Let FFNs make up for what attention splits unevenly, so that the ranks of a group read equally many weights a layer.
 
-Decoding is bound by memory: what a rank takes for a layer goes with the weights that it reads.
+Decoding is bound by memory: what a rank takes for a layer goes with the weights that it reads. It helps where ranks
+meet once a layer, or a block later than they could, and is left out elsewhere (`layers.ffn_shard`).
 """
 
 from itertools import pairwise

@@ -7,7 +7,7 @@ from torch import nn
 
 from stepladder.parallel.modules import Attention, FeedForward
 from stepladder.parallel.residual import Block
-from stepladder.parallel.shards import Placement
+from stepladder.parallel.shards import Placement, Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.wiring import ATTENTION, FFN, SEATS, wiring
 
@@ -21,9 +21,16 @@ class Kind(NamedTuple):
     pool: str
 
 
+def ffn_shard(spec: ModelSpec, layer: int, place: Placement) -> Shard:
+    """Shares that make up for attention help where a rank that is done with the one begins the other at once. In the
+    standard wiring all ranks wait for each module's slowest: there nothing but equal shares will do."""
+    fused = spec.residual.endswith("parallel")
+    return place.ffn if fused or spec.is_ladder(layer) else place.ffn.equal
+
+
 KINDS = {
     "attention": Kind(lambda spec, layer, place: Attention(spec, layer, place.attention), ATTENTION),
-    "ffn": Kind(lambda spec, layer, place: FeedForward(spec, layer, place.ffn), FFN),
+    "ffn": Kind(lambda spec, layer, place: FeedForward(spec, layer, ffn_shard(spec, layer, place)), FFN),
 }
 
 

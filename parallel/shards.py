@@ -19,6 +19,11 @@ class Shard(NamedTuple):
     size: int = 1
     shares: tuple[int, ...] = ()
 
+    @property
+    def equal(self) -> "Shard":
+        """The same place where all get equally much."""
+        return Shard(self.rank, self.size)
+
     def split(self, total: int, what: str) -> range:
         """This rank's part of `total` items.
 

@@ -152,7 +152,9 @@ class ModelSpec:
         try:
             config = read_object(path)
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist; model.path must be a Hugging Face model directory") from None
+            raise ValueError(
+                f"{path} does not exist; model.path must be a Hugging Face model directory or a GGUF file"
+            ) from None
         eos_ids = GenerationDefaults.load(directory).eos_ids
         with naming(path):
             config = typed(config, FIELDS)

@@ -14,8 +14,9 @@ from stepladder.workers import assembly
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
 from stepladder.workers.model_check import check_model
-from stepladder.workers.rank import resolve
 from stepladder.workers.sizing import check_kv, fitting, kv_size
+from stepladder.workers.source.once import CACHE
+from stepladder.workers.source.resolve import resolve
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream
@@ -79,11 +80,12 @@ class LLM:
     """A model in this process, on one device.
 
     Args:
-        path: a Hugging Face directory; `parallel/families.py` lists what is served. "launch/demo_model" is the bundled
-            model, wherever Stepladder is installed.
+        path: a Hugging Face directory or a GGUF file; `parallel/families.py` lists what is served. "launch/demo_model"
+            is the bundled model, wherever Stepladder is installed; "smollm2" is fetched on first use.
         device: "cuda" or "cpu"; CUDA where there is one.
         kv_tokens: how many tokens the KV cache holds.
         kv: the cache in full, in place of `kv_tokens`; without a number of tokens it is measured how many fit.
+        cache: folder for what is fetched, and for what GGUF files become.
         options: fields of `EngineConfig`, such as max_sequences, dtype or batch_invariant.
 
     Attributes:
@@ -99,6 +101,7 @@ class LLM:
         device: str | None = None,
         kv_tokens: int = 16384,
         kv: KvConfig | None = None,
+        cache: str = CACHE,
         **options: Any,
     ) -> None:
         if name := next((name for name in FOR_SERVERS if name in options), None):
@@ -106,7 +109,7 @@ class LLM:
         engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
         if engine.threads:
             torch.set_num_threads(engine.threads)
-        path = resolve(path)
+        path = resolve(path, engine.dtype, cache, fetching=True, progress=True)
         mesh = SingleRank(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         spec, self.defaults, self.tokenizer = check_model(path, engine, str(mesh.device))
         check_kv(spec, kv, mesh.device)

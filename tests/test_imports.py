@@ -16,6 +16,7 @@ ALLOWED = {  # top-level package -> where it may be imported
     "ray": ("cluster/", "launch/", "workers/actors.py"),
     "hydra": ("launch/",),
     "omegaconf": ("launch/",),
+    "gguf": ("parallel/gguf/",),
     "wandb": ("cluster/monitor.py",),
     "deepspeed": ("workers/training/trainer.py",),
     "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine.py"),

@@ -14,9 +14,10 @@ from stepladder.parallel.checkpoint import fingerprints
 from stepladder.workers.config import EngineConfig
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.model_check import check_model
-from stepladder.workers.rank import Notice, Rank, RankConfig, resolve
+from stepladder.workers.rank import Notice, Rank, RankConfig
 from stepladder.workers.roles import rank_of
 from stepladder.workers.silence import Silence
+from stepladder.workers.source.resolve import resolve
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,9 @@ class RankActor:
         self._rank = rank_of(_on_this_device(config))
         return self._rank.open_store()
 
-    def fingerprints(self, model: str, engine: EngineConfig) -> dict[str, str]:
+    def fingerprints(self, model: str, engine: EngineConfig, cache: str) -> dict[str, str]:
         """A hash of each of the checkpoint's files as this machine has it; ValueError if one is unusable."""
-        check_model(path := resolve(model), engine)
+        check_model(path := resolve(model, engine.dtype, cache), engine)
         return fingerprints(path)
 
     def load(self, config: RankConfig, store_host: str, store_port: int) -> int:

@@ -10,7 +10,7 @@ from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter
-from stepladder.workers.rank import Rank, RankConfig, resolve
+from stepladder.workers.rank import Rank, RankConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
 from stepladder.workers.sizing import check_kv, kv_size
@@ -59,7 +59,7 @@ class EngineRank(Rank):
 
     def _begin(self, kv_tokens: int) -> str | None:
         config = self.config
-        tokenizer = partial(Tokenizer, resolve(config.model))
+        tokenizer = partial(Tokenizer, config.directory)
         engine = assembly.begin(self._executor, config.engine, config.kv, kv_tokens, tokenizer)
         if self.config.shard.rank == 0:
             self._engine, self._channel = engine, Channel(self.config.host, self.config.secret)

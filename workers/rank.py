@@ -7,7 +7,6 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.model_check import check_memory
 from stepladder.workers.sizing import fitting
+from stepladder.workers.source.once import CACHE
+from stepladder.workers.source.resolve import resolve
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -48,8 +49,7 @@ class RankConfig:
     """What one rank is told.
 
     Attributes:
-        model: directory of the checkpoint; a relative one is looked for below the working directory, then below the
-            installed project.
+        model, cache: what `resolve` makes a directory of.
         prefix: names this life of this group in the store; it carries `generation`, which life it is.
         host: the address of this rank's machine that gateways and other ranks can reach.
         ranks_here: how many ranks of the deployment share this machine.
@@ -75,6 +75,16 @@ class RankConfig:
     role: str = WHOLE
     own_ranks_here: int = 1
     afd: AfdConfig = field(default_factory=AfdConfig)
+    cache: str = CACHE
+
+    @property
+    def directory(self) -> str:
+        """The model's, on this machine.
+
+        Raises:
+            ValueError: there is none, or it is unusable.
+        """
+        return resolve(self.model, self.engine.dtype, self.cache)
 
 
 class Rank(ABC):
@@ -120,7 +130,7 @@ class Rank(ABC):
         Raises:
             ValueError: the checkpoint or the limits are not usable; the sentence says why.
         """
-        path = resolve(self.config.model)
+        path = self.config.directory
         self._spec = self.config.engine.of(ModelSpec.load(path))
         if self.pools:
             config = self.config
@@ -191,20 +201,3 @@ class Rank(ABC):
     @property
     def _timeout(self) -> timedelta:
         return timedelta(seconds=self.config.collective_seconds)
-
-
-class NoModel(ValueError):
-    """This machine has no such directory."""
-
-
-def resolve(model: str) -> str:
-    """The directory of a checkpoint.
-
-    Raises:
-        NoModel: there is none.
-    """
-    places = [Path(model), Path(__file__).parent.parent / model]
-    for place in places:
-        if place.is_dir():
-            return str(place.resolve())
-    raise NoModel(f"model.path {model!r} is not a directory on this machine ({' nor '.join(map(str, places))})")

@@ -23,8 +23,8 @@ from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.actors import Place, configure_logging, settle_memory
 from stepladder.workers.model_check import recommended_params
-from stepladder.workers.rank import resolve
 from stepladder.workers.silence import Silence
+from stepladder.workers.source.resolve import resolve
 from stepladder.workers.text.stream import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class GatewayActor:
             ValueError: the model's tokenizer or limits are unusable, the port is taken, or packages are missing here.
         """
         deployment = self._deployment
-        directory = resolve(deployment.model.path)
+        directory = resolve(deployment.model.path, deployment.engine.dtype, deployment.model.cache)
         config = service_config(deployment, directory)
         self._router = Router.of(self._name, deployment)
         self._service = OpenAIService(self._router, Tokenizer(directory), config)

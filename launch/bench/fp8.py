@@ -31,7 +31,7 @@ from stepladder.parallel.afd.wire import WIRES, Wire
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.rank import resolve
+from stepladder.workers.source.resolve import resolve
 from stepladder.workers.training.evaluate import batches
 
 DEADLINE = timedelta(seconds=600)  # for one module of one batch
@@ -126,7 +126,7 @@ class Difference:
 
 def run(config: Fp8Bench) -> Report:
     torch.set_num_threads(config.threads)
-    directory = Path(resolve(config.model.path))
+    directory = Path(resolve(config.model.path, fetching=True))
     spec = ModelSpec.load(directory)
     words, text = Words.of_model(directory, spec.eos_ids), some(standard_library().held_out, config.held_out_bytes)
     found = compare(spec, directory, words.alone(text))

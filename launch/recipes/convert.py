@@ -23,6 +23,7 @@ from stepladder.parallel.families import identity
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.typed_json import read_object
+from stepladder.workers.source.resolve import resolve
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 
 CONVERTED = {
@@ -37,7 +38,7 @@ KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """path: a Hugging Face directory, the model that is converted."""
+    """path: a Hugging Face directory, a GGUF file, or the name of a packaged model."""
 
     path: str
 
@@ -72,7 +73,7 @@ class ConvertRecipe(Recipe):
 def run(recipe: ConvertRecipe) -> None:
     """Convert, train and measure; writes run_dir/model, convert.json and convert.png."""
     torch.set_num_threads(recipe.threads)
-    source, directory = Path(recipe.model.path), Path(recipe.run_dir)
+    source, directory = Path(resolve(recipe.model.path, fetching=True, progress=True)), Path(recipe.run_dir)
     before = ModelSpec.load(source)
     after = converted(before, recipe.ladder_layers)
     context = max(recipe.train.contexts)
@@ -82,7 +83,7 @@ def run(recipe: ConvertRecipe) -> None:
     corpus = given_text(recipe.data, recipe.held_out, recipe.text_field) if recipe.data else standard_library()
     measured = some(corpus.held_out, recipe.held_out_bytes)
     directory.mkdir(parents=True, exist_ok=True)
-    settings = _settings(recipe, corpus, measured)
+    settings = _settings(recipe, source, corpus, measured)
     with training_ranks() as ranks:
         costs = Costs(directory / "measured.json", settings, words, measured, context, ranks)
         with training_monitor(recipe, directory, after, ranks, text=corpus.sha256) as rows:
@@ -150,10 +151,10 @@ class Costs:
         return self.known[key]
 
 
-def _settings(recipe: ConvertRecipe, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
+def _settings(recipe: ConvertRecipe, source: Path, corpus: Corpus, measured: Sequence[Document]) -> dict[str, Any]:
     """What the costs depend on."""
     return {
-        "checkpoint": fingerprints(recipe.model.path),
+        "checkpoint": fingerprints(source),
         "ladder_layers": recipe.ladder_layers,
         "text": corpus.sha256,
         "measured_bytes": size(measured),

@@ -1,12 +1,13 @@
 """The figures that `make demo` shows are of the streams it shows them for."""
 
 import json
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from stepladder.launch.quickstart import Run, figures_after
+from stepladder.launch.quickstart import BUNDLED, Run, choose, figures_after
 from stepladder.launch.streaming import Timing
 
 
@@ -36,3 +37,18 @@ def test_without_figures_of_all_streams_nothing_is_claimed(tmp_path: Path) -> No
     path.write_text(row(96, 0.75))
     assert figures_after(192, path, seconds=0.1) == {}
     assert Run([Timing(latency=1.0, output_tokens=96)], {}).waited is None
+
+
+def test_without_a_package_index_the_bundled_model_is_shown_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens on the discard port; the cache is another person's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert choose() == BUNDLED
+    said = capsys.readouterr().out
+    assert "smollm2 could not be fetched" in said and "so here is the bundled model instead" in said
+    assert BUNDLED.body("x")["prompt"] == "x"

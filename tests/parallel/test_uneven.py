@@ -12,6 +12,7 @@ from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.heads import heads_of
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
+from stepladder.parallel.modules import FeedForward
 from stepladder.parallel.shards import Placement, Shard, equal_shares
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import write_llama
@@ -89,7 +90,7 @@ def smollm2() -> ModelSpec:
 @pytest.mark.parametrize("ranks", [2, 4, 5])
 def test_balance_evens_the_weights_of_ranks_out(ranks: int) -> None:
     """SmolLM2's 9 heads and 3 KV heads: without it, the heaviest rank has a fifth more than the lightest."""
-    spec = smollm2()
+    spec = replace(smollm2(), residual="ladder")
     even, auto = (
         [weights(spec, place(rank)) for rank in range(ranks)]
         for place in (lambda r: Placement.of(Shard(r, ranks)), lambda r: balanced(spec, Shard(r, ranks)))
@@ -97,6 +98,20 @@ def test_balance_evens_the_weights_of_ranks_out(ranks: int) -> None:
     assert sum(auto) == sum(even)
     assert max(even) / min(even) > 1.15
     assert max(auto) / min(auto) < 1.02
+
+
+def test_where_all_wait_for_the_slowest_of_each_module_ffns_stay_even() -> None:
+    """The standard wiring, and the standard layers of a mixed model; a parallel block is waited for as a whole."""
+    for fields, expected in (
+        ({"residual": "standard"}, [768, 768]),
+        ({"residual": "parallel"}, [688, 688]),
+        ({"residual": "ladder", "ladder_layers": (1,)}, [768, 688]),
+    ):
+        spec = replace(smollm2(), **fields)
+        with torch.device("meta"):
+            model = Transformer(spec, balanced(spec, Shard(0, 2)))
+        modules = [m for m in model.modules_of_blocks if isinstance(m, FeedForward)]
+        assert [module.down.shape[1] for module in modules] == expected
 
 
 def test_balance_changes_nothing_where_attention_is_even() -> None:

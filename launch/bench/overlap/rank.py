@@ -29,7 +29,7 @@ def rank_of(start: Start[Shapes], store: dist.Store) -> Callable[[Task], Answer]
     atexit.register(mesh.close)
     if start.device == "cpu":
         communication_first()
-    return partial(measure, random_model(start.model.spec(), mesh), mesh)
+    return partial(measure, random_model(start.model.spec(), mesh, start.model.balance), mesh)
 
 
 def measure(model: Transformer, mesh: Group, task: Task) -> Answer:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
 from stepladder.launch.bench.rig.meeting import meet, settle
+from stepladder.parallel.balance import balanced
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
@@ -22,10 +23,13 @@ from stepladder.parallel.wiring import SEATS, wiring
 BLOCK_SIZE = 16
 
 
-def random_model(spec: ModelSpec, mesh: Mesh) -> Transformer:
-    """This rank's shard of a model that was never trained."""
+def random_model(spec: ModelSpec, mesh: Mesh, balance: bool = False) -> Transformer:
+    """This rank's shard of a model that was never trained. balance: with shares of a ladder."""
+    if balance:
+        spec = replace(spec, residual="ladder")
+    placement = balanced(spec, mesh.shard) if balance else mesh.shard
     with torch.device(mesh.device):
-        model = Transformer(spec, mesh.shard, mesh.all_reduce).requires_grad_(False)
+        model = Transformer(spec, placement, mesh.all_reduce).requires_grad_(False)
     init_weights(model, spec, seed=mesh.shard.rank)
     pack_weights(model)
     return model

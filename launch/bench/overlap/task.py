@@ -14,7 +14,8 @@ VARIANTS = (*WIRINGS, BOUND)
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model of random weights: SwiGLU, as many KV heads as heads."""
+    """A model of random weights with SwiGLU. kv_heads: None takes as many as heads. balance: FFNs make up for heads
+    that the ranks cannot share evenly, in every wiring."""
 
     hidden: int
     intermediate: int
@@ -22,6 +23,8 @@ class Shapes:
     heads: int
     vocab: int
     dtype: str
+    kv_heads: int | None = None
+    balance: bool = False
 
     def spec(self) -> ModelSpec:
         return ModelSpec(
@@ -30,7 +33,7 @@ class Shapes:
             intermediate_size=self.intermediate,
             num_layers=self.layers,
             num_heads=self.heads,
-            num_kv_heads=self.heads,
+            num_kv_heads=self.kv_heads or self.heads,
             head_dim=self.hidden // self.heads,
             max_position=1 << 16,
             tie_embeddings=True,

@@ -9,7 +9,7 @@ from stepladder.parallel.checkpoint import save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.rank import resolve
+from stepladder.workers.source.resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True)

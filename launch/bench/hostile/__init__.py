@@ -1,0 +1,1 @@
+"""suite=hostile: what honest clients notice of strangers' requests and connections."""
