@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from stepladder.launch.private_ray import PrivateRay, reserved_port
+from tests.cluster.jobs import eventually
 
 
 def test_a_reserved_port_is_only_for_servers_that_share() -> None:
@@ -20,10 +21,14 @@ def test_a_reserved_port_is_only_for_servers_that_share() -> None:
 
 @pytest.mark.ray
 def test_the_client_port_is_kept_until_ray_takes_it() -> None:
+    """Its server comes up a little later than the rest."""
     with PrivateRay(num_cpus=1) as ray:
         port = ray._client_port.getsockname()[1]
-        listening = {c.laddr.port for p in ray._processes() for c in p.net_connections() if c.status == "LISTEN"}
-        assert port in listening
+
+        def listening() -> set[int]:
+            return {c.laddr.port for p in ray._processes() for c in p.net_connections() if c.status == "LISTEN"}
+
+        eventually(lambda: port in listening(), listening)
         assert ray.runs
 
 
