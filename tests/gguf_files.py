@@ -1,4 +1,5 @@
-"""GGUF files as llama.cpp writes them, made of small Hugging Face checkpoints by the package `gguf`."""
+"""GGUF files as llama.cpp writes them, made of small Hugging Face checkpoints by the package `gguf`; and what
+`transformers` makes of such files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map, quantize
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tests.families import write_family
 
@@ -159,3 +163,14 @@ def sentence_piece(**keys: Any) -> dict[str, Any]:
 
 def floats(values: Sequence[float]) -> NDArray[np.float32]:
     return np.array(values, dtype=np.float32)
+
+
+def read_gguf_oracle(path: Path) -> PreTrainedModel:
+    """`from_pretrained(gguf_file=...)` without the package `accelerate`, which that asks for and does not need here."""
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    model.tie_weights()
+    return model.eval()

@@ -10,8 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoTokenizer
 
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import WholeSequences
@@ -22,7 +21,17 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.text.stream import Tokenizer
 from tests.families import LLAMA3, read_oracle
-from tests.gguf_files import ARCHS, F32, Q8_0, byte_level, floats, sentence_piece, write_checkpoint, write_gguf
+from tests.gguf_files import (
+    ARCHS,
+    F32,
+    Q8_0,
+    byte_level,
+    floats,
+    read_gguf_oracle,
+    sentence_piece,
+    write_checkpoint,
+    write_gguf,
+)
 
 TOKENS = torch.randint(0, 270, (1, 60), generator=torch.Generator().manual_seed(5))
 TEXTS = [
@@ -50,14 +59,7 @@ def converted(path: Path, dtype: str | None = None) -> Path:
 
 @torch.inference_mode()
 def theirs(path: Path) -> Tensor:
-    """`from_pretrained(gguf_file=...)` without the package `accelerate`, which that asks for and does not need here."""
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(found, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected
-    model.tie_weights()
-    return model.eval()(TOKENS).logits[0]
+    return read_gguf_oracle(path)(TOKENS).logits[0]
 
 
 def close(got: Tensor, want: Tensor) -> None:
