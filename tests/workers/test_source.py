@@ -145,7 +145,7 @@ def test_what_is_no_model(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"notes\.txt is not a GGUF file; model\.path must be one, or a Hugging Face"):
         resolve(str(tmp_path / "notes.txt"), cache=str(cache))
-    with pytest.raises(NoModel, match="'nowhere' is neither a directory nor a file on this machine"):
+    with pytest.raises(NoModel, match="'nowhere' is not a directory on this machine, nor a GGUF file"):
         resolve("nowhere", cache=str(cache))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is not a regular file"):
