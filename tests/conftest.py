@@ -3,6 +3,8 @@
 import os
 import random
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.llama import SMALL, write_llama
+from tests.smollm2 import smollm2_in
 
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # Ray reads them once, when imported
 torch.set_num_threads(1)
@@ -29,6 +32,14 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GQA 4:1, one KV head for all, head and embedding tied."""
     return write_llama(tmp_path_factory.mktemp("tied"), seed=2, tie_word_embeddings=True, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A real model in fp32; its parent is the cache that it lies in. Half a gigabyte, which does not stay."""
+    cache = tmp_path_factory.mktemp("models")
+    yield smollm2_in(cache)
+    shutil.rmtree(cache)
 
 
 @pytest.fixture(scope="session")

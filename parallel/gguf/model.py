@@ -73,16 +73,15 @@ def spec_of(file: GgufFile, dtype: str | None, eos_ids: tuple[int, ...]) -> Mode
     hidden, layers = _size(file, "embedding_length", "hidden_size"), _size(file, "block_count", "num_hidden_layers")
     heads = _size(file, "attention.head_count", "num_attention_heads")
     window = _size(file, "attention.sliding_window", "sliding_window", None) if file.architecture == "llama" else None
-    head_dim = _head_dim(file, hidden // heads)
     return ModelSpec(
         family="mistral" if window else FAMILIES[file.architecture],
-        vocab_size=_rows(file),
+        vocab_size=_rows(file, "token_embd.weight"),
         hidden_size=hidden,
         intermediate_size=_size(file, "feed_forward_length", "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_size(file, "attention.head_count_kv", "num_key_value_heads", heads),
-        head_dim=head_dim,
+        head_dim=_head_dim(file, heads),
         max_position=_size(file, "context_length", "max_position_embeddings"),
         windows=(window,) * layers if window else (),
         rope_theta=file.field("rope.freq_base", FIELDS["rope_theta"], 10000.0),
@@ -117,7 +116,8 @@ def _size(file: GgufFile, name: str, ours: str, default: Any = REQUIRED) -> Any:
     return found[0]
 
 
-def _head_dim(file: GgufFile, default: int) -> int:
+def _head_dim(file: GgufFile, heads: int) -> int:
+    """Where the metadata is silent, what the query's rows are cut into."""
     dims = {
         name: _size(file, name, "head_dim", None)
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -125,13 +125,13 @@ def _head_dim(file: GgufFile, default: int) -> int:
     given = {dim for dim in dims.values() if dim is not None}
     if len(given) > 1:
         raise ValueError(f"{file.architecture}: {shown(dims)}; all three must be equal to be supported")
-    return given.pop() if given else default
+    return given.pop() if given else _rows(file, "blk.0.attn_q.weight") // heads
 
 
-def _rows(file: GgufFile) -> int:
-    if "token_embd.weight" not in file.tensors:
-        raise ValueError("there is no tensor token_embd.weight")
-    return file.shape("token_embd.weight")[0]
+def _rows(file: GgufFile, name: str) -> int:
+    if name not in file.tensors:
+        raise ValueError(f"there is no tensor {name}")
+    return file.shape(name)[0]
 
 
 def _rope_scaling(file: GgufFile) -> RopeScaling | None:

