@@ -20,7 +20,7 @@ from stepladder.launch.bench.hostile.line import Door, statuses
 ALLOWED = 503  # the one status above 499 that a healthy server may answer
 FAULTS_KEPT = 200
 JUST_BEFORE = 1.0  # seconds
-NICENESS = 5  # strangers have computers of their own
+NICENESS = 15  # strangers have computers of their own
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from stepladder.launch.bench.hostile.honest import HonestStreams, Phase
 from stepladder.launch.bench.hostile.memory import MemoryWatch
 from stepladder.launch.bench.hostile.options import HostileBench
 from stepladder.launch.bench.hostile.replay import door_of, target_of
+from stepladder.launch.bench.hostile.starved import Starvation
 from stepladder.launch.report import Goal, Report, Row, at_most
 
 FIRST, SECOND, ATTACKED, AFTER = "undisturbed 1", "undisturbed 2", "attacked", "after"
@@ -41,6 +42,7 @@ class Seen:
     phases: dict[str, Phase]
     outcome: Outcome
     memory: MemoryWatch
+    starvation: Starvation
     times: tuple[float, float, float]
     crashes: list[str]
     left: int
@@ -61,7 +63,7 @@ def run(config: HostileBench) -> Report:
         plan = Plan(door_of(victim.url), target, config.seed, config.seconds, config.requests, config.clients,
                     config.intruders, config.answer_seconds)  # fmt: skip
         phases: dict[str, Phase] = {}
-        with MemoryWatch(vitals.processes) as memory:
+        with MemoryWatch(vitals.processes) as memory, Starvation(vitals.processes) as starvation:
             for name in (FIRST, SECOND):
                 with streams.phase(name) as phases[name]:
                     sleep(config.quiet_seconds)
@@ -75,7 +77,7 @@ def run(config: HostileBench) -> Report:
             vitals.settle(config.settle_seconds)
             sleep(SETTLED_SECONDS)
         times = (began, ended, monotonic())
-        seen = Seen(phases, outcome, memory, times, vitals.crashes(), left, (files, vitals.files()))
+        seen = Seen(phases, outcome, memory, starvation, times, vitals.crashes(), left, (files, vitals.files()))
         victim.cluster.job("stop", victim.name)
     return report(config, seen)
 
@@ -157,6 +159,7 @@ def _rows_of(config: HostileBench, phase: Phase, seen: Seen) -> list[Row]:
     bound = max(usual_pauses(seen.phases)) + config.pause_seconds if phase.name == ATTACKED else None
     return [
         Row(phase.name, "longest pause", max(phase.pauses), "s", bound),
+        Row(phase.name, "of that without a processor", seen.starvation.longest(*phase.worst), "s"),
         Row(phase.name, "longest wait for a text", max(phase.waits), "s"),
         Row(phase.name, "honest texts", phase.ended, "texts"),
         Row(phase.name, "changed texts", phase.changed, "texts", 0),
