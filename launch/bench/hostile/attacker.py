@@ -58,11 +58,15 @@ class Outcome:
         return [what for since, _, what in self.log if begin - JUST_BEFORE <= since <= end]
 
     def count(self, what: str, answered: list[int]) -> None:
-        self.answers.setdefault(what, Counter()).update(map(str, answered or ["none"]))
+        self.answers.setdefault(what, Counter()).update([str(status) for status in answered] or ["none"])
 
     def fault(self, **facts: Any) -> None:
         if len(self.faults) < FAULTS_KEPT:
             self.faults.append(facts)
+
+
+def is_fault(status: int) -> bool:
+    return status >= 500 and status != ALLOWED
 
 
 def attack(plan: Plan) -> Outcome:
@@ -137,7 +141,7 @@ class _Attacker:
         answered = statuses(received)
         self._outcome.count(what, answered)
         for status in answered:
-            if status >= 500 and status != ALLOWED:
+            if is_fault(status):
                 self._outcome.fault(kind=what, answer=status, text=received[-500:].decode(errors="replace"), **facts)
 
 

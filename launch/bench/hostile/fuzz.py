@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from stepladder.cluster.gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepladder.cluster.gateway.strict_json import Body
 from stepladder.launch.bench.hostile.strange import PLAUSIBLE, any_name, any_value
 
 HONEST: dict[str, dict[str, Any]] = {
@@ -21,7 +22,9 @@ HONEST: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "def f(x):"},
     "/detokenize": {"tokens": [65, 66, 67]},
 }
-KINDS = dict(zip(HONEST, (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest), strict=True))
+KINDS: dict[str, type[Body]] = dict(
+    zip(HONEST, (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest), strict=True)
+)
 PATHS = (
     "/", "/v1", "/v1/completions/", "/v1/completions?n=2", "//v1/completions", "/v1/../v1/completions", "/metrics",
     "/v1/models", "/v1/models/", "/v1/models/%00", "/v1/models/%ff%fe", "/v1/models/a/../../b", "/v1/embeddings",

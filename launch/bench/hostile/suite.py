@@ -15,7 +15,7 @@ from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
-from stepladder.launch.bench.hostile.attacker import Outcome, Plan, under_attack
+from stepladder.launch.bench.hostile.attacker import Outcome, Plan, is_fault, under_attack
 from stepladder.launch.bench.hostile.figure import by_status, draw
 from stepladder.launch.bench.hostile.honest import HonestStreams, Phase
 from stepladder.launch.bench.hostile.memory import MemoryWatch
@@ -33,7 +33,9 @@ class Seen:
     """All that was seen.
 
     Attributes:
-        phases: by name. attack: when it began and ended, when all had settled (`monotonic`).
+        phases: by name. outcome: of the attack.
+        starvation: for what the machine adds to a pause where others use it too.
+        times: when the attack began and ended, and when all had settled (`monotonic`).
         crashes: what was started again or is not as it was, a sentence each.
         left: requests and connections that are still under way, after everybody has gone.
         files: that the gateway has open, before and after.
@@ -183,12 +185,12 @@ def _faults(seen: Seen) -> dict[str, Any]:
 
 
 def _answered(seen: Seen) -> dict[str, Goal]:
-    faults = seen.outcome.faults
-    above = sum(isinstance(fault["answer"], int) for fault in faults)
-    total = sum(sum(counts.values()) for counts in seen.outcome.answers.values())
+    answers = sum(seen.outcome.answers.values(), Counter())
+    above = sum(count for status, count in answers.items() if status.isdigit() and is_fault(int(status)))
+    silent = sum(not isinstance(fault["answer"], int) for fault in seen.outcome.faults)
     return {
-        f"answers above 499 other than 503, of {total}": at_most(above, 0),
-        "forged requests or connections that got no answer": at_most(len(faults) - above, 0),
+        f"answers above 499 other than 503, of {answers.total()}": at_most(above, 0),
+        "forged requests or connections that got no answer": at_most(silent, 0),
         "crashes": Goal(len(seen.crashes), "; ".join(["<= 0", *seen.crashes]), not seen.crashes),
         "requests and connections left": Goal(seen.left, "0", seen.left == 0),
     }
