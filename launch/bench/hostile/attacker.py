@@ -20,7 +20,7 @@ from stepladder.launch.bench.hostile.line import Door, statuses
 ALLOWED = 503  # the one status above 499 that a healthy server may answer
 FAULTS_KEPT = 200
 JUST_BEFORE = 1.0  # seconds
-NICENESS = 5  # strangers have computers of their own
+NICENESS = 15  # strangers have computers of their own
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,15 @@ class Outcome:
         return [what for since, _, what in self.log if begin - JUST_BEFORE <= since <= end]
 
     def count(self, what: str, answered: list[int]) -> None:
-        self.answers.setdefault(what, Counter()).update(map(str, answered) if answered else ["none"])
+        self.answers.setdefault(what, Counter()).update([str(status) for status in answered] or ["none"])
 
     def fault(self, **facts: Any) -> None:
         if len(self.faults) < FAULTS_KEPT:
             self.faults.append(facts)
+
+
+def is_fault(status: int) -> bool:
+    return status >= 500 and status != ALLOWED
 
 
 def attack(plan: Plan) -> Outcome:
@@ -137,7 +141,7 @@ class _Attacker:
         answered = statuses(received)
         self._outcome.count(what, answered)
         for status in answered:
-            if status >= 500 and status != ALLOWED:
+            if is_fault(status):
                 self._outcome.fault(kind=what, answer=status, text=received[-500:].decode(errors="replace"), **facts)
 
 

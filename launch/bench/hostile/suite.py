@@ -15,12 +15,13 @@ from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
-from stepladder.launch.bench.hostile.attacker import Outcome, Plan, under_attack
+from stepladder.launch.bench.hostile.attacker import Outcome, Plan, is_fault, under_attack
 from stepladder.launch.bench.hostile.figure import by_status, draw
 from stepladder.launch.bench.hostile.honest import HonestStreams, Phase
 from stepladder.launch.bench.hostile.memory import MemoryWatch
 from stepladder.launch.bench.hostile.options import HostileBench
 from stepladder.launch.bench.hostile.replay import door_of, target_of
+from stepladder.launch.bench.hostile.starved import Starvation
 from stepladder.launch.report import Goal, Report, Row, at_most
 
 FIRST, SECOND, ATTACKED, AFTER = "undisturbed 1", "undisturbed 2", "attacked", "after"
@@ -32,7 +33,9 @@ class Seen:
     """All that was seen.
 
     Attributes:
-        phases: by name. attack: when it began and ended, when all had settled (`monotonic`).
+        phases: by name. outcome: of the attack.
+        starvation: for what the machine adds to a pause where others use it too.
+        times: when the attack began and ended, and when all had settled (`monotonic`).
         crashes: what was started again or is not as it was, a sentence each.
         left: requests and connections that are still under way, after everybody has gone.
         files: that the gateway has open, before and after.
@@ -41,6 +44,7 @@ class Seen:
     phases: dict[str, Phase]
     outcome: Outcome
     memory: MemoryWatch
+    starvation: Starvation
     times: tuple[float, float, float]
     crashes: list[str]
     left: int
@@ -61,7 +65,7 @@ def run(config: HostileBench) -> Report:
         plan = Plan(door_of(victim.url), target, config.seed, config.seconds, config.requests, config.clients,
                     config.intruders, config.answer_seconds)  # fmt: skip
         phases: dict[str, Phase] = {}
-        with MemoryWatch(vitals.processes) as memory:
+        with MemoryWatch(vitals.processes) as memory, Starvation(vitals.processes) as starvation:
             for name in (FIRST, SECOND):
                 with streams.phase(name) as phases[name]:
                     sleep(config.quiet_seconds)
@@ -75,7 +79,7 @@ def run(config: HostileBench) -> Report:
             vitals.settle(config.settle_seconds)
             sleep(SETTLED_SECONDS)
         times = (began, ended, monotonic())
-        seen = Seen(phases, outcome, memory, times, vitals.crashes(), left, (files, vitals.files()))
+        seen = Seen(phases, outcome, memory, starvation, times, vitals.crashes(), left, (files, vitals.files()))
         victim.cluster.job("stop", victim.name)
     return report(config, seen)
 
@@ -157,6 +161,7 @@ def _rows_of(config: HostileBench, phase: Phase, seen: Seen) -> list[Row]:
     bound = max(usual_pauses(seen.phases)) + config.pause_seconds if phase.name == ATTACKED else None
     return [
         Row(phase.name, "longest pause", max(phase.pauses), "s", bound),
+        Row(phase.name, "of that without a processor", seen.starvation.longest(*phase.worst), "s"),
         Row(phase.name, "longest wait for a text", max(phase.waits), "s"),
         Row(phase.name, "honest texts", phase.ended, "texts"),
         Row(phase.name, "changed texts", phase.changed, "texts", 0),
@@ -180,12 +185,12 @@ def _faults(seen: Seen) -> dict[str, Any]:
 
 
 def _answered(seen: Seen) -> dict[str, Goal]:
-    faults = seen.outcome.faults
-    above = sum(isinstance(fault["answer"], int) for fault in faults)
-    total = sum(sum(counts.values()) for counts in seen.outcome.answers.values())
+    answers = sum(seen.outcome.answers.values(), Counter())
+    above = sum(count for status, count in answers.items() if status.isdigit() and is_fault(int(status)))
+    silent = sum(not isinstance(fault["answer"], int) for fault in seen.outcome.faults)
     return {
-        f"answers above 499 other than 503, of {total}": at_most(above, 0),
-        "forged requests or connections that got no answer": at_most(len(faults) - above, 0),
+        f"answers above 499 other than 503, of {answers.total()}": at_most(above, 0),
+        "forged requests or connections that got no answer": at_most(silent, 0),
         "crashes": Goal(len(seen.crashes), "; ".join(["<= 0", *seen.crashes]), not seen.crashes),
         "requests and connections left": Goal(seen.left, "0", seen.left == 0),
     }
