@@ -26,7 +26,7 @@ from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.limits import SchedulerConfig
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.ranks import run_ranks
 from tests.workers.test_afd import engine as attention_engine
 from tests.workers.test_afd import membership, pool_of

@@ -21,7 +21,7 @@ from stepladder.workers.executor import Executor
 from stepladder.workers.forward import WholeForward
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.graphs import Capture, CudaCapture
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 
 
 def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: bool = False) -> Executor:

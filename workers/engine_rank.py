@@ -14,7 +14,7 @@ from stepladder.workers.rank import Rank, RankConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
 from stepladder.workers.sizing import check_kv, kv_size
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 
 
 @dataclass

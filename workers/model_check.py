@@ -18,7 +18,7 @@ from stepladder.parallel.typed_json import naming
 from stepladder.workers.config import EngineConfig
 from stepladder.workers.memory import available
 from stepladder.workers.params import SamplingParams
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 
 
 class ModelFiles(NamedTuple):

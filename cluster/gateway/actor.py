@@ -15,8 +15,9 @@ from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.api import build_app
 from stepladder.cluster.gateway.http_limits import HttpLimits, http_config
 from stepladder.cluster.gateway.listening import listen
-from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
+from stepladder.cluster.gateway.openai_service import OpenAIService
 from stepladder.cluster.gateway.router import Router
+from stepladder.cluster.gateway.service_config import ServiceConfig
 from stepladder.cluster.gateway.tracing import Traces
 from stepladder.cluster.processes import kill_process
 from stepladder.parallel.generation_defaults import GenerationDefaults
@@ -25,7 +26,7 @@ from stepladder.workers.actors import Place, configure_logging, settle_memory
 from stepladder.workers.model_check import recommended_params
 from stepladder.workers.silence import Silence
 from stepladder.workers.source.resolve import resolve
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from stepladder.workers.core import Output, TokenLogprob
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 encode_json = msgspec.json.Encoder().encode

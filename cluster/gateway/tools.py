@@ -13,7 +13,7 @@ from stepladder.cluster.gateway.errors import BadRequest
 from stepladder.cluster.gateway.strict_json import Body, Text
 from stepladder.workers.grammar.compiler import JSON_OPTIONS
 from stepladder.workers.structured_outputs import StructuredOutputs
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from stepladder.workers.text.tool_calls import FORMATS, ToolFormat, ToolParser, detect
 
 MAX_TOOLS = 128

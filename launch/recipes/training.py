@@ -21,7 +21,7 @@ from stepladder.launch.recipes.corpus import Document
 from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.text.stream import read_tokenizer
+from stepladder.workers.text.tokenizer import read_tokenizer
 from stepladder.workers.training.evaluate import bits_per_byte
 from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Ranks, Trainer

@@ -29,7 +29,7 @@ from stepladder.launch.where import BUNDLED
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import CHOICES, ModelSpec
-from stepladder.workers.text.stream import read_tokenizer
+from stepladder.workers.text.tokenizer import read_tokenizer
 from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.trainer import Ranks, Trainer, text_hash, training_ranks
 

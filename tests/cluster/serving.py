@@ -19,8 +19,9 @@ from stepladder import LLM
 from stepladder.cluster.gateway.api import build_app
 from stepladder.cluster.gateway.http_limits import HttpLimits, http_config
 from stepladder.cluster.gateway.listening import listen
-from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.cluster.gateway.openai_service import OpenAIService
+from stepladder.cluster.gateway.service_config import ServiceConfig
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.cluster.local_backend import LocalBackend
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from stepladder.cluster.config import Deployment, GatewayConfig, ModelConfig
 from stepladder.cluster.gateway.actor import service_config
-from stepladder.cluster.gateway.openai_service import ServiceConfig
+from stepladder.cluster.gateway.service_config import ServiceConfig
 from stepladder.cluster.supervisor import figures
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.engine import EngineStats

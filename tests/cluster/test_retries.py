@@ -11,11 +11,12 @@ import psutil
 import pytest
 
 from stepladder.cluster.gateway.inflight import InFlightRequest
-from stepladder.cluster.gateway.openai_service import OpenAIService, ServiceConfig
+from stepladder.cluster.gateway.openai_service import OpenAIService
 from stepladder.cluster.gateway.protocol import CompletionRequest
 from stepladder.cluster.gateway.router import Router
+from stepladder.cluster.gateway.service_config import ServiceConfig
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.cluster.engines import (
     LENGTH,
     PROMPT,

@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.multihost.ask import Answer
 from tests.multihost.switch import cut_off, join, traffic
 from tests.multihost.test_serving import (

@@ -17,7 +17,7 @@ from stepladder.launch.private_ray import PrivateRay, RayNode
 from stepladder.launch.where import IMPORTED_FROM as ROOT
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.wiring import wiring
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.cluster.jobs import eventually
 from tests.multihost.ask import Answer
 from tests.multihost.switch import cut_off, join, traffic

@@ -19,7 +19,7 @@ from stepladder.parallel.gguf import directory as gguf_directory
 from stepladder.parallel.gguf.directory import write_directory
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.families import LLAMA3, read_oracle
 from tests.gguf_files import (
     ARCHS,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import MARK, MarkedText, plain
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.tokenizers_of import write_byte_fallback, write_byte_level
 
 Messages = list[dict[str, Any]]

@@ -29,8 +29,8 @@ from stepladder.workers.grammar.constraint import GrammarConstraint, words
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.rank import RankConfig
 from stepladder.workers.server.messages import Submit, Update, decode_to_engine, decode_update, encode
-from stepladder.workers.text.stream import Tokenizer
 from stepladder.workers.text.token_bytes import _gpt2_alphabet
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.cluster.models import write_tokenizer
 from tests.llama import write_llama
 from tests.ranks import run_ranks
@@ -431,7 +431,7 @@ CRASHING = """
 import json, sys
 from stepladder import StructuredOutputs
 from stepladder.workers.grammar.compiler import Grammars
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.workers.test_grammar import SIZE, chain
 
 grammars = Grammars(lambda: Tokenizer(sys.argv[1]), SIZE)

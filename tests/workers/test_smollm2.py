@@ -16,7 +16,7 @@ from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.scheduler import SchedulerConfig
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.gguf_files import read_gguf_oracle
 from tests.parallel.test_transformers import load, run_in_steps
 from tests.ranks import run_ranks

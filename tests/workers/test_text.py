@@ -10,8 +10,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from stepladder.workers.text.stream import TextStream, Tokenizer, settled
+from stepladder.workers.text.stream import TextStream, settled
 from stepladder.workers.text.templates import compile_template
+from stepladder.workers.text.tokenizer import Tokenizer
 from tests.tokenizers_of import write_byte_fallback, write_byte_level
 
 TEXT = st.text(max_size=40) | st.text("aSTOPstop é日😀\ufffd\n", max_size=40)
@@ -332,7 +333,7 @@ def test_filters_and_functions_equal_transformers(tmp_path: Path) -> None:
 def test_the_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(
-        "stepladder.workers.text.stream.compile_template", lambda s: compiled.append(s) or compile_template(s)
+        "stepladder.workers.text.tokenizer.compile_template", lambda s: compiled.append(s) or compile_template(s)
     )
     tokenizer = Tokenizer(write_byte_level(tmp_path, chat_template="{{ messages | length }}"))
     assert [tokenizer.chat([{}] * n) for n in (1, 2, 3)] == ["1", "2", "3"] and len(compiled) == 1

@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 from stepladder.workers.core import Constraint
 from stepladder.workers.grammar.constraint import GrammarConstraint
 from stepladder.workers.structured_outputs import StructuredOutputs
-from stepladder.workers.text.stream import Tokenizer
+from stepladder.workers.text.tokenizer import Tokenizer
 
 KEPT = 32  # compiled grammars
 TRIED_TOKENS = 4
