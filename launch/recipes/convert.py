@@ -39,7 +39,12 @@ KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """path: a Hugging Face directory, a GGUF file, or the name of a packaged model. cache: for what the latter become."""
+    """What is converted.
+
+    Attributes:
+        path: a Hugging Face directory, a GGUF file, or the name of a packaged model.
+        cache: folder for what the latter two become.
+    """
 
     path: str
     cache: str = CACHE
