@@ -126,7 +126,7 @@ class Difference:
 
 def run(config: Fp8Bench) -> Report:
     torch.set_num_threads(config.threads)
-    directory = Path(resolve(config.model.path, fetching=True))
+    directory = Path(resolve(config.model.path, cache=config.model.cache, fetching=True))
     spec = ModelSpec.load(directory)
     words, text = Words.of_model(directory, spec.eos_ids), some(standard_library().held_out, config.held_out_bytes)
     found = compare(spec, directory, words.alone(text))

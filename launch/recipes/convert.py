@@ -23,6 +23,7 @@ from stepladder.parallel.families import identity
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.typed_json import read_object
+from stepladder.workers.source.once import CACHE
 from stepladder.workers.source.resolve import resolve
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 
@@ -38,9 +39,15 @@ KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """path: a Hugging Face directory, a GGUF file, or the name of a packaged model."""
+    """What is converted.
+
+    Attributes:
+        path: a Hugging Face directory, a GGUF file, or the name of a packaged model.
+        cache: folder for what the latter two become.
+    """
 
     path: str
+    cache: str = CACHE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,8 @@ class ConvertRecipe(Recipe):
 def run(recipe: ConvertRecipe) -> None:
     """Convert, train and measure; writes run_dir/model, convert.json and convert.png."""
     torch.set_num_threads(recipe.threads)
-    source, directory = Path(resolve(recipe.model.path, fetching=True, progress=True)), Path(recipe.run_dir)
+    source = Path(resolve(recipe.model.path, cache=recipe.model.cache, fetching=True, progress=True))
+    directory = Path(recipe.run_dir)
     before = ModelSpec.load(source)
     after = converted(before, recipe.ladder_layers)
     context = max(recipe.train.contexts)

@@ -29,6 +29,7 @@ from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from tests.families import FAMILIES, write_family
+from tests.gguf_files import Q8_0, byte_level, write_checkpoint, write_gguf
 from tests.llama import write_llama
 from tests.tokenizers_of import write_byte_level
 
@@ -182,6 +183,20 @@ class MeasureOnce:
         return lambda key, model: (self.keys.append(key), self.measure(costs, key, model))
 
 
+def test_a_gguf_file_is_converted(tmp_path: Path, text: Path) -> None:
+    """Its dequantised weights are what is measured before, and what is trained on; its tokenizer goes along."""
+    template = {"chat_template": "{{ messages[0].content }}"}
+    path = write_gguf(tmp_path / "tiny.gguf", write_checkpoint(tmp_path, "llama"), Q8_0, byte_level(**template))
+    options = [f"model.path={path}", f"model.cache={tmp_path / 'cache'}", "ladder_layers=1", f"data=[{text}]"]
+    run(recipe(f"run_dir={tmp_path}", *options, *FEW_STEPS, "train.tokens=64"))
+    after = ModelSpec.load(tmp_path / "model")
+    assert after.ladder_layers == (2,) and after.eos_ids == (269, 270)
+    [got] = LLM(str(tmp_path / "model"), "cpu").chat(
+        [{"role": "user", "content": "hello"}], SamplingParams(max_tokens=3)
+    )
+    assert got.prompt == "hello" and (tmp_path / "model" / "generation_config.json").is_file()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_survives(tmp_path: Path, family: str, text: Path) -> None:
     """Trained so little that nothing changes but the wiring, each gives the logits of its own weights rewired."""
@@ -264,7 +279,7 @@ def test_more_layers_can_follow() -> None:
         ("measure_every=0", "measure_every is 0; it must be at least 1"),
         ("held_out=[x]", "held_out needs data"),
         ("ladder_layers=half", "ladder_layers is 'half'"),
-        ("+model.residual=ladder", "model.residual is not an option; model takes path"),
+        ("+model.residual=ladder", "model.residual is not an option; model takes cache, path"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_sentence(override: str, sentence: str) -> None:
