@@ -192,7 +192,7 @@ def _with(change: Callable[[Seen], Any]) -> Seen:
         ("changed texts", lambda s: setattr(s.phases[ATTACKED], "changed", 1)),
         ("lost honest", lambda s: s.phases[AFTER].lost.append("HTTP 500")),
         ("gateway: growth, MiB", lambda s: s.memory.samples["gateway"].extend([(30.0, 613.0)] * 2)),
-        ("gateway: growth during the attack", lambda s: s.memory.samples["gateway"].extend([(19.0, 133.0)] * 2)),
+        ("gateway: growth during the attack", lambda s: s.memory.samples["gateway"].extend([(19.0, 165.0)] * 2)),
         ("gateway: growth", lambda s: s.memory.samples["gateway"].clear()),
     ],
 )

@@ -41,7 +41,7 @@ class HostileBench:
     settle_seconds: float = 90.0
     pause_seconds: float = 1.0
     growth_mib: float = 512.0
-    leak_mib: float = 32.0
+    leak_mib: float = 64.0
 
     def __post_init__(self) -> None:
         check_counts(self, "requests", "clients", "intruders", "streams", "tokens")
