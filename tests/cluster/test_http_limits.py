@@ -55,7 +55,7 @@ def refused(client: socket.socket, status: int, code: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(random_model: Path) -> Iterator[Server]:
-    with serve(random_model, header_seconds=0.5, body_seconds=0.5, write_seconds=0.5) as one:
+    with serve(random_model, header_seconds=2.0, body_seconds=2.0) as one:
         yield one
 
 
@@ -98,7 +98,7 @@ def test_bodies_that_stop(server: Server, how: bytes) -> None:
         client.sendall(POST + how)
         began = monotonic()
         everything(client)
-        assert 0.3 < monotonic() - began < 5
+        assert 1.5 < monotonic() - began < 15
     eventually(lambda: not server.service.in_flight)
 
 
