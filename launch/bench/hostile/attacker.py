@@ -19,6 +19,7 @@ from stepladder.launch.bench.hostile.line import Door, statuses
 
 ALLOWED = 503  # the one status above 499 that a healthy server may answer
 FAULTS_KEPT = 200
+FORGED = "forged request"
 JUST_BEFORE = 1.0  # seconds
 NICENESS = 15  # strangers have computers of their own
 
@@ -45,13 +46,14 @@ class Outcome:
         answers: how often what was answered, by kind of forgery or name of an attack; "none" where nothing was.
         faults: answers that no request may get, and forged requests that got none twice: plain data, the first of them.
         log: what was under way from when to when (`monotonic`), so that a pause has its suspects.
-        seconds: how long the attack took.
+        began, ended: when the first and the last of it was begun (`monotonic`); answers may have come later.
     """
 
     answers: dict[str, Counter[str]] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
     log: list[tuple[float, float, str]] = field(default_factory=list)
-    seconds: float = 0.0
+    began: float = 0.0
+    ended: float = 0.0
 
     def suspects(self, begin: float, end: float) -> list[str]:
         """What began in that time, or shortly before it."""
@@ -89,8 +91,9 @@ class _Attacker:
         self._unanswered: list[int] = []
 
     async def run(self) -> Outcome:
-        plan, began = self._plan, monotonic()
-        self._until = began + plan.seconds
+        plan, outcome = self._plan, self._outcome
+        outcome.began = monotonic()
+        self._until = outcome.began + plan.seconds
         clients = [asyncio.create_task(self._client()) for _ in range(plan.clients)]
         intruders = [asyncio.create_task(self._intruder(nth)) for nth in range(plan.intruders)]
         await asyncio.gather(*clients)
@@ -99,11 +102,12 @@ class _Attacker:
         for ended in await asyncio.gather(*intruders, return_exceptions=True):
             if isinstance(ended, Exception):
                 raise ended
-        for number in self._unanswered:  # alone now: was it the crowd, or does it never get an answer?
-            if not await self._forged(number):
-                self._outcome.fault(kind="no answer, twice", answer="none", number=number)
-        self._outcome.seconds = monotonic() - began
-        return self._outcome
+        outcome.ended = max(since for since, _, what in outcome.log if what.startswith(FORGED))
+        again = await asyncio.gather(*map(self._forged, self._unanswered))  # was it the crowd, or is there no answer?
+        for number, answered in zip(self._unanswered, again, strict=True):
+            if not answered:
+                outcome.fault(kind="no answer, twice", answer="none", number=number)
+        return outcome
 
     async def _client(self) -> None:
         plan = self._plan
@@ -119,7 +123,7 @@ class _Attacker:
         plan, began = self._plan, monotonic()
         forged = forge(plan.seed, number, plan.target)
         received = await send(plan.door, forged, plan.answer_seconds)
-        self._outcome.log.append((began, monotonic(), f"forged request {number} ({forged.what})"))
+        self._outcome.log.append((began, monotonic(), f"{FORGED} {number} ({forged.what})"))
         self._judge(forged.what, received, number=number, request=f"{forged.method} {forged.path[:100]}")
         return bool(statuses(received))
 

@@ -69,16 +69,15 @@ def run(config: HostileBench) -> Report:
             for name in (FIRST, SECOND):
                 with streams.phase(name) as phases[name]:
                     sleep(config.quiet_seconds)
-            files, began = vitals.files(), monotonic()
+            files = vitals.files()
             with streams.phase(ATTACKED) as phases[ATTACKED], under_attack(plan) as future:
                 outcome = future.result()
-            ended = monotonic()
             left = vitals.settle(config.settle_seconds)
             with streams.phase(AFTER) as phases[AFTER]:
                 pass
             vitals.settle(config.settle_seconds)
             sleep(SETTLED_SECONDS)
-        times = (began, ended, monotonic())
+        times = (outcome.began, outcome.ended, monotonic())
         seen = Seen(phases, outcome, memory, starvation, times, vitals.crashes(), left, (files, vitals.files()))
         victim.cluster.job("stop", victim.name)
     return report(config, seen)
