@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from stepladder.kernels.once import CACHE
 from stepladder.parallel.afd.control import MAX_MICRO_BATCHES
 from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import ATTENTION, FFN, WHOLE
-from stepladder.workers.source.once import CACHE
 from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")

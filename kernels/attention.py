@@ -52,51 +52,48 @@ def visible(positions: Tensor, length: int, window: int | None) -> Tensor:
     return seen if window is None else seen & (keys > queries - window)
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[Group], exact: bool = False) -> Tensor:
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[Group]) -> Tensor:
     """Attention of a ragged batch over its cached contexts, which already hold this step's keys and values.
 
     Args:
         q: [T, H, D].
         k_cache, v_cache: [blocks, block size, K, D].
         groups: cover every row of q exactly once.
-        exact: compute in fp64 and round once at the end. SDPA adds up in an order that depends on the shape of the
-            batch; what is left of that after the rounding is nothing, but for one row in many millions.
 
     Returns:
         [T, H, D]
     """
     if len(groups) == 1:  # the common step, all decode or one prefill: rows are in order already
-        return _attend(q, k_cache, v_cache, groups[0], exact)
+        return _attend(q, k_cache, v_cache, groups[0])
     out = torch.empty_like(q)
     for group in groups:
-        out[group.rows] = _attend(q[group.rows], k_cache, v_cache, group, exact)
+        out[group.rows] = _attend(q[group.rows], k_cache, v_cache, group)
     return out
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, exact: bool) -> Tensor:
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group) -> Tensor:
     batch, (_, heads, dim), kv_heads = len(group.blocks), q.shape, k_cache.shape[2]
-    length, dtype = len(q) // batch, torch.float64 if exact else q.dtype
+    length = len(q) // batch
     if length == 1:
-        return _decode(q.view(batch, kv_heads, heads // kv_heads, dim), k_cache, v_cache, group, dtype)
-    k, v = (_gather(cache, group.blocks, group.length).to(dtype) for cache in (k_cache, v_cache))
-    wide = q.view(batch, length, heads, dim).transpose(1, 2).to(dtype)
+        return _decode(q.view(batch, kv_heads, heads // kv_heads, dim), k_cache, v_cache, group)
+    k, v = (_gather(cache, group.blocks, group.length) for cache in (k_cache, v_cache))
     out = F.scaled_dot_product_attention(
-        wide, k, v, attn_mask=group.mask, is_causal=group.causal, enable_gqa=heads != kv_heads
-    )
-    return out.transpose(1, 2).reshape(-1, heads, dim).to(q.dtype)
+        q.view(batch, length, heads, dim).transpose(1, 2), k, v, attn_mask=group.mask, is_causal=group.causal,
+        enable_gqa=heads != kv_heads,
+    )  # fmt: skip
+    return out.transpose(1, 2).reshape(-1, heads, dim)
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group) -> Tensor:
     """One query a sequence. The G heads that share one KV head become G queries of it: nothing is repeated.
 
     Args:
-        q: [B, K, G, D].
-        dtype: to compute in; on a CPU bf16 becomes fp32, where SDPA takes half the time, conversion included.
+        q: [B, K, G, D]. On a CPU bf16 becomes fp32, where SDPA takes half the time, conversion included.
 
     Returns:
         [B, H, D], in the dtype of q.
     """
-    (batch, kv_heads, _, dim), part = q.shape, len(q)
+    (batch, kv_heads, _, dim), part, dtype = q.shape, len(q), q.dtype
     if q.device.type == "cpu":
         dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         part = max(1, CACHED // (group.length * kv_heads * dim))

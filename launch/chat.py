@@ -17,9 +17,9 @@ from typing import Any
 
 import aiohttp
 
-from stepladder.launch.build import build
 from stepladder.launch.ctl import pairs
 from stepladder.launch.streaming import Show, session, stream
+from stepladder.launch.typed_config import build
 
 OK, FAILED, USAGE = 0, 1, 2
 COMMANDS = (

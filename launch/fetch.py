@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from stepladder.launch.build import build, plain
+from stepladder.kernels.once import CACHE
 from stepladder.launch.hydra_command import run_command
-from stepladder.workers.source.once import CACHE
+from stepladder.launch.typed_config import build, plain
 from stepladder.workers.source.resolve import resolve
 
 

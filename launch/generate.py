@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from stepladder import LLM, Completion
 from stepladder.cluster.config import ModelConfig
-from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.prompts import Line, Options, OutputFile, read_lines
+from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.source.resolve import resolve

@@ -14,8 +14,8 @@ from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
 from stepladder.cluster.names import CONTROLLER, namespace
-from stepladder.launch.build import check_counts
 from stepladder.launch.ctl_options import CtlOptions
+from stepladder.launch.typed_config import check_counts
 
 FILES = ("out", "err")  # `print` and what is logged
 LOOK_SECONDS = 2.0

@@ -9,7 +9,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Self
 
-from stepladder.launch.build import build
+from stepladder.launch.typed_config import build
 from stepladder.workers.core import SamplingParams
 
 _OWN = ("prompt", "messages", "id")

@@ -22,9 +22,10 @@ from stepladder.cluster.error_text import error_text
 from stepladder.cluster.gateway.actor import GatewayActor
 from stepladder.cluster.names import namespace
 from stepladder.cluster.supervisor import Status
-from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.ray_cluster import Head, attach
+from stepladder.launch.typed_config import build, plain
+from stepladder.parallel.native import has_native
 from stepladder.workers.model_check import check_model
 from stepladder.workers.source.resolve import NoModel, resolve
 
@@ -69,6 +70,7 @@ def check_here(deployment: Deployment) -> None:
         directory = resolve(source.path, dtype, source.cache, fetching=True, progress=True)
         model = check_model(directory, deployment.engine)
         deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
+        has_native(deployment.engine.wanted_kernels, deployment.cluster.device, model.spec.dtype)
 
 
 def serve(deployment: Deployment) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.recipes import convert, twins
 from stepladder.launch.recipes import demo_model as demo
+from stepladder.launch.typed_config import build, plain
 
 RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (demo.DemoRecipe, demo.run),

@@ -1,36 +1,50 @@
 """What the modules of a step need besides the stream: rotary tables, and attention over this step's contexts."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stepladder.kernels.attention import Group, causal_attention, paged_attention, visible
+from stepladder.kernels.cpu import native
+from stepladder.kernels.rope import rope_table
 from stepladder.kernels.transfer import upload
 from stepladder.parallel.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from stepladder.parallel.modules import Attention
 
-class Context(Protocol):
-    """positions: [tokens] int64, each token's place in its own sequence; cos, sin: set by the model."""
+
+class Context(ABC):
+    """positions: [tokens] int64, each token's place in its own sequence; cos, sin: of their angles."""
 
     positions: Tensor
     cos: Tensor
     sin: Tensor
 
+    def take_angles(self, spec: ModelSpec, frequencies: Tensor, dtype: torch.dtype) -> None:
+        """The model is about to turn queries and keys by these frequencies."""
+        factor = spec.rope_scaling.attention_factor if spec.rope_scaling else 1.0
+        self.cos, self.sin = rope_table(self.positions, frequencies, dtype, spec.rope_interleaved, factor)
+
+    def mix(self, seat: Attention, qkv: Tensor) -> Tensor:
+        """Attention of one layer, from its queries, keys and values [tokens, (H + 2 K) D]: [tokens, H D]."""
+        q, k, v = seat.rotated(qkv, self.cos, self.sin)
+        return self.attend(seat.layer, q, k, v, seat.window).flatten(1)
+
+    @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Attention of q [tokens, heads, head_dim] over each token's own context, or its last `window` positions:
         same shape as q."""
-        ...
 
 
-class WholeSequences:
+class WholeSequences(Context):
     """`batch` sequences of equal length from position 0, without a cache: training and the tests' reference."""
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, batch: int, length: int, device: torch.device | str = "cpu") -> None:
         self.batch = batch
@@ -43,45 +57,63 @@ class WholeSequences:
 class KVCache:
     """Keys and values of every layer of this rank, in blocks of `block_size` tokens.
 
-    keys, values: [layers, num_blocks, block_size, kv_heads, head_dim]
+    keys, values: [layers, num_blocks, block_size, kv_heads, head_dim]; if native, as `kernels/cpu/native.py` lays them
+    out for the kernels of CPU ranks.
     """
 
     def __init__(
-        self, spec: ModelSpec, kv_heads: int, num_blocks: int, block_size: int, device: torch.device | str = "cpu"
+        self,
+        spec: ModelSpec,
+        kv_heads: int,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        native_layout: bool = False,
     ) -> None:
-        shape = (spec.num_layers, num_blocks, block_size, kv_heads, spec.head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.device = torch.device(device)
-        self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
-        self.values = torch.zeros(shape, dtype=spec.dtype, device=device)
+        self.native = native_layout
+        shapes: list[tuple[int, ...]] = [(num_blocks, block_size, kv_heads, spec.head_dim)] * 2
+        if native_layout:
+            lane = native.lane_of(block_size)
+            shapes = [
+                (num_blocks, kv_heads, block_size // lane, spec.head_dim, lane),
+                (num_blocks, kv_heads, block_size, spec.head_dim),
+            ]
+        self.keys, self.values = (
+            torch.zeros((spec.num_layers, *shape), dtype=spec.dtype, device=device) for shape in shapes
+        )
+
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        """Fill it whole: [layers, num_blocks, block_size, kv_heads, head_dim] each."""
+        if self.native:
+            keys, values = native.lay_out_keys(keys), native.lay_out_values(values)
+        self.keys.copy_(keys)
+        self.values.copy_(values)
 
 
-class _Paged(ABC):
+class _Paged(Context):
     """A step over the paged cache, in general. Subclasses say which slots it writes, and which contexts it reads.
 
     Args:
         longest: no context has more positions.
-        exact: round attention independently of the batch; see `paged_attention`.
 
     Attributes:
         slots: [tokens] int64, where the cache takes each token's key and value.
     """
 
-    positions: Tensor
     slots: Tensor
-    cos: Tensor
-    sin: Tensor
 
-    def __init__(self, cache: KVCache, longest: int, exact: bool = False) -> None:
-        self.cache, self._longest, self._exact = cache, longest, exact
+    def __init__(self, cache: KVCache, longest: int) -> None:
+        self.cache, self._longest = cache, longest
         self._groups: dict[int | None, list[Group]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.flatten(0, 1)[self.slots] = k
         values.flatten(0, 1)[self.slots] = v
-        return paged_attention(q, keys, values, self.groups(window), self._exact)
+        return paged_attention(q, keys, values, self.groups(window))
 
     def groups(self, window: int | None = None) -> list[Group]:
         """Built for the first layer that has this window, shared by all that do."""
@@ -104,7 +136,6 @@ class PagedSequences(_Paged):
         starts: for each sequence, the position of its first token in this step.
         lengths: for each sequence, how many tokens it brings.
         block_tables: for each sequence, the cache blocks of its context, including this step's tokens.
-        exact: round attention independently of the batch; see `paged_attention`.
     """
 
     def __init__(
@@ -113,15 +144,31 @@ class PagedSequences(_Paged):
         starts: Sequence[int],
         lengths: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        exact: bool = False,
     ) -> None:
         self._spans = [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-        super().__init__(cache, max((span.stop for span in self._spans), default=0), exact)
+        super().__init__(cache, max((span.stop for span in self._spans), default=0))
         self._tables, size = block_tables, cache.block_size
         self.positions = self._tensor([p for span in self._spans for p in span])
         self.slots = self._tensor(
             [t[p // size] * size + p % size for t, span in zip(block_tables, self._spans, strict=True) for p in span]
         )
+        if cache.native:
+            width = max(map(len, block_tables), default=0)
+            self._first = self._tensor([0, *accumulate(map(len, self._spans))])
+            self._padded = self._tensor([[*table, *[0] * (width - len(table))] for table in block_tables])
+
+    def take_angles(self, spec: ModelSpec, frequencies: Tensor, dtype: torch.dtype) -> None:
+        if not self.cache.native:
+            return super().take_angles(spec, frequencies, dtype)
+        factor = spec.rope_scaling.attention_factor if spec.rope_scaling else 1.0
+        self.cos, self.sin = native.rope_table(self.positions, frequencies, spec.rope_interleaved, factor)
+
+    def mix(self, seat: Attention, qkv: Tensor) -> Tensor:
+        if not self.cache.native:
+            return super().mix(seat, qkv)
+        keys, values = self.cache.keys[seat.layer], self.cache.values[seat.layer]
+        q = seat.rotate_and_store(qkv, self.cos, self.sin, self.slots, keys, values)
+        return native.attend(q, keys, values, self._first, self.positions, self._padded, seat.window)
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return upload(values, self.cache.device)

@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from stepladder.kernels.rope import rope_frequencies, rope_table
-from stepladder.parallel.context import Context
+from stepladder.kernels.rope import rope_frequencies
+from stepladder.parallel.context import Context, KVCache
 from stepladder.parallel.layers import POOLS, build_blocks
 from stepladder.parallel.modules import Attention, Norm, VocabParallel
 from stepladder.parallel.residual import Contribute, Done, Reduce, ResidualStream, run_blocks, together
@@ -17,6 +17,9 @@ from stepladder.parallel.wiring import ATTENTION
 
 class Transformer(nn.Module):
     """One rank's shard of the model. It knows its place and how to start a reduce, nothing else of the cluster.
+
+    Attributes:
+        native: it has been laid out for the native kernels of a CPU rank (native.py).
 
     Args:
         spec: the whole model's shapes and wiring.
@@ -38,7 +41,7 @@ class Transformer(nn.Module):
         pools: Collection[str] = POOLS,
     ) -> None:
         super().__init__()
-        self.spec, self.placement, self.reduce = spec, Placement.of(placement), reduce
+        self.spec, self.placement, self.reduce, self.native = spec, Placement.of(placement), reduce, False
         if ATTENTION in pools:
             self.embedding = VocabParallel(spec, "embedding", self.shard)
         self.blocks = build_blocks(spec, self.placement, pools)
@@ -60,6 +63,10 @@ class Transformer(nn.Module):
         """KV heads of this rank."""
         return next(m.num_kv_heads for m in self.modules_of_blocks if isinstance(m, Attention))
 
+    def cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """An empty one, as this model's kernels want it."""
+        return KVCache(self.spec, self.num_kv_heads, num_blocks, block_size, self.frequencies.device, self.native)
+
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """Final hidden states, normalised: [T] int64 -> [T, hidden]."""
         stream = ResidualStream(self.embed(tokens, context))
@@ -68,9 +75,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """x_0, [T] -> [T, hidden]; sets the context's rotary tables."""
         x = self.reduce(self.embedding.embed(tokens)).wait()
-        interleaved, scaling = self.spec.rope_interleaved, self.spec.rope_scaling
-        factor = scaling.attention_factor if scaling else 1.0
-        context.cos, context.sin = rope_table(context.positions, self.frequencies, x.dtype, interleaved, factor)
+        context.take_angles(self.spec, self.frequencies, x.dtype)
         return x
 
     def finish(

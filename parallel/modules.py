@@ -1,17 +1,19 @@
 """The modules of a block. Each owns its norm and returns this rank's *partial* sum; the block reduces.
 
-`MATRICES` names a module's large weights, which CPU ranks keep in a layout of their own (pack.py).
+`PRODUCTS` names the methods that are a module's large products; CPU ranks put kernels of their own in their place
+(native.py).
 
 Letters: T tokens, h hidden, H this rank's query heads, K its KV heads, D head dim.
 """
 
 from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepladder.kernels.linear import linear
+from stepladder.kernels.cpu.native import Rotation
 from stepladder.kernels.norm import layer_norm, rms_norm
 from stepladder.kernels.rope import rotate
 from stepladder.parallel.context import Context
@@ -20,6 +22,14 @@ from stepladder.parallel.shards import Piece, Shard, Sharded, columns, rows, who
 from stepladder.parallel.spec import ModelSpec
 
 NORMS = {"rms": rms_norm, "layer": layer_norm}
+
+
+class Product(NamedTuple):
+    """A method that is (swiglu)(norm(x) W^T + b). weight: the name of W; b is called like it, with `_bias` behind."""
+
+    weight: str
+    normed: bool = False
+    gated: bool = False
 
 
 class Norm(nn.Module):
@@ -37,8 +47,8 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the step's contexts; query, key and value come from one matrix product."""
 
-    MATRICES = ("qkv", "out")
-    linear = staticmethod(linear)
+    PRODUCTS: ClassVar = {"project_in": Product("qkv", normed=True), "project_out": Product("out")}
+    rotate_and_store: Rotation  # where the kernels are native
 
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()
@@ -64,21 +74,32 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
-        qkv = self.linear(self.norm(x), self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
+        return self.project_out(context.mix(self, self.project_in(x)))
+
+    def project_in(self, x: Tensor) -> Tensor:
+        """[T, h] -> queries, keys and values side by side, [T, (H + 2 K) D]."""
+        return F.linear(self.norm(x), self.qkv, self.qkv_bias)
+
+    def project_out(self, mixed: Tensor) -> Tensor:
+        """What attention gave, [T, H D] -> partial [T, h]."""
+        return F.linear(mixed, self.out, self.out_bias)
+
+    def rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, (H + 2 K) D] -> queries [T, H, D] and keys [T, K, D], turned by their positions, and values [T, K, D]."""
+        qkv = qkv.view(len(qkv), -1, self.head_dim)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is None or self.k_norm is None:
             qk = qkv[:, : self.num_heads + self.num_kv_heads]
         else:
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        q, k = rotate(qk, context.cos, context.sin, self.interleaved).split([self.num_heads, self.num_kv_heads], dim=1)
-        return self.linear(context.attend(self.layer, q, k, v, self.window).flatten(1), self.out, self.out_bias)
+        q, k = rotate(qk, cos, sin, self.interleaved).split([self.num_heads, self.num_kv_heads], dim=1)
+        return q, k, v
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2002.05202): down(silu(gate x) * up x); gate and up in one matrix product."""
 
-    MATRICES = ("gate_up", "down")
-    linear = staticmethod(linear)
+    PRODUCTS: ClassVar = {"project_in": Product("gate_up", normed=True, gated=True), "project_out": Product("down")}
 
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()
@@ -96,19 +117,23 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
-        gate, up = self.linear(self.norm(x), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        return self.linear(F.silu(gate) * up, self.down, self.down_bias)
+        return self.project_out(self.project_in(x))
+
+    def project_in(self, x: Tensor) -> Tensor:
+        """[T, h] -> what the gates let through, [T, inner]."""
+        gate, up = F.linear(self.norm(x), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def project_out(self, inner: Tensor) -> Tensor:
+        """[T, inner] -> partial [T, h]."""
+        return F.linear(inner, self.down, self.down_bias)
 
 
 class VocabParallel(nn.Module):
     """A vocabulary matrix split by rows over the ranks, used as embedding, as head, or (tied) as both.
 
-    The vocabulary is padded with zero rows to a multiple of the group's size. `packed` is
-    the head's own copy, laid out for the CPU.
+    The vocabulary is padded with zero rows to a multiple of the group's size.
     """
-
-    linear = staticmethod(linear)
-    packed: Tensor | None
 
     def __init__(self, spec: ModelSpec, what: str, shard: Shard) -> None:
         super().__init__()
@@ -117,7 +142,7 @@ class VocabParallel(nn.Module):
         part = range(min(self.first, spec.vocab_size), min(self.first + height, spec.vocab_size))
         shape = (spec.vocab_size, spec.hidden_size)
         self.weight = Sharded.of(rows(spec.tensor(what), shape, part), dtype=spec.dtype, rows=height)
-        self.whole, self.scale, self.packed = shard.size == 1, spec.logit_scale, None
+        self.whole, self.scale = shard.size == 1, spec.logit_scale
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] -> partial [T, h]: zeros for the tokens that other ranks hold."""
@@ -129,8 +154,12 @@ class VocabParallel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[R, h] -> this rank's columns of the logits, [R, padded vocabulary / ranks]."""
-        logits = self.linear(x, self.weight if self.packed is None else self.packed)
+        logits = self.project_out(x)
         return logits if self.scale == 1 else logits * self.scale
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """The product of the head: [R, h] -> [R, rows]."""
+        return F.linear(x, self.weight)
 
 
 def _name(spec: ModelSpec, seat: str, layer: int, what: str, part: str = "weight") -> str:

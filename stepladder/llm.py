@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from stepladder.kernels.once import CACHE
 from stepladder.parallel.mesh import SingleRank
 from stepladder.workers import assembly
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
 from stepladder.workers.model_check import check_model
 from stepladder.workers.sizing import check_kv, fitting, kv_size
-from stepladder.workers.source.once import CACHE
 from stepladder.workers.source.resolve import resolve
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import plain

@@ -13,7 +13,7 @@ from stepladder.parallel.balance import balanced
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.native import AUTO, TORCH, choose
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.engine import Engine
@@ -34,7 +34,7 @@ def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: 
         ValueError: the checkpoint or an option is unusable.
     """
     capture = CudaCapture(mesh.device) if config.graphs_on(mesh.device) else None
-    return whole_executor(spec, path, mesh, batch_invariant=config.batch_invariant, capture=capture, balance=balance)
+    return whole_executor(spec, path, mesh, kernels=config.wanted_kernels, capture=capture, balance=balance)
 
 
 def begin(
@@ -60,7 +60,7 @@ def whole_executor(
     num_blocks: int = 0,
     block_size: int = 16,
     measure_every: int = 16,
-    batch_invariant: bool = False,
+    kernels: str = AUTO,
     capture: Capture | None = None,
     balance: bool = False,
 ) -> Executor:
@@ -73,14 +73,14 @@ def whole_executor(
     """
     with torch.device(mesh.device):
         model = Transformer(spec, balanced(spec, mesh.shard) if balance else mesh.shard, mesh.all_reduce)
-    fill(model, path, batch_invariant, mesh)
-    executor = Executor(WholeForward(model, mesh, measure_every, batch_invariant, capture), mesh)
+    fill(model, path, mesh, TORCH if capture else kernels)
+    executor = Executor(WholeForward(model, mesh, measure_every, capture), mesh)
     if num_blocks:
         executor.allocate(num_blocks, block_size)
     return executor
 
 
-def fill(model: Transformer, path: str | Path, batch_invariant: bool, mesh: Mesh) -> None:
+def fill(model: Transformer, path: str | Path, mesh: Mesh, kernels: str = AUTO) -> None:
     """Weights for inference, laid out for this machine; `mesh` notes how far that is."""
     load_weights(model.requires_grad_(False), path, mesh.note_loaded)
-    pack_weights(model, batch_invariant)
+    choose(model, kernels)

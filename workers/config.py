@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from stepladder.parallel.native import AUTO, KERNELS, NATIVE, TORCH
 from stepladder.parallel.spec import DTYPES, ModelSpec
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.server.queue_limits import QueueLimits
@@ -75,8 +76,10 @@ class EngineConfig:
         max_queue_seconds: the same for how long the newest would probably wait, from how fast the queue has moved.
         threads: CPU threads per rank; None shares the machine's cores among the ranks on it.
         dtype: of weights, activations and KV cache; None takes the checkpoint's.
-        batch_invariant: round every row alike in any batch, so that a request gets the same tokens alone, in any
-            company, at any chunk size and after a replay. On CPU only.
+        kernels: of CPU ranks: `native`, `torch`, or `auto`, which takes native ones where they can be compiled.
+        batch_invariant: insist that a request gets the same tokens alone, in any company, at any chunk size and after a
+            replay. Native kernels see to that by themselves; so this refuses to run without them, and lets more than
+            two tensor-parallel ranks add up in their own order, which sends up to twice as much.
         lookahead: how many steps are queued behind the one whose tokens are read, 0 or 1; None is 1 on CUDA, where the
             device then works while the host plans, and 0 on CPU, where there is nothing to gain.
         cuda_graphs: launch a decode step as one CUDA graph; None does so on CUDA.
@@ -90,6 +93,7 @@ class EngineConfig:
     max_queue_seconds: float = 30.0
     threads: int | None = None
     dtype: str | None = None
+    kernels: str = AUTO
     batch_invariant: bool = False
     lookahead: int | None = None
     cuda_graphs: bool | None = None
@@ -102,6 +106,10 @@ class EngineConfig:
                 raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be above 0")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"engine.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}, or null")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"engine.kernels is {self.kernels!r}; it must be one of {', '.join(KERNELS)}")
+        if self.batch_invariant and self.kernels == TORCH:
+            raise ValueError("engine.batch_invariant needs native kernels, but engine.kernels is torch; set it to auto")
         if self.lookahead not in (None, 0, 1):
             raise ValueError(f"engine.lookahead is {self.lookahead}; it must be 0, 1 or null")
 
@@ -110,6 +118,11 @@ class EngineConfig:
         return QueueLimits(
             tokens=self.max_queued_tokens, requests=self.max_queued_requests, seconds=self.max_queue_seconds
         )
+
+    @property
+    def wanted_kernels(self) -> str:
+        """What `choose` is asked for."""
+        return NATIVE if self.batch_invariant else self.kernels
 
     def of(self, spec: ModelSpec) -> ModelSpec:
         """The model as this engine runs it."""

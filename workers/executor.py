@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from stepladder.kernels.transfer import upload
-from stepladder.parallel.context import KVCache
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
 from stepladder.workers.codec import PlanCodec
@@ -38,7 +37,7 @@ class Executor:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Make the KV cache; equal on every rank, and before the first step."""
-        self.cache = self._cache_of(num_blocks + self.forward.spare_blocks, block_size)
+        self.cache = self.model.cache(num_blocks + self.forward.spare_blocks, block_size)
         self.forward.begin(self.cache)
 
     @torch.inference_mode()
@@ -49,7 +48,7 @@ class Executor:
         blocks serve all, since nobody looks at the result. Of both, all logits are gathered and drawn from.
         """
         blocks, count = -(-tokens // block_size), min(sequences, tokens)
-        cache = self._cache_of(blocks, block_size)
+        cache = self.model.cache(blocks, block_size)
         samples = [Sample(row, tokens, _ALL_COPIES, [0] * tokens, 1) for row in range(count)]
         for starts, lengths in (([0], [tokens]), ([tokens - 1] * count, [1] * count)):
             ids = torch.zeros(sum(lengths), dtype=torch.int64, device=self.mesh.device)
@@ -108,6 +107,3 @@ class Executor:
             self._last_drawn = given.new_empty(missing)
         drawn = self.mesh.share(self._last_drawn[:missing])
         return torch.where(given < 0, drawn[(-1 - given).clamp_min(0)], given)
-
-    def _cache_of(self, num_blocks: int, block_size: int) -> KVCache:
-        return KVCache(self.model.spec, self.model.num_kv_heads, num_blocks, block_size, self.mesh.device)

@@ -49,7 +49,6 @@ class WholeForward(Forward):
     Args:
         model: this rank's shard. mesh: its group.
         measure_every: on CPU, reduces of every n-th step are time-stamped.
-        batch_invariant: round every row alike in any batch. The mesh must then be an `ordered` one.
         capture: records decode steps, so that they are launched as one; None launches every kernel by itself.
     """
 
@@ -58,14 +57,11 @@ class WholeForward(Forward):
         model: Transformer,
         mesh: Mesh,
         measure_every: int = 16,
-        batch_invariant: bool = False,
         capture: Capture | None = None,
     ) -> None:
-        assert not (batch_invariant and capture), "graphs round as the batch has it"
         self.model, self._mesh, self._capture = model, mesh, capture
         self._measure_every, self._steps = measure_every, 0
         self._measures = mesh.device.type == "cpu"  # the stamps are the host's, which on CUDA is far ahead
-        self._batch_invariant = batch_invariant
         self.spare_blocks = 1 if capture else 0
         self.graphs: DecodeGraphs | None = None
 
@@ -83,5 +79,5 @@ class WholeForward(Forward):
         return hidden[upload(plan.rows, self._mesh.device)] if plan.rows else hidden[:0]
 
     def alone(self, plan: StepPlan, tokens: Tensor, cache: KVCache) -> Tensor:
-        context = PagedSequences(cache, plan.starts, plan.lengths, plan.block_tables, self._batch_invariant)
+        context = PagedSequences(cache, plan.starts, plan.lengths, plan.block_tables)
         return self.model(tokens, context)

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 
+from stepladder.kernels.once import CACHE
 from stepladder.parallel.mesh import Mesh, join
 from stepladder.parallel.rendezvous import open_store
 from stepladder.parallel.shards import Shard
@@ -20,7 +21,6 @@ from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.model_check import check_memory
 from stepladder.workers.sizing import fitting
-from stepladder.workers.source.once import CACHE
 from stepladder.workers.source.resolve import resolve
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig
 
-from stepladder.launch.build import build, plain
 from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.report import Report, publish
+from stepladder.launch.typed_config import build, plain
 from stepladder.launch.where import CONF, FOLDER
 
 SUITES = sorted(path.stem for path in Path(CONF, "suite").glob("*.yaml"))

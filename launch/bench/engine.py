@@ -20,8 +20,8 @@ import torch
 from stepladder import LLM
 from stepladder.kernels.linear import can_pack, linear, pack
 from stepladder.launch.bench.overhead import cpu_seconds_of_serving
-from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
+from stepladder.launch.typed_config import check_counts
 from stepladder.launch.where import BUNDLED
 from stepladder.workers.core import Request, SamplingParams, StepPlan
 from stepladder.workers.engine import Engine

@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepladder.cluster.config import ModelConfig
-from stepladder.launch.build import check_counts
 from stepladder.launch.recipes.convert import some
 from stepladder.launch.recipes.corpus import standard_library
 from stepladder.launch.recipes.training import Words, size
 from stepladder.launch.report import Goal, Report, Row
+from stepladder.launch.typed_config import check_counts
 from stepladder.parallel.afd.edges import GlooEdge
 from stepladder.parallel.afd.pool_link import Layout, Link
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide

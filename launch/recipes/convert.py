@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from stepladder.cluster.monitor import Monitors
-from stepladder.launch.build import check_counts
+from stepladder.kernels.once import CACHE
 from stepladder.launch.json_files import kept, write_json
 from stepladder.launch.recipes.convert_report import BEFORE, WRITTEN, publish
 from stepladder.launch.recipes.corpus import Corpus, Document, standard_library
 from stepladder.launch.recipes.documents import given_text
 from stepladder.launch.recipes.training import Recipe, Words, held_out, run_with_progress, size, training_monitor
+from stepladder.launch.typed_config import check_counts
 from stepladder.parallel.checkpoint import fingerprints, load_weights, save_weights
 from stepladder.parallel.families import identity
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.typed_json import read_object
-from stepladder.workers.source.once import CACHE
 from stepladder.workers.source.resolve import resolve
 from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from stepladder.cluster.config import WANDB_MODES
 from stepladder.cluster.monitor import Monitors, open_monitor
-from stepladder.launch.build import check_counts
 from stepladder.launch.json_files import write_json
 from stepladder.launch.recipes.bpe import encode_plain, end_of_text_id, save_tokenizer
 from stepladder.launch.recipes.corpus import Document
+from stepladder.launch.typed_config import check_counts
 from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec

@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from stepladder.cluster.config import Deployment
 from stepladder.launch import ctl, fetch, generate
 from stepladder.launch.bench.__main__ import SUITES, suite_of
-from stepladder.launch.build import build, plain
 from stepladder.launch.serve import deployment_of
+from stepladder.launch.typed_config import build, plain
 from tests.fresh import SOURCES
 
 ROOT = Path(__file__).parents[2]

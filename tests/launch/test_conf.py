@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from stepladder.cluster.config import Deployment
 from stepladder.cluster.gateway.metrics import Metrics
 from stepladder.launch.bench.__main__ import suite_of
-from stepladder.launch.build import build, plain
 from stepladder.launch.generate import GenerateConfig
 from stepladder.launch.serve import deployment_of
 from stepladder.launch.train import recipe_of
+from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.params import SamplingParams
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from stepladder import LLM, SamplingParams
+from stepladder.kernels.once import made_once
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.source import packaged
 from stepladder.workers.source import resolve as resolving
-from stepladder.workers.source.once import made_once
 from stepladder.workers.source.packaged import PACKAGED, PackagedModel, fetch
 from stepladder.workers.source.resolve import NoModel, resolve
 from tests.gguf_files import Q8_0, byte_level, write_checkpoint, write_gguf

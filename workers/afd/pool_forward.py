@@ -11,6 +11,7 @@ from stepladder.parallel.afd.pool_link import Link, Pool
 from stepladder.parallel.afd.sides import AttentionSide
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.native import AUTO
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import best_number, split
@@ -31,7 +32,6 @@ class PoolForward(Forward):
         model: this rank's half.
         member: of the FFN pool.
         micro_batches: how many a step is split into; None measures, with steps of `probe_sequences` sequences.
-        batch_invariant: round every row alike in any batch.
 
     Attributes:
         waited: seconds spent waiting for F.
@@ -45,10 +45,9 @@ class PoolForward(Forward):
         member: Membership,
         micro_batches: int | None,
         probe_sequences: int,
-        batch_invariant: bool = False,
     ) -> None:
         self.model, self.member, self.micro_batches = model, member, micro_batches
-        self._probe_sequences, self._batch_invariant = probe_sequences, batch_invariant
+        self._probe_sequences = probe_sequences
         self.waited = 0.0
 
     def run(self, plan: StepPlan, tokens: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class PoolForward(Forward):
         if link is None:
             link = self.member.open([len(piece.tokens) for piece in pieces])
             pieces += [StepPlan()] * (link.layout.micro_batches - len(pieces))
-        contexts = [PagedSequences(cache, p.starts, p.lengths, p.block_tables, self._batch_invariant) for p in pieces]
+        contexts = [PagedSequences(cache, p.starts, p.lengths, p.block_tables) for p in pieces]
         hidden = self.model(tokens.split([len(piece.tokens) for piece in pieces]), contexts, link)
         if isinstance(link, Link):
             self.waited += link.waited
@@ -83,7 +82,7 @@ class PoolForward(Forward):
     def _measure(self) -> int:
         """Micro-batches that keep F busy, from whole steps of decoding with the pool as it is."""
         count, layers = self._probe_sequences, self.model.spec.num_layers
-        cache = KVCache(self.model.spec, self.model.num_kv_heads, count, 1)
+        cache = self.model.cache(count, 1)
         plan = StepPlan([0] * count, [0] * count, [1] * count, [[i] for i in range(count)])
         waits: list[float] = []
         ffn: list[float] = []
@@ -105,11 +104,11 @@ def attention_executor(
     member: Membership,
     micro_batches: int | None,
     probe_sequences: int,
-    batch_invariant: bool = False,
+    kernels: str = AUTO,
     mesh: SingleRank | None = None,
 ) -> Executor:
     """The attention half of the model on one rank, FFNs in a pool; arguments as `PoolForward`'s."""
     mesh = mesh or SingleRank()
-    fill(model := AttentionSide(spec), path, batch_invariant, mesh)
-    forward = PoolForward(model, member, micro_batches, probe_sequences, batch_invariant)
+    fill(model := AttentionSide(spec), path, mesh, kernels)
+    forward = PoolForward(model, member, micro_batches, probe_sequences)
     return Executor(forward, mesh)

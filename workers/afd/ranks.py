@@ -75,7 +75,7 @@ class AttentionRank(EngineRank):
         number = fixed_number(afd.schedule, afd.micro_batches, self._spec)
         assert self._mesh.shard.size == 1, "no tensor-parallel group of attention ranks yet"
         return attention_executor(
-            self._spec, path, member, number, engine.max_sequences, engine.batch_invariant, self._mesh
+            self._spec, path, member, number, engine.max_sequences, engine.wanted_kernels, self._mesh
         )
 
     def _serve(self, server: EngineServer) -> None:
@@ -98,7 +98,7 @@ class FeedForwardRank(Rank):
         self._store.set_timeout(self._timeout)
         side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce)
         side.clock = self._mesh.clock
-        fill(side, path, config.engine.batch_invariant, self._mesh)
+        fill(side, path, self._mesh, config.engine.wanted_kernels)
         wire = wire_to_ffn(config.afd.wire, self._spec)
         self._pool = FeedForwardPool(config, side, self._mesh, self._connect, self._silence, wire)
         return UNBOUNDED

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from stepladder.workers.source.once import made_once
+from stepladder.kernels.once import made_once
 
 log = logging.getLogger(__name__)
 

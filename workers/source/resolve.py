@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from stepladder.workers.source.once import CACHE, made_once
+from stepladder.kernels.once import CACHE, made_once
 from stepladder.workers.source.packaged import PACKAGED, fetch
 
 PAGE, PAGES = 1 << 16, 256  # of a file, read to tell it from others

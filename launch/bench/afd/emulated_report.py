@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from stepladder.launch.bench.afd.emulated import ROWS, Case, Measured, measure
 from stepladder.launch.bench.afd.formula import Times, micro_batches, per_layer
-from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Row, at_least
+from stepladder.launch.typed_config import check_counts
 
 
 @dataclass(frozen=True, kw_only=True)

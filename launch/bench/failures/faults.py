@@ -5,7 +5,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stepladder.launch.build import check_counts
+from stepladder.launch.typed_config import check_counts
 
 
 class Fault(NamedTuple):

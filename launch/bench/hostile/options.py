@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 
-from stepladder.launch.build import check_counts
+from stepladder.launch.typed_config import check_counts
 
 
 @dataclass(frozen=True, kw_only=True)

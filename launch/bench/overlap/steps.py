@@ -11,11 +11,11 @@ from torch import Tensor
 from stepladder.launch.bench.overlap.task import BOUND, VARIANTS, WIRINGS, Case
 from stepladder.launch.bench.rig.meeting import meet, settle
 from stepladder.parallel.balance import balanced
-from stepladder.parallel.context import KVCache, PagedSequences
+from stepladder.parallel.context import PagedSequences
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
-from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.native import choose
 from stepladder.parallel.residual import Block, Done, Reduce
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.wiring import SEATS, wiring
@@ -31,7 +31,7 @@ def random_model(spec: ModelSpec, mesh: Mesh, balance: bool = False) -> Transfor
     with torch.device(mesh.device):
         model = Transformer(spec, placement, mesh.all_reduce).requires_grad_(False)
     init_weights(model, spec, seed=mesh.shard.rank)
-    pack_weights(model)
+    choose(model)
     return model
 
 
@@ -51,7 +51,7 @@ class Steps:
         self.blocks = {name: rewired(model, name) for name in WIRINGS}
         self.blocks[BOUND] = self.blocks["standard"]
         width = -(-(case.context + case.length) // BLOCK_SIZE)
-        self.cache = KVCache(model.spec, model.num_kv_heads, case.batch * width, BLOCK_SIZE, mesh.device)
+        self.cache = model.cache(case.batch * width, BLOCK_SIZE)
         self._tables = [list(range(i * width, (i + 1) * width)) for i in range(case.batch)]
         draw = torch.Generator().manual_seed(0)
         self._tokens = torch.randint(0, model.spec.vocab_size, (case.tokens,), generator=draw).to(mesh.device)

@@ -26,8 +26,8 @@ from stepladder.launch.bench.rig.hosts import Hosts
 from stepladder.launch.bench.rig.paired import Ratio, paired_ratio
 from stepladder.launch.bench.rig.perfetto import write_trace
 from stepladder.launch.bench.rig.processes import Ranks, Start
-from stepladder.launch.build import check_counts
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
+from stepladder.launch.typed_config import check_counts
 
 RANKS = 2
 PROCESS = "stepladder.launch.bench.overlap.rank"

@@ -129,7 +129,7 @@ class AttentionRank(HalfRank[AttentionSide]):
 
     @lru_cache(maxsize=1)  # noqa: B019 a process has one rank
     def _batch(self, load: Load) -> Batch:
-        return Batch(self.spec, load, range(self.spec.num_kv_heads), range(load.batch))
+        return Batch(self.spec, load, range(self.spec.num_kv_heads), range(load.batch), self.side.native)
 
 
 class FeedForwardRank(HalfRank[FeedForwardSide]):

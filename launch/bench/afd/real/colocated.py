@@ -77,10 +77,12 @@ class ColocatedRank(Rank):
     @lru_cache(maxsize=2)  # noqa: B019 a process has one rank
     def _batch(self, kind: str, load: Load) -> Batch:
         if kind == TP:
-            return Batch(self.spec, load, heads_of(self.spec, self.shard).kv, range(load.batch))
+            return Batch(
+                self.spec, load, heads_of(self.spec, self.shard).kv, range(load.batch), self._models[kind].native
+            )
         first = micro_sizes(load.batch, RANKS)[0]
         which = range(first) if self.shard.rank == 0 else range(first, load.batch)
-        return Batch(self.spec, load, range(self.spec.num_kv_heads), which)
+        return Batch(self.spec, load, range(self.spec.num_kv_heads), which, self._models[kind].native)
 
 
 if __name__ == "__main__":

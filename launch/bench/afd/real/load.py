@@ -16,19 +16,21 @@ class Batch:
     """Some sequences of a load with some of its KV heads; the same keys and values whoever holds them.
 
     Args:
-        heads: of the KV heads. which: of the sequences.
+        heads: of the KV heads. which: of the sequences. native: as the rank's model has its cache.
     """
 
-    def __init__(self, spec: ModelSpec, load: Load, heads: range, which: range) -> None:
+    def __init__(self, spec: ModelSpec, load: Load, heads: range, which: range, native: bool) -> None:
         self.load, self._which = load, which
         self._width = -(-(load.context + load.steps + 1) // BLOCK_SIZE)
-        self.cache = KVCache(spec, len(heads), len(which) * self._width, BLOCK_SIZE)
+        self.cache = KVCache(spec, len(heads), len(which) * self._width, BLOCK_SIZE, native_layout=native)
         draw = torch.Generator().manual_seed(1)
         blocks = range(which.start * self._width, which.stop * self._width)
         shape = (spec.num_layers, load.batch * self._width, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-        for mine in (self.cache.keys, self.cache.values):
-            whole = torch.randn(shape, generator=draw)
-            mine.copy_(whole[:, blocks.start : blocks.stop, :, heads.start : heads.stop])
+        keys, values = (
+            torch.randn(shape, generator=draw)[:, blocks.start : blocks.stop, :, heads.start : heads.stop]
+            for _ in range(2)
+        )
+        self.cache.put(keys, values)
         tokens = torch.randint(0, spec.vocab_size, (load.batch,), generator=draw)
         self.first = tokens[which.start : which.stop]
 

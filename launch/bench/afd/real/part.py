@@ -19,7 +19,7 @@ from stepladder.launch.bench.afd.real.task import LADDER, LAG0, Load
 from stepladder.launch.bench.rig import netns
 from stepladder.launch.bench.rig.hosts import Hosts
 from stepladder.launch.bench.rig.processes import Ranks, Start
-from stepladder.launch.build import check_counts
+from stepladder.launch.typed_config import check_counts
 
 PROCESSES = ("stepladder.launch.bench.afd.real.apart", "stepladder.launch.bench.afd.real.colocated")
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from stepladder.kernels.rope import rope_table
 from stepladder.launch.bench.afd.real.load import Batch
 from stepladder.launch.bench.afd.real.task import Decoded, Modules, Task, Transfer
 from stepladder.launch.bench.rig.spans import Recorder
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import PagedSequences
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.native import choose
 from stepladder.parallel.wiring import SEATS
 
 TRIES = 3  # of one measurement of a transfer
@@ -34,7 +33,7 @@ class Rank(ABC):
         self.record, self._models, self._late, self._ways = Recorder(), models, late, ways
         for model in models.values():
             load_weights(model, path)
-            pack_weights(model)
+            choose(model)
         self._plain = {kind: model.blocks for kind, model in models.items()}
         self._blocks = {
             (kind, lag): [self.record.block(b, b.name, lag) for b in plain]
@@ -75,9 +74,7 @@ class Rank(ABC):
         """The modules of a step with so many of the batch's rows, and what is left of it but communication."""
         model, first, began = self._models[kind], batch.first[:rows], perf_counter()
         (context,) = batch.contexts(0, [len(first)])
-        interleaved = model.spec.rope_interleaved
-        context.cos, context.sin = rope_table(context.positions, model.frequencies, model.spec.dtype, interleaved)
-        x = model.embedding.embed(first)
+        x = model.embed(first, context)
         model.logits(model.norm(x)).argmax(-1)
         return self.layer_alone(kind, x, context, perf_counter() - began)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from omegaconf import OmegaConf
 
-from stepladder.launch.build import build, plain
+from stepladder.launch.typed_config import build, plain
 
 
 @dataclass(frozen=True, kw_only=True)

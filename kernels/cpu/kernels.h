@@ -1,0 +1,81 @@
+// What the kernels are called with: plain pointers, so that only library.cpp has to know what a tensor is.
+//
+// Letters: T rows (tokens), K inputs, N outputs, H query heads, G of them per KV head, D head dim.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include "vec.h"
+
+namespace stepladder {
+
+constexpr int PANEL = 64;         // outputs of a panel
+constexpr int64_t SMALL = 32768;  // multiply-adds that take a few microseconds: less than another thread's waking up
+
+enum class Form { fp32, bf16, fp16 };
+
+struct Numbers {  // a tensor's memory
+  void* data;
+  Form form;
+};
+
+// f(pointer) with the pointer's own type.
+template <class F> static inline auto typed(Numbers n, F f) {
+  switch (n.form) {
+    case Form::bf16: return f((bf16*)n.data);
+    case Form::fp16: return f((fp16*)n.data);
+    default: return f((float*)n.data);
+  }
+}
+
+// f(first, last) over [0, n), on torch's threads if all of it is `work` multiply-adds enough.
+template <class F> static inline void share(int64_t n, int64_t work, F f) {
+  if (work < SMALL) return f(0, n);
+  at::parallel_for(0, n, 1, f);
+}
+
+struct Norm {  // weight: fp32; layer: subtract the mean (Ba et al. 1607.06450), else RMS (Zhang & Sennrich 2019, eq. 4)
+  const float* weight;
+  float eps;
+  bool layer;
+};
+
+// One row of K numbers.
+void norm_row(const float* x, float* y, int64_t K, const Norm& norm);
+
+// x [T, K] -> y [T, K].
+void norm_rows(Numbers x, Numbers y, int64_t T, int64_t K, const Norm& norm);
+
+struct Matrix {  // panels: [N / 64][K][64]; gated: of a panel the first 32 are gates, the others what they let through
+  Numbers panels;
+  const float* bias;  // [N / 64][64], or null
+  int64_t N, K;
+  bool gated;
+};
+
+// x [T, K] -> y [T, N], or silu(gate x) * up x [T, N / 2]; `norm`, unless null, is of each row of x first.
+void product(Numbers x, int64_t T, const Norm* norm, const Matrix& matrix, Numbers y);
+
+struct Heads {
+  int64_t H, kv, D;
+  int64_t width() const { return (H + 2 * kv) * D; }
+};
+
+struct Pages {  // keys [blocks, kv, size / lane, D, lane], values [blocks, kv, size, D]
+  Numbers keys, values;
+  int64_t size, lane;
+};
+
+// qkv [T, (H + 2 kv) D]: query and key heads normed (unless null) and turned, keys and values into the pages' slots [T].
+// cos, sin [T, D]. Weights of the norms: [H, D] and [kv, D]. Queries [T, H, D] come out.
+void rotate(const float* qkv, const float* cos, const float* sin, const int64_t* slots, int64_t T, Heads heads,
+            const Norm* q_norm, const Norm* k_norm, bool interleaved, const Pages& pages, float* q);
+
+struct Batch {  // sequences [B]: rows first[b] to first[b + 1], at `positions` [T]; tables [B, width] of cache blocks
+  const int64_t *first, *positions, *tables;
+  int64_t B, width;
+};
+
+// q [T, H, D] -> y [T, H, D]. A row sees its own position and those before it, or the last `window` of these if not 0.
+void attend(const float* q, const Pages& pages, const Batch& batch, Heads heads, int64_t window, float* y);
+
+}  // namespace stepladder
