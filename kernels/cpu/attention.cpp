@@ -84,7 +84,7 @@ void run(const Task& task, const float* q, const Pages& pages, const C* keys, co
       multiply(scratch.q.data(), D, R, keys + page(p) + p % pages.size * D, lane, scores + p - low, width, D, lane, true);
     float part_top[ROWS], part_total[ROWS];
     for (int64_t r = 0; r < R; r++)
-      part_top[r] = soften(scores + r * width, n, std::max(from[r], start) - low, to[r] - low, part_total + r);
+      part_top[r] = soften(scores + r * width, n, std::max(from[r], start) - low, std::min(to[r], high) - low, part_total + r);
     for (int64_t p = start; p < high;) {
       const int64_t stop = std::min((p / pages.size + 1) * pages.size, high);
       multiply(scores + p - low, width, R, values + page(p) + p % pages.size * D, D, part, D, stop - p, D, p == start);
