@@ -80,6 +80,14 @@ class BlockManager:
             if key not in self._block_of and block not in self._key_of:
                 self._block_of[key], self._key_of[block] = block, key
 
+    def trim(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take back the blocks behind its first `num_tokens` tokens: those drafted for them were not accepted."""
+        while len(sequence.blocks) * self.block_size >= num_tokens + self.block_size:
+            block = sequence.blocks.pop()
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free[block] = None
+
     def forget(self) -> None:
         """Know no content any more; whoever holds blocks keeps them."""
         self._key_of.clear()

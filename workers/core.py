@@ -1,7 +1,7 @@
 """The vocabulary: what a request is, what a step runs, what comes back. Pure host data; read this file first.
 
-A step is one flat, ragged batch. A prefill chunk, a decode token and (later) the verification of drafted tokens are the
-same thing in it: "run these q tokens of sequence s". There is no other kind of step.
+A step is one flat, ragged batch. A prefill chunk, a decode token and the verification of drafted tokens are the same
+thing in it: "run these q tokens of sequence s". There is no other kind of step.
 """
 
 from collections.abc import Sequence as Seq
@@ -114,6 +114,8 @@ class Sequence:
             preemption, so that nothing is scored twice.
         added, scheduled: `time.monotonic()` when it came, and when it first got a place.
         constraint: has been told every token of the output that is known.
+        draft: tokens that may follow, for the next step to verify; never among `tokens` before that has accepted them.
+        drafts: somebody drafts for it, so that it waits for its last token.
     """
 
     request: Request
@@ -126,6 +128,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     added: float = field(default_factory=monotonic)
     scheduled: float | None = None
+    draft: tuple[int, ...] = ()
+    drafts: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.request.output]
@@ -164,11 +168,14 @@ class Sequence:
 
 
 class Sample(NamedTuple):
-    """A token to be drawn. Host data of rank 0, never broadcast.
+    """A token to be drawn, and behind a draft one for each drafted token, too. Host data of rank 0, never broadcast.
 
-    row: index into the plan's rows. position: where the drawn token will stand in its sequence.
+    row: index into the plan's rows; the sample owns this one and as many behind it as there are drafted tokens: row + i
+        draws what follows the first i of them.
+    position: where the first drawn token will stand in its sequence.
     tokens: the sequence's tokens, of which the first `position` precede it and the first `num_prompt` are the prompt;
-        not a copy. barred: tokens that may not be drawn; with a constraint, whether it may not end is `unending`.
+        not a copy. draft: the tokens to verify; they stand behind these.
+    barred: tokens that may not be drawn, by the first `unending` rows; with a constraint, that knows which end a text.
     """
 
     row: int
@@ -179,6 +186,24 @@ class Sample(NamedTuple):
     barred: tuple[int, ...] = ()
     constraint: Constraint | None = None
     unending: int = 0
+    draft: tuple[int, ...] = ()
+
+    @property
+    def each(self) -> "list[Sample]":
+        """One sample without a draft for every row, each with the drafted tokens before it among its tokens."""
+        if not self.draft:
+            return [self]
+        known = [*self.tokens[: self.position], *self.draft] if self.params.penalises else self.tokens
+        return [
+            self._replace(
+                row=self.row + i,
+                position=self.position + i,
+                tokens=known,
+                barred=self.barred if i < self.unending else (),
+                draft=(),
+            )
+            for i in range(1 + len(self.draft))
+        ]
 
 
 class Score(NamedTuple):
@@ -198,8 +223,9 @@ class StepPlan:
     """One step of one tensor-parallel group. An empty plan is a heartbeat.
 
     Attributes:
-        tokens: [T] token ids, sequence after sequence. -1-k is the k-th token that the step before this one draws: the
-            host need not know it, so that this step can be queued before that one is read.
+        tokens: [T] token ids, sequence after sequence, drafted tokens behind a sequence's own. -1-k is the k-th token
+            that the step before this one draws: the host need not know it, so that this step can be queued before that
+            one is read.
         starts: [B] position of each sequence's first token in this step.
         lengths: [B] how many of the tokens are this sequence's; sums to T.
         block_tables: [B] the KV blocks of each sequence, including those this step writes.
@@ -215,19 +241,25 @@ class StepPlan:
     samples: list[Sample] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
 
+    @property
+    def num_drawn(self) -> int:
+        """Rows of all samples: the tokens that the step draws."""
+        return sum(1 + len(sample.draft) for sample in self.samples)
+
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step drew and scored.
 
     Attributes:
-        tokens: one for each of the plan's samples.
+        tokens: for each of the plan's samples those that its sequence goes on with: of its draft what was accepted, and
+            one more.
         logprobs: theirs, by index of the sample, where they were asked for.
         scores: for each of the plan's scores, those of its targets.
     """
 
-    tokens: list[int]
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    tokens: list[list[int]]
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     scores: list[list[TokenLogprob]] = field(default_factory=list)
 
 

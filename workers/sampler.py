@@ -1,5 +1,9 @@
 """From logits to tokens, on rank 0. Each feature touches only the rows that ask for it, all of them at once.
 
+A draft is verified by drawing at each of its rows what plain decoding would draw there, with the same noise, and by
+going on with these as far as the draft agrees ("coupled", Daliri et al. 2408.07978): the text is plain decoding's at
+any temperature, whoever drafted.
+
 Everything is a function of the sequence's own tokens, parameters and position, so that a replay draws the same. All of
 it is queued on the device; only `Drawn.result` waits for it.
 """
@@ -25,51 +29,60 @@ class Drawn:
 
     Args:
         plan: what was asked for.
-        tokens: [samples] int64, the tokens drawn.
-        judged: log-probabilities of the samples in `asked`, then of all scores' targets; None if none are wanted.
+        tokens: int64, the tokens drawn, for every row of every sample.
+        asked: the samples whose log-probabilities are wanted.
+        judged: log-probabilities of their rows, then of all scores' targets; None if none are wanted.
 
     Attributes:
         tokens: as above, on the device.
     """
 
     def __init__(self, plan: StepPlan, tokens: Tensor, asked: list[int], judged: Judged | None) -> None:
-        self.tokens, self._asked = tokens, asked
-        self._tops = [[plan.samples[i].params.logprobs or 0] for i in asked]
+        self.tokens, self._asked, self._drafts = tokens, asked, [sample.draft for sample in plan.samples]
+        self._tops = [[plan.samples[i].params.logprobs or 0] * (1 + len(plan.samples[i].draft)) for i in asked]
         self._tops += [[score.top] * len(score.targets) for score in plan.scores]
         self._landing = Download((tokens, *(judged or ())), tokens.device)
 
     def result(self) -> StepResult:
         """Wait for it."""
         tokens, *judged = self._landing.wait()
-        found = iter(tell(Judged(*judged), list(chain(*self._tops))) if judged else ())
+        drawn, found = iter(tokens.tolist()), iter(tell(Judged(*judged), list(chain(*self._tops))) if judged else ())
+        kept = [_agreeing(draft, [next(drawn) for _ in range(1 + len(draft))]) for draft in self._drafts]
         parts = [[next(found) for _ in top] for top in self._tops]
-        logprobs = {i: one for i, (one,) in zip(self._asked, parts, strict=False)}
-        return StepResult(tokens.tolist(), logprobs, parts[len(self._asked) :])
+        logprobs = {i: part[: len(kept[i])] for i, part in zip(self._asked, parts, strict=False)}
+        return StepResult(kept, logprobs, parts[len(self._asked) :])
+
+
+def _agreeing(draft: Sequence[int], drawn: list[int]) -> list[int]:
+    """Of what was drawn behind 0, 1, ... drafted tokens, what the sequence goes on with."""
+    accepted = next((i for i, (a, b) in enumerate(zip(draft, drawn, strict=False)) if a != b), len(draft))
+    return drawn[: accepted + 1]
 
 
 @torch.inference_mode()
 def draw(logits: Tensor, plan: StepPlan) -> Drawn:
     """What a plan asks of its logits [rows, vocab]: tokens drawn, and log-probabilities where they are wanted."""
-    rows = [s.row for s in plan.samples]
-    tokens = sample(_rows(logits, rows), plan.samples)
+    each = [one for sample in plan.samples for one in sample.each]
+    tokens = sample(_rows(logits, [one.row for one in each]), each, plan.samples)
     asked = [i for i, s in enumerate(plan.samples) if s.params.logprobs is not None]
     if not asked and not plan.scores:
         return Drawn(plan, tokens, [], None)
-    rows = [rows[i] for i in asked] + [score.row + i for score in plan.scores for i in range(len(score.targets))]
+    at = [i for i, one in enumerate(each) if one.params.logprobs is not None]
+    rows = [each[i].row for i in at] + [score.row + i for score in plan.scores for i in range(len(score.targets))]
     targets = upload([target for score in plan.scores for target in score.targets], logits.device)
-    top = max([plan.samples[i].params.logprobs or 0 for i in asked] + [score.top for score in plan.scores])
-    judged = judge(logits, upload(rows, logits.device), torch.cat((_rows(tokens, asked), targets)), top)
+    top = max([each[i].params.logprobs or 0 for i in at] + [score.top for score in plan.scores])
+    judged = judge(logits, upload(rows, logits.device), torch.cat((_rows(tokens, at), targets)), top)
     return Drawn(plan, tokens, asked, judged)
 
 
-def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
+def sample(logits: Tensor, samples: list[Sample], drafted: list[Sample] | None = None) -> Tensor:
     """Draw one token per row: int64 [R], on the device.
 
     Args:
         logits: [R, vocab], any float dtype; not changed.
-        samples: R samples.
+        samples: R samples without drafts. drafted: those that they are the rows of, if that is something else.
     """
-    logits = masked(_adjusted(logits, samples), samples)
+    logits = masked(_adjusted(logits, samples), drafted or samples)
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
         return _draw(logits, samples)

@@ -25,19 +25,21 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 
 class _Part(NamedTuple):
     """A sequence's part of a step: its tokens from `start` to `stop`; whether it draws the one behind them, and whether
-    it scores its prompt."""
+    it scores its prompt; tokens behind them that it verifies."""
 
     sequence: Sequence
     start: int
     stop: int
     samples: bool
     scores: bool
+    draft: tuple[int, ...]
 
 
 class Scheduler:
     """Running sequences first, oldest first; then waiting ones while tokens, places and blocks last.
 
-    When blocks run out, the youngest running sequence gives its blocks back and is recomputed later.
+    When blocks run out, the youngest running sequence gives its blocks back and is recomputed later. Drafts get what
+    tokens and blocks are left when all that is in the plan; nobody is preempted for one.
 
     With a lookahead, a step is planned before the one under way has been read. Sequences advance when they are planned,
     and `commit` fills in what was drawn. What a step computed for a sequence that ended meanwhile is dropped. It still
@@ -113,28 +115,41 @@ class Scheduler:
     def commit(self, result: StepResult) -> list[Output]:
         """Take in what the oldest step under way drew and scored."""
         outputs, drawn, scored = [], enumerate(result.tokens), iter(result.scores)
-        for sequence, start, stop, samples, scores in self._under_way.popleft():
-            index, token = next(drawn) if samples else (-1, None)
+        for sequence, start, stop, samples, scores, draft in self._under_way.popleft():
+            index, tokens = next(drawn) if samples else (-1, [])
             prompt_logprobs = next(scored) if scores else ()
             if self._alive.get(sequence.request.id) is not sequence:  # it has ended since
                 continue
-            if sequence.blocks:  # it has not been preempted since
-                self.blocks.keep(sequence, start, stop)
             sequence.prompt_logprobs.extend(prompt_logprobs)
-            if token is not None:
-                outputs.append(self._extend(sequence, stop, token, result.logprobs.get(index)))
+            if draft and sequence.blocks:  # it has not been preempted since
+                sequence.num_computed -= 1 + len(draft) - len(tokens)
+                self.blocks.trim(sequence, sequence.num_computed)
+            if tokens:
+                outputs.append(self._extend(sequence, start, stop, tokens, result.logprobs.get(index)))
+            elif sequence.blocks:
+                self.blocks.keep(sequence, start, stop)
         return outputs
 
     def check_integrity(self) -> None:
         self.blocks.check_integrity([*self.running, *self.waiting])
 
     def _plan(self) -> StepPlan:
-        plan, budget, preempted = StepPlan(), self.config.max_step_tokens, self.num_preemptions
+        budget, preempted, chosen = self.config.max_step_tokens, self.num_preemptions, dict[Sequence, int]()
         for sequence in list(self.running):
             if sequence in self.running:  # it may have been preempted for an older one meanwhile
-                budget -= self._plan_running(plan, sequence, budget)
-        if self.num_preemptions > preempted:  # no blocks: what was preempted waits at the front, at least one step
-            return plan
+                chosen[sequence] = self._room_for(sequence, budget)
+                budget -= chosen[sequence]
+        if self.num_preemptions == preempted:  # else what was preempted waits at the front, at least one step
+            budget -= self._admit(chosen, budget)
+        plan = StepPlan()
+        for sequence, tokens in chosen.items():
+            if tokens and sequence in self.running:
+                budget -= self._append(plan, sequence, tokens, budget)
+        return plan
+
+    def _admit(self, chosen: dict[Sequence, int], budget: int) -> int:
+        """Waiting sequences that get a place; how many tokens they take."""
+        before = budget
         while self.waiting and budget and len(self.running) < self.config.max_sequences:
             sequence = self.waiting[0]
             if not len(sequence.unscored):  # the logits of a prompt that is to be scored are needed
@@ -146,9 +161,9 @@ class Scheduler:
             self.blocks.count_lookup(sequence)
             self.running.append(self.waiting.popleft())
             sequence.scheduled = sequence.scheduled or monotonic()
-            self._append(plan, sequence, tokens)
+            chosen[sequence] = tokens
             budget -= tokens
-        return plan
+        return before - budget
 
     def _admits(self, sequence: Sequence) -> bool:
         """Room for its whole prompt and one block per running sequence, so that admission does not cause preemption."""
@@ -156,21 +171,30 @@ class Scheduler:
             not self.running
         )
 
-    def _plan_running(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
+    def _room_for(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of a running sequence the step takes; it has the blocks for them then."""
         tokens = 0 if self._must_wait(sequence) else min(sequence.num_pending, budget)
         while tokens and not self.blocks.grow(sequence, sequence.num_computed + tokens):
             if self._preempt_youngest() is sequence:
                 return 0
-        if tokens:
-            self._append(plan, sequence, tokens)
         return tokens
+
+    def _take_draft(self, sequence: Sequence, stop: int, budget: int) -> tuple[int, ...]:
+        """Of the draft of a sequence that decodes at `stop`, what tokens, blocks and its limits have room for. The last
+        token that it may have is drawn, so that it need not be drafted."""
+        draft, sequence.draft = sequence.draft, ()
+        room = min(len(draft), budget, sequence.request.params.max_tokens - sequence.num_output - 1)
+        while room > 0 and not self.blocks.grow(sequence, stop + room):
+            room -= 1
+        return draft[: max(0, room)]
 
     @staticmethod
     def _must_wait(sequence: Sequence) -> bool:
         """Whether it cannot go on before its last token is known: it ends with that one, or the next depends on it in
         ways that the host has to work out."""
         params, depends = sequence.request.params, sequence.constraint is not None
-        return sequence.is_drawing and (depends or params.penalises or sequence.num_output >= params.max_tokens)
+        depends = depends or params.penalises or sequence.drafts
+        return sequence.is_drawing and (depends or sequence.num_output >= params.max_tokens)
 
     def _preempt_youngest(self) -> Sequence:
         victim = self.running.pop()
@@ -184,43 +208,63 @@ class Scheduler:
         self.blocks.release(sequence)
         sequence.num_computed = 0
 
-    def _append(self, plan: StepPlan, sequence: Sequence, tokens: int) -> None:
+    def _append(self, plan: StepPlan, sequence: Sequence, tokens: int, budget: int) -> int:
+        """Its part of the plan; how many tokens of the budget its draft takes."""
         start, stop, first_row = sequence.num_computed, sequence.num_computed + tokens, len(plan.tokens)
-        plan.tokens.extend(sequence.tokens[start:stop])
+        samples = stop == len(sequence.tokens)
+        draft = self._take_draft(sequence, stop, budget) if samples else ()
+        plan.tokens.extend((*sequence.tokens[start:stop], *draft))
         plan.starts.append(start)
-        plan.lengths.append(tokens)
+        plan.lengths.append(tokens + len(draft))
         plan.block_tables.append(list(sequence.blocks))
         unscored = sequence.unscored
         if scored := range(max(start, unscored.start), min(stop, unscored.stop)):
             top = sequence.request.params.prompt_logprobs or 0
             plan.scores.append(Score(len(plan.rows), sequence.tokens[scored.start + 1 : scored.stop + 1], top))
             plan.rows.extend(range(first_row + scored.start - start, first_row + scored.stop - start))
-        if samples := stop == len(sequence.tokens):
+        if samples:
             params, num_prompt = sequence.request.params, len(sequence.request.prompt)
             constraint, unending = sequence.constraint, max(0, params.min_tokens - sequence.num_output)
             barred = self.config.ends(params) if unending and not constraint else ()
-            sequence.tokens.append(-1 - len(plan.samples))
-            sample = Sample(len(plan.rows), stop, params, sequence.tokens, num_prompt, barred, constraint, unending)
-            plan.samples.append(sample)
-            plan.rows.append(len(plan.tokens) - 1)
-        sequence.num_computed = stop
-        self._planned.append(_Part(sequence, start, stop, samples, bool(scored)))
+            sequence.tokens.append(-1 - plan.num_drawn)
+            row, known = len(plan.rows), sequence.tokens
+            plan.samples.append(Sample(row, stop, params, known, num_prompt, barred, constraint, unending, draft))
+            plan.rows.extend(range(len(plan.tokens) - 1 - len(draft), len(plan.tokens)))
+        sequence.num_computed = stop + len(draft)
+        self._planned.append(_Part(sequence, start, stop, samples, bool(scored), draft))
+        return len(draft)
 
-    def _extend(self, sequence: Sequence, position: int, token: int, logprob: TokenLogprob | None) -> Output:
-        request, sequence.tokens[position] = sequence.request, token
-        params, count = request.params, position + 1 - len(request.prompt)
-        reason = _end_by_constraint(sequence, token)
-        if not reason and count > params.min_tokens and token in self.config.ends(params):
-            reason = "stop"
-        elif not reason and count >= params.max_tokens:
-            reason = "length"
+    def _extend(
+        self, sequence: Sequence, start: int, stop: int, drawn: list[int], logprobs: list[TokenLogprob] | None
+    ) -> Output:
+        """The sequence's tokens from `start` to `stop` have been computed, and it goes on with those drawn, until one
+        of them ends it."""
+        request, reason, tokens = sequence.request, None, list[int]()
+        before = stop - len(request.prompt)
+        for token in drawn:
+            tokens.append(token)
+            if reason := self._reason(sequence, before + len(tokens), token):
+                break
+        sequence.tokens[stop : stop + 1] = tokens
+        if sequence.blocks:  # it has not been preempted since
+            self.blocks.keep(sequence, start, stop + len(tokens) - 1)
         if reason:
             self._end(sequence)
-        first = count == 1
-        prompt_logprobs = sequence.prompt_logprobs if first and params.prompt_logprobs is not None else None
-        start = sequence.start() if first else None
+        first = before == 0
+        prompt_logprobs = sequence.prompt_logprobs if first and request.params.prompt_logprobs is not None else None
+        begun = sequence.start() if first else None
         error = sequence.constraint.error if sequence.constraint else None
-        return Output(request.id, [token], reason, [logprob] if logprob else None, prompt_logprobs, start, error)
+        told = logprobs and logprobs[: len(tokens)]
+        return Output(request.id, tokens, reason, told, prompt_logprobs, begun, error)
+
+    def _reason(self, sequence: Sequence, count: int, token: int) -> FinishReason | None:
+        """Why a sequence ends with this token, the `count`-th of its output, if it does."""
+        params = sequence.request.params
+        if reason := _end_by_constraint(sequence, token):
+            return reason
+        if count > params.min_tokens and token in self.config.ends(params):
+            return "stop"
+        return "length" if count >= params.max_tokens else None
 
     def _end(self, sequence: Sequence) -> None:
         """It leaves for good."""

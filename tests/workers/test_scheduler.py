@@ -17,9 +17,14 @@ from hypothesis import strategies as st
 
 from stepladder.workers.blocks import BlockManager
 from stepladder.workers.core import Request, Sample, SamplingParams, Sequence, StepPlan, StepResult
+from stepladder.workers.sampler import _agreeing
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
 EOS, VOCAB, UNKNOWN = 0, 40, -1
+
+
+def drew(tokens: list[int]) -> StepResult:
+    return StepResult([[token] for token in tokens])
 
 
 def next_token(context: list[int], seed: int, barred: set[int]) -> int:
@@ -59,18 +64,23 @@ class CachingExecutor:
             for position in range(start, start + length):
                 self.slots[where[position]] = known[row]
                 row += 1
-            contexts[row - 1] = (start + length, [self.slots[slot] for slot in where[: start + length]])
-        self.drawn = []
+                contexts[row - 1] = (position + 1, [self.slots[slot] for slot in where[: position + 1]])
+        self.drawn, results = [], []
         for sample in plan.samples:
-            position, context = contexts[plan.rows[sample.row]]
-            assert sample.position == position
-            assert all(a in (b, UNKNOWN) for a, b in zip(self._history(sample), context, strict=True))
-            self.drawn.append(next_token(context, sample.params.seed, set(sample.barred)))
-        return StepResult(self.drawn)
+            assert len(sample.each) == 1 + len(sample.draft)
+            for one in sample.each:
+                position, context = contexts[plan.rows[one.row]]
+                assert one.position == position
+                assert all(a in (b, UNKNOWN) for a, b in zip(self._history(one, sample), context, strict=True))
+                self.drawn.append(next_token(context, one.params.seed, set(one.barred)))
+            results.append(_agreeing(sample.draft, self.drawn[-1 - len(sample.draft) :]))
+        return StepResult(results)
 
-    def _history(self, sample: Sample) -> list[int]:
+    def _history(self, sample: Sample, whole: Sample) -> list[int]:
         """The tokens before it. What is still being drawn is the last of them at most, and never if it matters."""
         history = sample.tokens[: sample.position]
+        if not sample.params.penalises:  # nobody reads what is drafted
+            history = [*whole.tokens[: whole.position], *whole.draft][: sample.position]
         assert min(history[:-1], default=0) >= 0 and (self.config.lookahead or history[-1] >= 0)
         assert history[-1] >= 0 or not sample.params.penalises
         return [max(token, UNKNOWN) for token in history]
@@ -129,12 +139,19 @@ class Served:
     steps: int = 0
     dropped: int = 0
     overwritten: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Serving:
-    """One run of some jobs, step by step as in an engine."""
+    """One run of some jobs, step by step as in an engine.
 
-    def __init__(self, config: SchedulerConfig, jobs: list[Job]) -> None:
+    Args:
+        dice: drafts are thrown with it; None drafts nothing.
+    """
+
+    def __init__(self, config: SchedulerConfig, jobs: list[Job], dice: random.Random | None = None) -> None:
+        self.dice, self.wanted = dice, {job.request.id: alone(job.request) for job in jobs}
         self.config, self.jobs, self.served = config, jobs, Served()
         self.scheduler, self.executor = Scheduler(config), CachingExecutor(config)
         self.blocks = self.scheduler.blocks = WatchedBlocks(config)
@@ -155,7 +172,8 @@ class Serving:
                 self.commit()
             scheduler.check_integrity()
             self.blocks.check_contents(self.executor.slots)
-            assert all(0 <= s.num_computed < len(s.tokens) for s in (*scheduler.running, *scheduler.waiting))
+            resting = [s for s in (*scheduler.running, *scheduler.waiting) if not s.is_drawing]
+            assert all(0 <= s.num_computed < len(s.tokens) for s in resting)
             served.steps += 1
             assert served.steps < 20 + work * len(jobs), "the scheduler goes round in circles"
         assert scheduler.blocks.num_free == self.config.num_blocks
@@ -169,11 +187,25 @@ class Serving:
                 self.served.aborted.add(job.request.id)
                 assert not self.scheduler.abort(job.request.id) and self.scheduler.find(job.request.id) is None
 
+    def draft(self) -> None:
+        """For some of those that decode, what they will be given, up to a lie; perhaps far too much of it."""
+        dice = self.dice
+        for sequence in self.scheduler.running:
+            if dice and dice.random() < 0.8:
+                sequence.drafts, done = True, sequence.num_output - len(sequence.request.output)
+                right = [*self.wanted[sequence.request.id][max(0, done) :], 1, 2, 3]
+                count = dice.randrange(1, 12)
+                sequence.draft = tuple(t if dice.random() < 0.8 else dice.randrange(VOCAB) for t in right[:count])
+
     def plan(self) -> None:
         had_work = self.scheduler.has_work
         while len(self.under_way) <= self.config.lookahead:
             before = self.scheduler.num_preemptions
+            self.draft()
             plan = self.scheduler.schedule()
+            drafted = sum(len(sample.draft) for sample in plan.samples)
+            assert not drafted or self.scheduler.num_preemptions == before or self.dice
+            self.served.drafted += drafted
             if self.scheduler.num_preemptions > before:
                 assert 0 not in plan.starts, "something was admitted in a step that had to preempt"
             if not plan.tokens:
@@ -185,6 +217,7 @@ class Serving:
 
     def commit(self) -> None:
         plan, result = self.under_way.popleft()
+        self.served.accepted += sum(len(tokens) - 1 for tokens in result.tokens)
         outputs = self.scheduler.commit(result)
         for output in outputs:
             assert output.id not in self.served.aborted and output.id not in self.served.reasons
@@ -240,8 +273,8 @@ def jobs(draw: st.DrawFn, config: SchedulerConfig) -> list[Job]:
     return made
 
 
-def check_served(config: SchedulerConfig, made: list[Job]) -> Served:
-    served = Serving(config, made).run()
+def check_served(config: SchedulerConfig, made: list[Job], dice: random.Random | None = None) -> Served:
+    served = Serving(config, made, dice).run()
     for job in made:
         request, want = job.request, alone(job.request)
         got = served.tokens.get(request.id, [])
@@ -287,6 +320,70 @@ def test_a_cache_of_one_longest_sequence_serves_everybody(lookahead: int) -> Non
     assert seen["overwritten"] >= 5 * lookahead, "too few steps write behind an end, into what somebody else gets"
 
 
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_drafts_change_no_token(lookahead: int, tight: bool) -> None:
+    seen = Counter[str]()
+
+    @settings(max_examples=250)
+    @given(st.data())
+    def every_example(data: st.DataObject) -> None:
+        config = data.draw(configs(lookahead, tight))
+        served = check_served(config, data.draw(jobs(config)), random.Random(data.draw(st.integers(0, 99))))
+        seen.update({name for name in ("preemptions", "hits", "dropped") if getattr(served, name)})
+        seen["drafted"] += served.drafted
+        seen["accepted"] += served.accepted
+
+    every_example()
+    assert seen["preemptions"] >= 5 and seen["hits"] >= (0 if tight else 20)
+    assert 0.2 * seen["drafted"] < seen["accepted"] < 0.9 * seen["drafted"]
+
+
+def test_nobody_is_preempted_for_a_draft() -> None:
+    """With eight blocks of four, two sequences of 15 tokens and drafts of eight: what the second needs comes first."""
+    scheduler = Scheduler(config_of(num_blocks=8, max_model_len=32, max_step_tokens=32, prefix_caching=False))
+    for name in "ab":
+        scheduler.add(request(name, 15, 12))
+    scheduler.commit(drew([1] * len(scheduler.schedule().samples)))
+    for sequence in scheduler.running:
+        sequence.draft, sequence.drafts = tuple(range(8)), True
+    plan = scheduler.schedule()
+    assert scheduler.num_preemptions == 0 and len(plan.samples) == 2
+    assert [len(sample.draft) for sample in plan.samples] == [0, 0], "16 positions each are all there is"
+    scheduler.commit(drew([1, 1]))
+    scheduler.check_integrity()
+
+
+def test_a_draft_is_cut_to_what_is_left() -> None:
+    scheduler = Scheduler(config_of(max_model_len=32, max_step_tokens=6))
+    scheduler.add(request("a", 3, 9, min_tokens=4))
+    scheduler.commit(drew([1] * len(scheduler.schedule().samples)))
+    sequence = scheduler.find("a")
+    assert sequence is not None
+    sequence.draft, sequence.drafts = tuple(range(10, 20)), True
+    [sample] = scheduler.schedule().samples
+    assert sample.draft == (10, 11, 12, 13, 14), "a step has six tokens, one is its own"
+    assert [len(one.barred) > 0 for one in sample.each] == [True] * 3 + [False] * 3, "one of four tokens is there"
+    [output] = scheduler.commit(StepResult([[10, 11, 99]]))
+    assert output.tokens == [10, 11, 99] and sequence.num_computed == len(sequence.tokens) - 1
+    sequence.draft = tuple(range(10, 20))
+    [sample] = scheduler.schedule().samples
+    assert sample.draft == (10, 11, 12, 13), "five are left, and the last is drawn"
+
+
+def test_an_end_inside_a_draft_ends_the_sequence_there() -> None:
+    scheduler = Scheduler(config_of(max_model_len=32, max_step_tokens=8, eos_ids=(EOS,)))
+    scheduler.add(request("a", 3, 9))
+    scheduler.commit(drew([1]) if scheduler.schedule().samples else drew([]))
+    sequence = scheduler.find("a")
+    assert sequence is not None
+    sequence.draft, sequence.drafts = (5, EOS, 7), True
+    assert len(scheduler.schedule().samples) == 1
+    [output] = scheduler.commit(StepResult([[5, EOS, 7, 8]]))
+    assert (output.tokens, output.finish_reason) == ([5, EOS], "stop")
+    assert not scheduler.has_work and scheduler.blocks.num_free == scheduler.config.num_blocks
+
+
 def request(name: str, prompt: int, max_tokens: int, **params: Any) -> Request:
     made = SamplingParams(max_tokens=max_tokens, **params)
     return Request(id=name, prompt=tuple(range(1, prompt + 1)), params=made)
@@ -305,7 +402,7 @@ def test_the_youngest_is_preempted_and_comes_back_in_a_later_step(prompt: int, s
     plan = scheduler.schedule()
     scheduler.add(request("later", 2, 2))
     while not scheduler.num_preemptions:
-        scheduler.commit(StepResult([5] * len(plan.samples)))
+        scheduler.commit(drew([5] * len(plan.samples)))
         plan = scheduler.schedule()
     assert (plan.starts, plan.lengths, plan.block_tables) == ([start], [1], [scheduler.running[0].blocks])
     assert [s.request.id for s in scheduler.running] == ["old"]
@@ -316,7 +413,7 @@ def test_the_youngest_is_preempted_and_comes_back_in_a_later_step(prompt: int, s
     scheduler.check_integrity()
     finished = []
     while scheduler.has_work:
-        finished += [o.id for o in scheduler.commit(StepResult([5] * len(plan.samples))) if o.finish_reason]
+        finished += [o.id for o in scheduler.commit(drew([5] * len(plan.samples))) if o.finish_reason]
         plan = scheduler.schedule()
     assert [name for name in finished if name != "later"] == ["old", "young"] and scheduler.num_preemptions == 1
 
@@ -325,12 +422,12 @@ def test_decode_comes_before_new_prompts_and_prompts_are_cut_to_what_is_left() -
     scheduler = Scheduler(config_of())
     scheduler.add(request("a", 3, 9))
     plan = scheduler.schedule()
-    scheduler.commit(StepResult([1]))
+    scheduler.commit(drew([1]))
     assert (plan.lengths, len(plan.samples)) == ([3], 1)
     scheduler.add(request("b", 12, 4))
     plan = scheduler.schedule()
     assert (plan.starts, plan.lengths, plan.rows) == ([3, 0], [1, 7], [0])
-    scheduler.commit(StepResult([1]))
+    scheduler.commit(drew([1]))
     plan = scheduler.schedule()
     assert (plan.starts, plan.lengths, plan.rows) == ([4, 7], [1, 5], [0, 5])
     assert [s.row for s in plan.samples] == [0, 1]
@@ -343,7 +440,7 @@ def test_first_come_first_admitted() -> None:
         scheduler.add(request(name, 2, 1))
     order = []
     while scheduler.has_work:
-        order += [o.id for o in scheduler.commit(StepResult([1] * len(scheduler.schedule().samples)))]
+        order += [o.id for o in scheduler.commit(drew([1] * len(scheduler.schedule().samples)))]
     assert order == ["a", "b", "c"]
 
 
@@ -353,7 +450,7 @@ def test_abort_between_schedule_and_commit_drops_only_that_sequence() -> None:
         scheduler.add(request(name, 2, 4))
     plan = scheduler.schedule()
     assert scheduler.abort("b")
-    outputs = scheduler.commit(StepResult(list(range(1, 1 + len(plan.samples)))))
+    outputs = scheduler.commit(drew(list(range(1, 1 + len(plan.samples)))))
     assert [(o.id, o.tokens) for o in outputs] == [("a", [1]), ("c", [3])]
     scheduler.check_integrity()
 
@@ -366,7 +463,7 @@ def test_a_step_is_planned_before_the_last_one_is_read() -> None:
     ahead = scheduler.schedule()
     assert (len(first.samples), ahead.tokens, ahead.starts) == (4, [-1, -3], [2, 2]), "the first and third drawn"
     assert [s.output for s in scheduler.running] == [[]] * 4, "nothing is known yet"
-    outputs = scheduler.commit(StepResult([11, 12, 13, 14]))
+    outputs = scheduler.commit(drew([11, 12, 13, 14]))
     assert [(o.id, o.tokens, o.finish_reason) for o in outputs] == [
         ("a", [11], None),
         ("short", [12], "length"),
@@ -376,8 +473,8 @@ def test_a_step_is_planned_before_the_last_one_is_read() -> None:
     assert [s.output for s in scheduler.running] == [[11], [13], [14]]
     third = scheduler.schedule()
     assert third.tokens == [-1, -2, 14], "who must know the last token skips the step that draws it"
-    assert [o.finish_reason for o in scheduler.commit(StepResult([EOS, 16]))] == ["stop", None]
-    assert [o.id for o in scheduler.commit(StepResult([17, 18, 19]))] == ["b", "exact"], "a had ended"
+    assert [o.finish_reason for o in scheduler.commit(drew([EOS, 16]))] == ["stop", None]
+    assert [o.id for o in scheduler.commit(drew([17, 18, 19]))] == ["b", "exact"], "a had ended"
     scheduler.check_integrity()
 
 
@@ -396,10 +493,10 @@ def test_a_name_that_is_used_again_gets_nothing_of_the_steps_under_way() -> None
     scheduler.schedule()
     assert scheduler.abort("a")
     scheduler.add(request("a", 3, 9))
-    assert scheduler.commit(StepResult([11])) == []
+    assert scheduler.commit(drew([11])) == []
     assert scheduler.schedule().tokens == [1, 2, 3]
-    assert scheduler.commit(StepResult([12])) == [] and scheduler.find("a").output == []  # type: ignore[union-attr]
-    assert [o.tokens for o in scheduler.commit(StepResult([13]))] == [[13]]
+    assert scheduler.commit(drew([12])) == [] and scheduler.find("a").output == []  # type: ignore[union-attr]
+    assert [o.tokens for o in scheduler.commit(drew([13]))] == [[13]]
     scheduler.check_integrity()
 
 
@@ -411,7 +508,7 @@ def test_a_token_that_was_being_drawn_outlives_a_preemption() -> None:
     while not scheduler.num_preemptions:
         plans.append(scheduler.schedule())
         drawing = len(plans[-2].samples)
-        outputs += scheduler.commit(StepResult([5] * drawing))
+        outputs += scheduler.commit(drew([5] * drawing))
     young = scheduler.waiting[0]
     assert (young.blocks, young.num_computed) == ([], 0)
     assert [o.id for o in outputs][-2:] == ["old", "young"], "it was in the step before the one that preempted it"
@@ -452,7 +549,7 @@ def test_names_and_tokens_that_would_do_harm_are_refused() -> None:
         scheduler.add(request("a", 3, 2))
     assert scheduler.abort("a")
     scheduler.add(request("a", 3, 1))
-    scheduler.commit(StepResult([1] * len(scheduler.schedule().samples)))
+    scheduler.commit(drew([1] * len(scheduler.schedule().samples)))
     scheduler.add(request("a", 3, 1))
     for prompt, output, params, where in (
         ((40,), (), {}, "the prompt"),
@@ -476,12 +573,12 @@ def test_min_tokens_bars_what_would_end_the_text() -> None:
     while scheduler.has_work:
         samples = scheduler.schedule().samples
         barred.append([set(s.barred) for s in samples])
-        outputs = scheduler.commit(StepResult([1 if s.barred else 9 for s in samples]))
+        outputs = scheduler.commit(drew([1 if s.barred else 9 for s in samples]))
     assert barred == [[{0, 9, 4}, {4}]] * 2 + [[set(), set()]] + [[set()]] * 2
     assert [o.finish_reason for o in outputs] == ["length"], "b ignores end of sequence"
     everything = SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=tuple(range(VOCAB)))
     scheduler.add(Request(id="c", prompt=(1,), params=everything))
-    reasons = [scheduler.commit(StepResult([7] * len(scheduler.schedule().samples)))[0].finish_reason for _ in range(3)]
+    reasons = [scheduler.commit(drew([7] * len(scheduler.schedule().samples)))[0].finish_reason for _ in range(3)]
     assert reasons == [None, None, "stop"], "with every token barred the sampler draws one of them all the same"
 
 
@@ -515,11 +612,11 @@ def test_integrity_check_finds_a_lost_and_a_doubled_block() -> None:
 def test_a_known_beginning_is_not_computed_again() -> None:
     scheduler = Scheduler(config_of(num_blocks=8, max_model_len=20, max_step_tokens=20))
     scheduler.add(request("a", 13, 1))
-    scheduler.commit(StepResult([5] * len(scheduler.schedule().samples)))
+    scheduler.commit(drew([5] * len(scheduler.schedule().samples)))
     scheduler.add(request("b", 13, 2))
     plan = scheduler.schedule()
     assert (plan.starts, plan.lengths) == ([12], [1]) and scheduler.blocks.hits == 12
-    scheduler.commit(StepResult([5]))
+    scheduler.commit(drew([5]))
     scheduler.add(request("c", 12, 2))  # its last token must be computed, so its last block is not taken over
     assert (scheduler.schedule().starts, scheduler.blocks.hits) == ([13, 8], 20)
 

@@ -10,17 +10,27 @@ from stepladder.workers.grammar.constraint import words
 
 
 def masked(logits: Tensor, samples: list[Sample]) -> Tensor:
-    """Logits [R, vocab] with -inf where a sample's constraint does not let a token follow; not changed in place."""
-    constrained = [(row, s) for row, s in enumerate(samples) if s.constraint]
-    if not constrained:
+    """Logits [R, vocab] with -inf where a sample's constraint does not let a token follow; not changed in place.
+
+    Args:
+        samples: each has a row, and one for each drafted token.
+    """
+    rows, fill, first = list[int](), [], 0
+    for sample in samples:
+        count = 1 + len(sample.draft)
+        if sample.constraint:
+            fill.append((sample, slice(len(rows), len(rows) + count)))
+            rows.extend(range(first, first + count))
+        first += count
+    if not rows:
         return logits
-    mask = np.full((len(constrained), words(logits.shape[-1])), -1, dtype=np.int32)
-    for at, (_, sample) in enumerate(constrained):
+    mask = np.full((len(rows), words(logits.shape[-1])), -1, dtype=np.int32)
+    for sample, some in fill:
         assert sample.constraint
-        sample.constraint.mask_rows(mask[at : at + 1], sample.unending)
-    rows = upload([row for row, _ in constrained], logits.device)
+        sample.constraint.mask_rows(mask[some], sample.unending, sample.draft)
+    at = upload(rows, logits.device)
     allowed = _unpacked(upload(mask, logits.device, torch.int32), logits.shape[-1])
-    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, float("-inf")))
+    return logits.index_copy(0, at, logits[at].masked_fill(~allowed, float("-inf")))
 
 
 def _unpacked(mask: Tensor, size: int) -> Tensor:
