@@ -340,16 +340,16 @@ def test_drafts_change_no_token(lookahead: int, tight: bool) -> None:
 
 
 def test_nobody_is_preempted_for_a_draft() -> None:
-    """With eight blocks of four, two sequences of 15 tokens and drafts of eight: what the second needs comes first."""
-    scheduler = Scheduler(config_of(num_blocks=8, max_model_len=32, max_step_tokens=32, prefix_caching=False))
-    for name in "ab":
-        scheduler.add(request(name, 15, 12))
+    """Eight blocks of four: three are the first one's, three the second one's, which needs a fourth. That comes first."""
+    scheduler = Scheduler(config_of(num_blocks=8, max_model_len=32, max_step_tokens=40, prefix_caching=False))
+    scheduler.add(request("a", 11, 12))
+    scheduler.add(request("b", 12, 12))
     scheduler.commit(drew([1] * len(scheduler.schedule().samples)))
     for sequence in scheduler.running:
         sequence.draft, sequence.drafts = tuple(range(8)), True
     plan = scheduler.schedule()
     assert scheduler.num_preemptions == 0 and len(plan.samples) == 2
-    assert [len(sample.draft) for sample in plan.samples] == [0, 0], "16 positions each are all there is"
+    assert [len(sample.draft) for sample in plan.samples] == [4, 3], "one block more for a, and what is left of b's"
     scheduler.commit(drew([1, 1]))
     scheduler.check_integrity()
 
