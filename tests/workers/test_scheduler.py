@@ -340,7 +340,7 @@ def test_drafts_change_no_token(lookahead: int, tight: bool) -> None:
 
 
 def test_nobody_is_preempted_for_a_draft() -> None:
-    """Eight blocks of four: three are the first one's, three the second one's, which needs a fourth. That comes first."""
+    """Eight blocks of four: three are the first one's, three the second one's, which needs a fourth first."""
     scheduler = Scheduler(config_of(num_blocks=8, max_model_len=32, max_step_tokens=40, prefix_caching=False))
     scheduler.add(request("a", 11, 12))
     scheduler.add(request("b", 12, 12))
@@ -355,7 +355,7 @@ def test_nobody_is_preempted_for_a_draft() -> None:
 
 
 def test_a_draft_is_cut_to_what_is_left() -> None:
-    scheduler = Scheduler(config_of(max_model_len=32, max_step_tokens=6))
+    scheduler = Scheduler(config_of(max_model_len=32, max_step_tokens=6, eos_ids=(EOS,)))
     scheduler.add(request("a", 3, 9, min_tokens=4))
     scheduler.commit(drew([1] * len(scheduler.schedule().samples)))
     sequence = scheduler.find("a")
