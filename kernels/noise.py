@@ -22,6 +22,13 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log(u)).float()
 
 
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """In (0, 1), independent of the Gumbel noise of the same seed and position: fp32 [R]; int64 [R] both."""
+    first, second = _keys(seeds, positions)
+    bits = _mix(_mix(first ^ 0x6A09E667, second) ^ second)
+    return ((bits >> 8).float() + 0.5) / 2**24
+
+
 def _keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Two lanes of 32 bits each, int64 [R]. A seed becomes (s, t) by two rounds of a Feistel network, which can be
     undone; then every lane is mixed with the position on its own."""

@@ -39,6 +39,7 @@ class Request:
         prompt: token ids; not empty.
         output: tokens already generated elsewhere. A replay after a failure continues behind them.
         owner: who asks, under a seed of their own or none; nobody else's retry continues it.
+        seeded: whoever asks has chosen the seed, and expects the same text each time.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Request:
     params: SamplingParams
     output: tuple[int, ...] = ()
     owner: str = ""
+    seeded: bool = True
 
     def __post_init__(self) -> None:
         check(len(self.prompt) > 0, "the prompt is empty; it must hold at least one token")
@@ -116,6 +118,7 @@ class Sequence:
         constraint: has been told every token of the output that is known.
         draft: tokens that may follow, for the next step to verify; never among `tokens` before that has accepted them.
         drafts: somebody drafts for it, so that it waits for its last token.
+        coupled: drafts are verified so that its text is plain decoding's; else only the text's distribution is.
     """
 
     request: Request
@@ -130,6 +133,7 @@ class Sequence:
     scheduled: float | None = None
     draft: tuple[int, ...] = ()
     drafts: bool = False
+    coupled: bool = True
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt, *self.request.output]
@@ -174,7 +178,7 @@ class Sample(NamedTuple):
         draws what follows the first i of them.
     position: where the first drawn token will stand in its sequence.
     tokens: the sequence's tokens, of which the first `position` precede it and the first `num_prompt` are the prompt;
-        not a copy. draft: the tokens to verify; they stand behind these.
+        not a copy. draft: the tokens to verify, which stand behind these, coupled or not.
     barred: tokens that may not be drawn, by the first `unending` rows; with a constraint, that knows which end a text.
     """
 
@@ -187,6 +191,7 @@ class Sample(NamedTuple):
     constraint: Constraint | None = None
     unending: int = 0
     draft: tuple[int, ...] = ()
+    coupled: bool = True
 
     @property
     def each(self) -> "list[Sample]":
@@ -256,11 +261,13 @@ class StepResult:
             one more.
         logprobs: theirs, by index of the sample, where they were asked for.
         scores: for each of the plan's scores, those of its targets.
+        likely: for each sample and each of its rows the likeliest tokens, if a drafter asks for them.
     """
 
     tokens: list[list[int]]
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     scores: list[list[TokenLogprob]] = field(default_factory=list)
+    likely: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

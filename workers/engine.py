@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from stepladder.workers.core import Constraint, Output, Request, Sequence, StepPlan
 from stepladder.workers.executor import Executor
@@ -11,13 +12,14 @@ from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.sampler import Drawn
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
+from stepladder.workers.speculation.speculator import SpeculationStats, Speculator
 
 PREPARE_SECONDS = 0.01  # how long a step without other work waits for a constraint
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's buckets
 
 
 @dataclass
-class EngineStats:
+class EngineStats(SpeculationStats):
     """Counters since start, the present state of the queues, and a limit.
 
     Attributes:
@@ -53,17 +55,20 @@ class Engine:
 
     Attributes:
         grammars: what requests with structured_outputs need; without it they are refused.
+        speculator: drafts tokens; without it every step draws one token of a sequence.
     """
 
     config: SchedulerConfig
     executor: Executor
     grammars: Grammars | None = None
     stats: EngineStats = field(default_factory=EngineStats)
+    speculator: Speculator | None = None
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
         self.stats.max_model_len = self.config.max_model_len
-        self._under_way: deque[Drawn] = deque()
+        self._under_way: deque[tuple[StepPlan, Drawn]] = deque()
+        self._planned = self._read_last = 0.0  # when a step was last planned, and read
 
     @property
     def has_work(self) -> bool:
@@ -88,15 +93,31 @@ class Engine:
     def step(self) -> list[Output]:
         """Read one step and return what it did for each sequence that got a token."""
         outputs = self.scheduler.take_prepared()
-        while len(self._under_way) <= self.config.lookahead and (plan := self.scheduler.schedule()).tokens:
-            self._under_way.append(self.executor.submit(plan))
+        while len(self._under_way) <= self.config.lookahead and (plan := self._plan()).tokens:
+            self._under_way.append((plan, self.executor.submit(plan)))
             self.stats.count_step(len(plan.tokens))
         if self._under_way:
-            outputs += self.scheduler.commit(self._under_way.popleft().result())
+            outputs += self._read()
         elif self.scheduler.preparing:
             self.executor.submit(StepPlan())  # nobody should wait for this engine
             wait(self.scheduler.preparing.values(), PREPARE_SECONDS, FIRST_COMPLETED)
         self._count(outputs)
+        return outputs
+
+    def _plan(self) -> StepPlan:
+        if self.speculator:
+            self.speculator.draft(self.scheduler.running)
+        self._planned = perf_counter()
+        return self.scheduler.schedule()
+
+    def _read(self) -> list[Output]:
+        """What the oldest step under way did."""
+        plan, drawn = self._under_way.popleft()
+        outputs = self.scheduler.commit(drawn.result())
+        if self.speculator:
+            seconds = perf_counter() - max(self._planned, self._read_last)
+            self.speculator.observe(plan, self.scheduler.verified, seconds)
+        self._read_last = perf_counter()
         return outputs
 
     def heartbeat(self) -> None:
@@ -120,7 +141,10 @@ class Engine:
         self._look()
 
     def _look(self) -> None:
-        """The present state of the queues."""
+        """The present state of the queues, and who has left them."""
+        for sequence in self.scheduler.take_ended():
+            if self.speculator:
+                self.speculator.forget(sequence)
         s, stats = self.scheduler, self.stats
         stats.preemptions = s.num_preemptions
         stats.running, stats.waiting = len(s.running), len(s.waiting) + len(s.preparing)

@@ -9,7 +9,7 @@ from stepladder.parallel.model import Transformer
 from stepladder.workers.codec import PlanCodec
 from stepladder.workers.core import Sample, SamplingParams, StepPlan
 from stepladder.workers.forward import Forward
-from stepladder.workers.sampler import Drawn, draw
+from stepladder.workers.sampler import Drawn, Rows, draw
 
 # the sampler copies the logits for each of these
 _ALL_COPIES = SamplingParams(min_p=0.01, top_k=50, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=1)
@@ -22,12 +22,15 @@ class Executor:
 
     Args:
         forward: the model. mesh: this rank's group. `allocate` comes before the first step.
+
+    Attributes:
+        likely: how many of the likeliest tokens of each drawn row a drafter wants to be told.
     """
 
     STOP = -1  # as the only integer of a broadcast: leave the loop
 
     def __init__(self, forward: Forward, mesh: Mesh) -> None:
-        self.forward, self.mesh, self._plans = forward, mesh, PlanCodec()
+        self.forward, self.mesh, self._plans, self.likely = forward, mesh, PlanCodec(), 0
         self._nothing = torch.zeros(0, dtype=torch.int64, device=mesh.device)
         self._last_drawn = self._nothing
 
@@ -63,8 +66,8 @@ class Executor:
             self.mesh.broadcast(self._plans.encode(plan))
         logits = self._forward(plan)
         if logits is None:
-            return Drawn(plan, self._nothing, [], None)
-        drawn = draw(logits, plan)
+            return Drawn(plan, Rows(self._nothing), [], None)
+        drawn = draw(logits, plan, self.likely)
         self._last_drawn = drawn.tokens
         return drawn
 

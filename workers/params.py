@@ -36,6 +36,7 @@ class SamplingParams:
         logprobs: report each drawn token's log-probability, and those of the so many likeliest tokens. They are the
             model's own: log-softmax of the raw logits, before anything above.
         prompt_logprobs: the same for the prompt's tokens, the first excepted.
+        speculate: let tokens be drafted, where the engine does so; without it the text takes plain decoding's time.
         structured_outputs: the form that the text must have. Only tokens are drawn that can lead to it; where nothing
             else may follow the text ends, even before min_tokens or with ignore_eos.
     """
@@ -58,6 +59,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    speculate: bool = True
     structured_outputs: StructuredOutputs | None = None
 
     @property

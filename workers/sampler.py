@@ -2,26 +2,39 @@
 
 A draft is verified by drawing at each of its rows what plain decoding would draw there, with the same noise, and by
 going on with these as far as the draft agrees ("coupled", Daliri et al. 2408.07978): the text is plain decoding's at
-any temperature, whoever drafted.
+any temperature, whoever drafted. Samples that need not be are verified by the rule in speculation/verifier.py.
 
 Everything is a function of the sequence's own tokens, parameters and position, so that a replay draws the same. All of
 it is queued on the device; only `Drawn.result` waits for it.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain, pairwise, starmap
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepladder.kernels.noise import gumbel
+from stepladder.kernels.noise import gumbel, uniform
 from stepladder.kernels.transfer import Download, upload
 from stepladder.workers.core import Sample, StepPlan, StepResult
 from stepladder.workers.grammar.mask import masked
 from stepladder.workers.logprobs import Judged, judge, tell
+from stepladder.workers.speculation import verifier
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+class Rows(NamedTuple):
+    """What was drawn at the rows of all samples, on the device.
+
+    tokens: int64 [R], what the sequence goes on with if it goes on here. accepted: bool [R], whether the drafted token
+    of the row is; None where that is to be seen from the tokens. likely: int64 [R, n], if asked for.
+    """
+
+    tokens: Tensor
+    accepted: Tensor | None = None
+    likely: Tensor | None = None
 
 
 class Drawn:
@@ -29,50 +42,68 @@ class Drawn:
 
     Args:
         plan: what was asked for.
-        tokens: int64, the tokens drawn, for every row of every sample.
         asked: the samples whose log-probabilities are wanted.
         judged: log-probabilities of their rows, then of all scores' targets; None if none are wanted.
 
     Attributes:
-        tokens: as above, on the device.
+        tokens: int64, those drawn, for every row of every sample, on the device.
     """
 
-    def __init__(self, plan: StepPlan, tokens: Tensor, asked: list[int], judged: Judged | None) -> None:
-        self.tokens, self._asked, self._drafts = tokens, asked, [sample.draft for sample in plan.samples]
+    def __init__(self, plan: StepPlan, rows: Rows, asked: list[int], judged: Judged | None) -> None:
+        self.tokens, self._asked, self._samples = rows.tokens, asked, plan.samples
         self._tops = [[plan.samples[i].params.logprobs or 0] * (1 + len(plan.samples[i].draft)) for i in asked]
         self._tops += [[score.top] * len(score.targets) for score in plan.scores]
-        self._landing = Download((tokens, *(judged or ())), tokens.device)
+        self._extra = [rows.accepted is not None, rows.likely is not None]
+        extra = [tensor for tensor in rows[1:] if tensor is not None]
+        self._landing = Download((rows.tokens, *extra, *(judged or ())), rows.tokens.device)
 
     def result(self) -> StepResult:
         """Wait for it."""
-        tokens, *judged = self._landing.wait()
-        drawn, found = iter(tokens.tolist()), iter(tell(Judged(*judged), list(chain(*self._tops))) if judged else ())
-        kept = [_agreeing(draft, [next(drawn) for _ in range(1 + len(draft))]) for draft in self._drafts]
+        tokens, *rest = self._landing.wait()
+        accepted, likely = (rest.pop(0).tolist() if there else None for there in self._extra)
+        kept, first = [], [0, *accumulate(1 + len(sample.draft) for sample in self._samples)]
+        for sample, some in zip(self._samples, starmap(slice, pairwise(first)), strict=True):
+            flags = accepted[some] if accepted and not sample.coupled else None
+            kept.append(_kept(sample.draft, tokens[some].tolist(), flags))
+        found = iter(tell(Judged(*rest), list(chain(*self._tops))) if rest else ())
         parts = [[next(found) for _ in top] for top in self._tops]
         logprobs = {i: part[: len(kept[i])] for i, part in zip(self._asked, parts, strict=False)}
-        return StepResult(kept, logprobs, parts[len(self._asked) :])
+        listed = [likely[some] for some in starmap(slice, pairwise(first))] if likely else []
+        return StepResult(kept, logprobs, parts[len(self._asked) :], listed)
 
 
-def _agreeing(draft: Sequence[int], drawn: list[int]) -> list[int]:
-    """Of what was drawn behind 0, 1, ... drafted tokens, what the sequence goes on with."""
-    accepted = next((i for i, (a, b) in enumerate(zip(draft, drawn, strict=False)) if a != b), len(draft))
-    return drawn[: accepted + 1]
+def _kept(draft: Sequence[int], drawn: list[int], flags: list[bool] | None = None) -> list[int]:
+    """Of what was drawn behind 0, 1, ... drafted tokens, what the sequence goes on with.
+
+    Args:
+        flags: which drafted tokens are accepted; None if those that were drawn in their places.
+    """
+    flags = [a == b for a, b in zip(draft, drawn, strict=False)] if flags is None else flags[: len(draft)]
+    count = flags.index(False) if False in flags else len(draft)
+    return [*draft[:count], drawn[count]]
 
 
 @torch.inference_mode()
-def draw(logits: Tensor, plan: StepPlan) -> Drawn:
-    """What a plan asks of its logits [rows, vocab]: tokens drawn, and log-probabilities where they are wanted."""
+def draw(logits: Tensor, plan: StepPlan, likely: int = 0) -> Drawn:
+    """What a plan asks of its logits [rows, vocab]: tokens drawn, and log-probabilities where they are wanted.
+
+    Args:
+        likely: how many of the likeliest tokens a drafter wants to know for every row of a sample.
+    """
     each = [one for sample in plan.samples for one in sample.each]
-    tokens = sample(_rows(logits, [one.row for one in each]), each, plan.samples)
+    own = _rows(logits, [one.row for one in each])
+    rows = _verify(own, each, plan.samples)
+    if likely:
+        rows = rows._replace(likely=own.topk(likely, dim=-1).indices)
     asked = [i for i, s in enumerate(plan.samples) if s.params.logprobs is not None]
     if not asked and not plan.scores:
-        return Drawn(plan, tokens, [], None)
+        return Drawn(plan, rows, [], None)
     at = [i for i, one in enumerate(each) if one.params.logprobs is not None]
-    rows = [each[i].row for i in at] + [score.row + i for score in plan.scores for i in range(len(score.targets))]
+    which = [each[i].row for i in at] + [score.row + i for score in plan.scores for i in range(len(score.targets))]
     targets = upload([target for score in plan.scores for target in score.targets], logits.device)
     top = max([each[i].params.logprobs or 0 for i in at] + [score.top for score in plan.scores])
-    judged = judge(logits, upload(rows, logits.device), torch.cat((_rows(tokens, at), targets)), top)
-    return Drawn(plan, tokens, asked, judged)
+    told = torch.cat((_rows(_told(rows, plan.samples), at), targets))
+    return Drawn(plan, rows, asked, judge(logits, upload(which, logits.device), told, top))
 
 
 def sample(logits: Tensor, samples: list[Sample], drafted: list[Sample] | None = None) -> Tensor:
@@ -85,12 +116,46 @@ def sample(logits: Tensor, samples: list[Sample], drafted: list[Sample] | None =
     logits = masked(_adjusted(logits, samples), drafted or samples)
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
-        return _draw(logits, samples)
+        return _draw(_scores(logits, samples), samples)
     tokens = logits.argmax(-1)
     if drawn:
-        at = upload(drawn, logits.device)
-        tokens[at] = _draw(logits[at], [samples[i] for i in drawn])
+        at, those = upload(drawn, logits.device), [samples[i] for i in drawn]
+        tokens[at] = _draw(_scores(logits[at], those), those)
     return tokens
+
+
+def _verify(logits: Tensor, each: list[Sample], drafted: list[Sample]) -> Rows:
+    """The rows of all samples; where one is not coupled, a row draws what is to follow if its own draft is rejected."""
+    tokens = sample(logits, each, drafted)
+    loose = _loose(drafted)
+    if not loose:
+        return Rows(tokens)
+    logits = masked(_adjusted(logits, each), drafted)
+    at, those = upload([row for row, _ in loose], logits.device), [each[row] for row, _ in loose]
+    scores, draft = _scores(logits[at], those), upload([token for _, token in loose], logits.device)
+    accepted = torch.zeros_like(tokens, dtype=torch.bool)
+    seeds, positions = _keys(those, logits)
+    accepted[at] = verifier.accepted(scores, draft, uniform(seeds, positions))
+    tokens[at] = _draw(verifier.residual(scores, draft), those)
+    return Rows(tokens, accepted)
+
+
+def _loose(drafted: list[Sample]) -> list[tuple[int, int]]:
+    """(row, drafted token) of all rows that are verified by the rule of rejection."""
+    found, first = [], 0
+    for sample in drafted:
+        if not sample.coupled:
+            found += [(first + i, token) for i, token in enumerate(sample.draft)]
+        first += 1 + len(sample.draft)
+    return found
+
+
+def _told(rows: Rows, drafted: list[Sample]) -> Tensor:
+    """The token that each row stands for: an accepted draft, or what was drawn."""
+    if rows.accepted is None:
+        return rows.tokens
+    draft = upload([token for sample in drafted for token in (*sample.draft, 0)], rows.tokens.device)
+    return torch.where(rows.accepted, draft, rows.tokens)
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
@@ -157,18 +222,25 @@ def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.fl
     return upload(values, like.device, dtype)[:, None]
 
 
-def _draw(logits: Tensor, samples: list[Sample]) -> Tensor:
-    """argmax(log p + Gumbel noise) after temperature and truncation; all temperatures are above 0."""
+def _scores(logits: Tensor, samples: list[Sample]) -> Tensor:
+    """log p up to a constant, fp32, after temperature and truncation; all temperatures are above 0."""
     params, logits = [s.params for s in samples], logits.float()
     temperature = _column([p.temperature for p in params], logits).clamp_min(_TINY)
     scores = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no overflow
     vocab_size = logits.shape[-1]
     scores = _truncate(scores, [p.min_p if p.min_p > 0 else None for p in params], _below_min_p)
     scores = _truncate(scores, [p.top_k if 0 < p.top_k < vocab_size else None for p in params], _below_top_k)
-    scores = _truncate(scores, [p.top_p if p.top_p < 1 else None for p in params], _outside_top_p)
-    seeds = upload([p.seed for p in params], logits.device)
-    positions = upload([s.position for s in samples], logits.device)
-    return (scores + gumbel(seeds, positions, vocab_size)).argmax(-1)
+    return _truncate(scores, [p.top_p if p.top_p < 1 else None for p in params], _outside_top_p)
+
+
+def _draw(scores: Tensor, samples: list[Sample]) -> Tensor:
+    """argmax(log p + Gumbel noise)."""
+    return (scores + gumbel(*_keys(samples, scores), scores.shape[-1])).argmax(-1)
+
+
+def _keys(samples: list[Sample], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Seeds and positions, which all randomness is a function of."""
+    return upload([s.params.seed for s in samples], like.device), upload([s.position for s in samples], like.device)
 
 
 def _truncate(scores: Tensor, values: Sequence[Any], outside: Callable[[Tensor, list[Any]], Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from stepladder.workers.core import (
     TokenLogprob,
 )
 from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.speculation.drafter import Verified
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
@@ -57,6 +58,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._planned: list[_Part] = []  # of the step that is being planned
         self._under_way: deque[list[_Part]] = deque()
+        self.verified: list[Verified] = []
+        self._ended: list[Sequence] = []
         self._alive: dict[str, Sequence] = {}
 
     @property
@@ -115,6 +118,7 @@ class Scheduler:
     def commit(self, result: StepResult) -> list[Output]:
         """Take in what the oldest step under way drew and scored."""
         outputs, drawn, scored = [], enumerate(result.tokens), iter(result.scores)
+        self.verified = []
         for sequence, start, stop, samples, scores, draft in self._under_way.popleft():
             index, tokens = next(drawn) if samples else (-1, [])
             prompt_logprobs = next(scored) if scores else ()
@@ -126,9 +130,16 @@ class Scheduler:
                 self.blocks.trim(sequence, sequence.num_computed)
             if tokens:
                 outputs.append(self._extend(sequence, start, stop, tokens, result.logprobs.get(index)))
+                likely = result.likely[index] if result.likely else ()
+                self.verified.append(Verified(sequence, draft, outputs[-1].tokens, likely))
             elif sequence.blocks:
                 self.blocks.keep(sequence, start, stop)
         return outputs
+
+    def take_ended(self) -> list[Sequence]:
+        """Those that have left since this was asked last."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def check_integrity(self) -> None:
         self.blocks.check_integrity([*self.running, *self.waiting])
@@ -228,7 +239,8 @@ class Scheduler:
             barred = self.config.ends(params) if unending and not constraint else ()
             sequence.tokens.append(-1 - plan.num_drawn)
             row, known = len(plan.rows), sequence.tokens
-            plan.samples.append(Sample(row, stop, params, known, num_prompt, barred, constraint, unending, draft))
+            plan.samples.append(Sample(row, stop, params, known, num_prompt, barred, constraint, unending, draft,
+                                       sequence.coupled))  # fmt: skip
             plan.rows.extend(range(len(plan.tokens) - 1 - len(draft), len(plan.tokens)))
         sequence.num_computed = stop + len(draft)
         self._planned.append(_Part(sequence, start, stop, samples, bool(scored), draft))
@@ -272,6 +284,7 @@ class Scheduler:
             (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.blocks.release(sequence)
         del self._alive[sequence.request.id]
+        self._ended.append(sequence)
 
 
 def _end_by_constraint(sequence: Sequence, token: int) -> FinishReason | None:

@@ -1,0 +1,1 @@
+"""Speculative decoding: a drafter proposes several tokens, the target checks them in one step."""

@@ -1,0 +1,52 @@
+"""Options of speculative decoding."""
+
+from dataclasses import dataclass
+
+OFF = "off"
+KINDS = (OFF, "ngram", "suffix", "recycling")
+AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
+RULES = (AUTO, COUPLED, REJECTION)
+LONGEST = 32  # tokens of a draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculateConfig:
+    """How tokens are drafted and verified.
+
+    Attributes:
+        kind: who drafts: `ngram` looks up what followed the last tokens earlier in the same text, `suffix` also in what
+            this engine has written before, `recycling` chains what the model itself thought likely of late; or `off`.
+        k: tokens of every draft, as far as the drafter has so many; null chooses for every step what gives most tokens
+            per second, none included.
+        max_k: the most that null chooses.
+        rule: `coupled` gives exactly plain decoding's text whoever drafts; `rejection` keeps only its distribution, and
+            accepts more of what is sampled; `auto` is coupled where the text must be the same: greedy, with a seed, or
+            going on after a replay.
+        threshold: a drafter stops where it is less sure than this of its next token.
+        most_nodes: of the tree that `suffix` keeps, which bounds its memory.
+    """
+
+    kind: str = OFF
+    k: int | None = None
+    max_k: int = 8
+    rule: str = AUTO
+    threshold: float = 0.25
+    most_nodes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"speculate.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.rule not in RULES:
+            raise ValueError(f"speculate.rule is {self.rule!r}; it must be one of {', '.join(RULES)}")
+        for name, value in (("k", self.k), ("max_k", self.max_k)):
+            if value is not None and not 1 <= value <= LONGEST:
+                raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
+        if self.most_nodes < 1:
+            raise ValueError(f"speculate.most_nodes is {self.most_nodes}; it must be at least 1")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest draft."""
+        return self.k or self.max_k

@@ -1,0 +1,143 @@
+"""Speculation's seat in the engine: before a step it gives sequences drafts, after it learns what became of them.
+
+While drafting does not pay it is left alone, and tried again now and then, ever more rarely.
+"""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from stepladder.workers.core import Request, Sequence, StepPlan
+from stepladder.workers.figures import counter, gauge
+from stepladder.workers.speculation.acceptance import Acceptance
+from stepladder.workers.speculation.config import AUTO, REJECTION, SpeculateConfig
+from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
+from stepladder.workers.speculation.goodput import best_lengths
+from stepladder.workers.speculation.step_time import StepTime
+
+TRIAL = 8  # steps of a trial: the lengths that it tries, one after the other
+REST = 32  # steps without drafts after one that has not paid; twice as many each time, up to the longest
+LONGEST_REST = 1024
+LOOK = 64  # steps between two that try another length while drafting pays
+KEPT = 0.9
+
+
+@dataclass
+class SpeculationStats:
+    """drafts: given to a step. draft_tokens, accepted_tokens: theirs. accepted_at: of these, by place in the draft.
+    draft_length: of the last step's drafts, on average; 0 while drafting does not pay."""
+
+    drafts: int = counter("spec_decode_num_drafts", "Drafts verified.")
+    draft_tokens: int = counter("spec_decode_num_draft_tokens", "Drafted tokens verified.")
+    accepted_tokens: int = counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.")
+    accepted_at: list[int] = field(default_factory=list)
+    draft_length: float = gauge(
+        "spec_decode_draft_length", "Tokens of a draft in the last step, on average.", default=0.0, across="mean"
+    )
+    draft_seconds: float = counter(default=0.0)
+
+
+class Speculator:
+    """Drafts of one engine.
+
+    Args:
+        drafter: proposes. config: how many tokens are verified, and how. stats: where it counts.
+    """
+
+    def __init__(self, drafter: Drafter, config: SpeculateConfig, stats: SpeculationStats | None = None) -> None:
+        self.drafter, self.config, self.stats = drafter, config, stats or SpeculationStats()
+        self.step_time, self.acceptance = StepTime(), Acceptance()
+        self._proposed: dict[str, Draft] = {}
+        self._draft_seconds = 0.0  # of proposing, lately
+        self._trial, self._rest, self._next_rest, self._since_look = TRIAL * 2, 0, REST, 0
+
+    def draft(self, running: list[Sequence]) -> None:
+        """Give drafts to those that decode."""
+        self._proposed.clear()
+        decoding = [s for s in running if s.num_pending == 1 and not s.is_drawing]
+        wanted = [s for s in decoding if s.request.params.speculate]
+        for sequence in wanted:
+            sequence.drafts, sequence.coupled = True, self._is_coupled(sequence.request)
+        if not wanted or self._resting():
+            self.stats.draft_length = 0.0
+            return
+        began = perf_counter()
+        most = [min(self.config.longest, s.request.params.max_tokens - s.num_output - 1) for s in wanted]
+        drafts = self.drafter.propose(wanted, most)
+        seconds = perf_counter() - began
+        self.stats.draft_seconds += seconds
+        self._draft_seconds = self._draft_seconds * KEPT + seconds * (1 - KEPT)
+        for sequence, draft, length in zip(wanted, drafts, self._lengths(wanted, drafts, decoding), strict=True):
+            if length:
+                sequence.draft = tuple(draft.tokens[:length])
+                self._proposed[sequence.request.id] = draft
+
+    def observe(self, plan: StepPlan, verified: list[Verified], seconds: float) -> None:
+        """A step has taken so long, and these are its sequences that drew."""
+        context = sum(start + length for start, length in zip(plan.starts, plan.lengths, strict=True))
+        self.step_time.observe(len(plan.tokens), context, seconds)
+        lengths = [len(one.drafted) for one in verified if one.drafted]
+        self.stats.draft_length = sum(lengths) / len(lengths) if lengths else 0.0
+        for one in verified:
+            if not one.drafted:
+                continue
+            accepted = agreeing(one.drafted, one.tokens)
+            draft = self._proposed.get(one.sequence.request.id)
+            confidence = draft.confidence[: len(one.drafted)] if draft else [1.0] * len(one.drafted)
+            self.acceptance.observe(one.sequence.request.id, confidence, accepted)
+            self._count(len(one.drafted), accepted)
+        self.drafter.observe(verified)
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has left."""
+        self.acceptance.forget(sequence.request.id)
+        self.drafter.forget(sequence)
+
+    def _is_coupled(self, request: Request) -> bool:
+        """Whether its text must be plain decoding's."""
+        if self.config.rule != AUTO or not request.params.temperature:
+            return self.config.rule != REJECTION or not request.params.temperature
+        return request.seeded or bool(request.output)
+
+    def _lengths(self, wanted: list[Sequence], drafts: list[Draft], decoding: list[Sequence]) -> list[int]:
+        """How many tokens of each draft are verified."""
+        whole = [len(draft.tokens) for draft in drafts]
+        if self.config.k:
+            return whole
+        if self._trial:
+            self._trial -= 1
+            return [min(length, 1 + self._trial % self.config.max_k) for length in whole]
+        chances = [self.acceptance.of(s.request.id, d.confidence) for s, d in zip(wanted, drafts, strict=True)]
+        others: list[list[float]] = [[]] * (len(decoding) - len(wanted))
+        context = sum(len(s.tokens) for s in decoding)
+        lengths = best_lengths([*chances, *others], len(decoding), context, self.step_time, self._draft_seconds)
+        return self._explored(lengths[: len(wanted)], whole)
+
+    def _explored(self, lengths: list[int], whole: list[int]) -> list[int]:
+        """Rest if nothing is worth it; and now and then verify all, so that what it takes stays known."""
+        self._since_look += 1
+        if not any(lengths):
+            if any(whole):
+                self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
+            return lengths
+        self._next_rest = REST
+        if self._since_look < LOOK:
+            return lengths
+        self._since_look = 0
+        return whole
+
+    def _resting(self) -> bool:
+        if not self._rest:
+            return False
+        self._rest -= 1
+        if not self._rest:
+            self._trial = TRIAL
+        return True
+
+    def _count(self, drafted: int, accepted: int) -> None:
+        stats = self.stats
+        stats.drafts += 1
+        stats.draft_tokens += drafted
+        stats.accepted_tokens += accepted
+        stats.accepted_at += [0] * (accepted - len(stats.accepted_at))
+        for place in range(accepted):
+            stats.accepted_at[place] += 1
