@@ -116,7 +116,9 @@ def test_it_is_refused_where_it_cannot_be(directory: Path) -> None:
     spec = replace(ModelSpec.load(directory), dtype=torch.float64)
     insisting = EngineConfig(batch_invariant=True)
     assert (insisting.kernels, insisting.wanted_kernels, EngineConfig().wanted_kernels) == (AUTO, NATIVE, AUTO)
-    with pytest.raises(ValueError, match="need native kernels: they compute in float32, bfloat16 or float16, not in fl"):
+    with pytest.raises(
+        ValueError, match="need native kernels: they compute in float32, bfloat16 or float16, not in fl"
+    ):
         whole_executor(spec, str(directory), SingleRank(), 8, 8, kernels=insisting.wanted_kernels)
     with pytest.raises(ValueError, match=r"engine\.batch_invariant needs native kernels, but engine\.kernels is torch"):
         EngineConfig(batch_invariant=True, kernels=TORCH)
