@@ -206,14 +206,21 @@ def describe(report: dict[str, Any]) -> str:
 
 
 SPLIT = ("busy", "waiting", "idle")
-Columns = dict[str, tuple[str, str]]  # heading -> counter, and how to print it
+KERNELS = ("torch", "native")
+Columns = dict[str, tuple[str, Callable[[Any], str]]]  # heading -> figure, and how to print it
 ENGINE_COLUMNS: Columns = {
-    "running": ("running", ""),
-    "waiting": ("waiting", ""),
-    "KV": ("kv_usage", ".0%"),
-    "steps": ("steps", ""),
+    "running": ("running", str),
+    "waiting": ("waiting", str),
+    "KV": ("kv_usage", "{:.0%}".format),
+    "steps": ("steps", str),
+    "kernels": ("native_kernels", KERNELS.__getitem__),
 }
-POOL_COLUMNS: Columns = {"steps": ("steps", ""), "resumed": ("resumed_steps", ""), "busy s": ("busy_seconds", ".1f")}
+POOL_COLUMNS: Columns = {
+    "steps": ("steps", str),
+    "resumed": ("resumed_steps", str),
+    "busy s": ("busy_seconds", "{:.1f}".format),
+    "kernels": ("native_kernels", KERNELS.__getitem__),
+}
 
 
 def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str:
@@ -221,7 +228,7 @@ def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str
     rows: list[list[object]] = [[kind, "generation", "serves", "restarts", *columns]]
     for name, numbers in parts.items():
         life = [numbers["generation"], "yes" if numbers["serves"] else "no", numbers["restarts"]]
-        told = (format(numbers[key], spec) if key in numbers else None for key, spec in columns.values())
+        told = (show(numbers[key]) if key in numbers else None for key, show in columns.values())
         rows.append([name, *life, *told])
     return table(rows)
 

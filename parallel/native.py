@@ -29,6 +29,7 @@ def choose(model: Transformer, kernels: str = AUTO) -> None:
     some = next(parameter for parameter in model.parameters() if parameter.dim() == 2)
     if has_native(kernels, some.device.type, some.dtype):
         lay_out(model)
+        log.info("this rank computes with native CPU kernels")
 
 
 def has_native(kernels: str, device: str, dtype: torch.dtype) -> bool:

@@ -43,7 +43,7 @@ def compare(spec: ModelSpec, path: Path, capture: Capture, bound: float) -> Call
     """On each rank: the same steps with and without a recording; returns how many shapes were recorded."""
 
     def rank_main(mesh: Mesh) -> int:
-        plain = whole_executor(spec, str(path), mesh, BLOCKS, SIZE)
+        plain = whole_executor(spec, str(path), mesh, BLOCKS, SIZE, kernels="torch")
         replaying = whole_executor(spec, str(path), mesh, BLOCKS, SIZE, capture=capture)
         for plan in plans(3):
             want, got = plain._forward(plan), replaying._forward(plan)

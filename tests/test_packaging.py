@@ -125,9 +125,8 @@ def test_the_command_says_what_it_can() -> None:
 
 def test_an_unknown_command_is_one_sentence() -> None:
     done = command("restart")
-    sentence = (
-        "stepladder: there is no command 'restart'; the commands are serve, ctl, fetch, generate, train, chat, bench"
-    )
+    listed = "serve, ctl, build, fetch, generate, train, chat, bench"
+    sentence = f"stepladder: there is no command 'restart'; the commands are {listed}"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{sentence}\n")
 
 

@@ -20,7 +20,7 @@ from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.pack import pack_weights
+from stepladder.parallel.native import NATIVE, TORCH, choose
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams
@@ -127,7 +127,7 @@ def apart(attention: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def logits(tp: int, packed: bool) -> dict[str, Any]:
+def logits(tp: int, kernels: str) -> dict[str, Any]:
     """Of every position of a prompt, without an engine."""
     spec = ModelSpec.load(MODEL)
     tokens = torch.tensor(requests()[5].prompt[:24])
@@ -135,8 +135,7 @@ def logits(tp: int, packed: bool) -> dict[str, Any]:
     def rank_main(mesh: Mesh) -> Tensor | None:
         model = Transformer(spec, mesh.shard, mesh.all_reduce).requires_grad_(False)
         load_weights(model, str(MODEL))
-        if packed:
-            pack_weights(model)
+        choose(model, kernels)
         return mesh.gather(model.logits(model(tokens, WholeSequences(1, len(tokens)))))
 
     found = rank_main(SingleRank()) if tp == 1 else run_ranks(tp, torch.inference_mode()(rank_main))[0]
@@ -149,10 +148,10 @@ CASES = {
     "tp=2": lambda: whole(2),
     "1A1F": lambda: apart(1),
     "2A1F": lambda: apart(2),
-    "logits tp=1": lambda: logits(1, False),
-    "logits tp=2": lambda: logits(2, False),
-    "logits tp=1 packed": lambda: logits(1, True),
-    "logits tp=2 packed": lambda: logits(2, True),
+    "logits tp=1": lambda: logits(1, TORCH),
+    "logits tp=2": lambda: logits(2, TORCH),
+    "logits tp=1 native": lambda: logits(1, NATIVE),
+    "logits tp=2 native": lambda: logits(2, NATIVE),
 }
 
 

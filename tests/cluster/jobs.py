@@ -91,11 +91,21 @@ def ours(cluster: PrivateRay) -> set[int]:
 
 @contextmanager
 def submit(
-    cluster: PrivateRay, name: str, model: Path, run_dir: Path, *options: str, layout: Sequence[str] = ("layout.tp=2",)
+    cluster: PrivateRay,
+    name: str,
+    model: Path | str,
+    run_dir: Path,
+    *options: str,
+    layout: Sequence[str] = ("layout.tp=2",),
 ) -> Iterator[Job]:
-    """Submit, wait until it serves, and stop it in the end if the test has not."""
-    command = ["python", "-m", "launch.serve", f"name={name}", "model=path", f"model.path={model}", "model.name=tiny"]
-    command += [*layout, f"run_dir={run_dir}", "kv.tokens=8192", *options]
+    """Submit, wait until it serves, and stop it in the end if the test has not.
+
+    Args:
+        model: a path, which is served as `tiny`, or the name of a choice in conf/model.
+    """
+    given = ["model=path", f"model.path={model}", "model.name=tiny"] if isinstance(model, Path) else [f"model={model}"]
+    command = ["python", "-m", "launch.serve", f"name={name}", *given, *layout]
+    command += [f"run_dir={run_dir}", "kv.tokens=8192", *options]
     cluster.job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *command)
     before = ours(cluster)
     url = ready(cluster, name)

@@ -24,7 +24,7 @@ TOKENS = 250
 def job(cluster: PrivateRay, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """Two attention ranks, one FFN rank; texts do not depend on who is batched with whom."""
     layout = ("layout=afd", "layout.attention=2", "layout.ffn=1")
-    options = ("cluster.hang_seconds=5", "engine.batch_invariant=true", "monitor.every_seconds=0.5")
+    options = ("cluster.hang_seconds=5", "monitor.every_seconds=0.5")
     with submit(cluster, "afd", model, tmp_path_factory.mktemp("run"), *options, layout=layout) as job:
         yield job
 
@@ -32,7 +32,7 @@ def job(cluster: PrivateRay, model: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def wanted(model: Path) -> list[str]:
     """What the whole model says, in one process."""
-    llm = LLM(str(model), device="cpu", batch_invariant=True, kv_tokens=8192)
+    llm = LLM(str(model), device="cpu", kv_tokens=8192)
     texts = []
     for index, prompt in enumerate(PROMPTS):
         params = SamplingParams(max_tokens=TOKENS, temperature=0.0 if index % 2 else 0.8, seed=index, ignore_eos=True)

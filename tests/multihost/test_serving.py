@@ -30,7 +30,7 @@ MODEL = ROOT / "launch/demo_model"
 HANG_SECONDS = 5
 OPTIONS = (
     "model=demo cluster=two_nodes cluster.device=cpu cluster.strategy=STRICT_SPREAD engine.threads=1 "
-    "engine.dtype=float32 engine.batch_invariant=true kv.tokens=4096 monitor=jsonl "
+    "engine.dtype=float32 kv.tokens=4096 monitor=jsonl "
     f"gateway.host=0.0.0.0 gateway.resource=node:__internal_head__ name={NAME} cluster.hang_seconds={HANG_SECONDS}"
 )
 PROMPTS = [
@@ -102,7 +102,7 @@ def deployment(possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def alone(prompts: list[str], max_tokens: int = MAX_TOKENS) -> list[str]:
     """What the same model answers in one process."""
-    llm = LLM(str(MODEL), device="cpu", dtype="float32", batch_invariant=True)
+    llm = LLM(str(MODEL), device="cpu", dtype="float32")
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return [llm.generate([prompt], params)[0].text for prompt in prompts]
 

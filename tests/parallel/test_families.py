@@ -16,6 +16,7 @@ from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
+from stepladder.parallel.native import NATIVE, TORCH
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.assembly import whole_executor
 from stepladder.workers.config import EngineConfig
@@ -142,6 +143,48 @@ def test_bfloat16_is_as_close_to_fp32_as_in_transformers(
     assert got.dtype == torch.bfloat16
     ours, oracles = (float((x.float() - want).square().mean() / want.square().mean()) ** 0.5 for x in (got, theirs))
     assert ours <= 0.02 and ours <= 1.25 * oracles
+
+
+@on_ranks(slow=lambda tp, family: tp == 4 and family not in FEW)
+def test_native_kernels_compute_the_same(
+    tp: int, family: str, families: dict[str, Path], some: list[list[int]]
+) -> None:
+    """As plain torch, to 1e-5, in chunks mixed with decode; with the same bits in any company and behind any cut."""
+
+    def rank_main(mesh: Mesh) -> list[list[Tensor]]:
+        native, plain = (load(families[family], mesh, kernels) for kernels in (NATIVE, TORCH))
+        alone = [row for one in some for row in run_in_steps(native, mesh, [one], 64)]
+        return [
+            run_in_steps(plain, mesh, some, 9),
+            alone,
+            *(run_in_steps(native, mesh, some, n) for n in (64, 9, 3, 1)),
+        ]
+
+    want, alone, *cut = run_ranks(tp, rank_main)[0]
+    bound = 1e-5 * max(float(rows.abs().max()) for rows in want)
+    for rows, wanted in zip(alone, want, strict=True):
+        assert (rows - wanted).abs().max() <= bound
+    for sequences in cut if tp < 4 else ():  # more than two ranks add up in rank order only if they are asked to
+        assert all(torch.equal(rows, one) for rows, one in zip(sequences, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_kernels_in_half_precision(
+    family: str, dtype: torch.dtype, tmp_path: Path, some: list[list[int]]
+) -> None:
+    """With weights of unit gain, as above. Root mean square of the error, over plain torch in fp32: hardly more than
+    plain torch loses in the same precision."""
+    path, tokens = write_family(tmp_path, family, gain=1.0), some[1]
+    want, plain, got = (
+        run_in_steps(load(path, SingleRank(), *chosen), SingleRank(), [tokens], 9)[0].float()
+        for chosen in ((TORCH,), (TORCH, dtype), (NATIVE, dtype))
+    )
+    theirs, ours = (float((x - want).square().mean() / want.square().mean()) ** 0.5 for x in (plain, got))
+    assert ours <= {torch.bfloat16: 0.02, torch.float16: 0.0025}[dtype] and ours <= 1.1 * theirs
+    alone = run_in_steps(load(path, SingleRank(), NATIVE, dtype), SingleRank(), [tokens], 64)[0]
+    beside = run_in_steps(load(path, SingleRank(), NATIVE, dtype), SingleRank(), [some[0], tokens, some[2]], 5)[1]
+    assert torch.equal(alone, beside)
 
 
 HALF = 6  # frequencies of a head

@@ -1,6 +1,7 @@
 """The sharded model against `transformers`, position by position, however its tokens are cut into steps."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from stepladder.parallel.checkpoint import load_weights
-from stepladder.parallel.context import KVCache, PagedSequences, WholeSequences
+from stepladder.parallel.context import PagedSequences, WholeSequences
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
+from stepladder.parallel.native import TORCH, choose
 from stepladder.parallel.spec import ModelSpec
 from tests.llama import oracle_logits, read_llama, write_llama
 from tests.ranks import run_ranks
@@ -18,9 +20,10 @@ from tests.ranks import run_ranks
 BLOCK_SIZE, NUM_BLOCKS = 4, 64
 
 
-def load(path: Path, mesh: Mesh) -> Transformer:
-    model = Transformer(ModelSpec.load(path), mesh.shard, mesh.all_reduce)
+def load(path: Path, mesh: Mesh, kernels: str = TORCH, dtype: torch.dtype = torch.float32) -> Transformer:
+    model = Transformer(replace(ModelSpec.load(path), dtype=dtype), mesh.shard, mesh.all_reduce)
     load_weights(model, path)
+    choose(model, kernels)
     return model
 
 
@@ -52,7 +55,7 @@ def run_in_steps(model: Transformer, mesh: Mesh, sequences: list[list[int]], chu
     """Logits of every position of every sequence, computed step by step over the paged cache."""
     free = random.Random(chunk).sample(range(NUM_BLOCKS), NUM_BLOCKS)  # blocks in no order
     tables = [[free.pop() for _ in range(-(-len(s) // BLOCK_SIZE))] for s in sequences]
-    cache = KVCache(model.spec, model.num_kv_heads, NUM_BLOCKS, BLOCK_SIZE)
+    cache = model.cache(NUM_BLOCKS, BLOCK_SIZE)
     cache.keys.fill_(1e3)  # what an earlier sequence left behind must not be seen
     cache.values.fill_(1e3)
     rows: list[list[Tensor]] = [[] for _ in sequences]

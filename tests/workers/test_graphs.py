@@ -41,7 +41,7 @@ def test_windows_are_masked(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_and_half_precision(untied: Path, dtype: torch.dtype) -> None:
+def test_half_precision(untied: Path, dtype: torch.dtype) -> None:
     spec = replace(ModelSpec.load(untied), dtype=dtype)
     compare(spec, untied, record, bound=1e-5 if dtype == torch.float32 else 0.05)(SingleRank())
 

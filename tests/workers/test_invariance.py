@@ -1,4 +1,4 @@
-"""engine.batch_invariant: the same tokens alone, in company, in any chunks, after preemption and replay."""
+"""With native kernels an engine draws the same tokens alone, in company, in any chunks, after preemption and replay."""
 
 import random
 from dataclasses import replace
@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from stepladder.kernels.linear import can_pack
+from stepladder.kernels.cpu import build
+from stepladder.kernels.cpu.native import DTYPES
 from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.native import AUTO, NATIVE, TORCH
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.assembly import whole_executor
+from stepladder.workers.config import EngineConfig
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
@@ -27,12 +30,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("invariant"), seed=3, **SHAPES)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
 def executor(directory: Path, request: pytest.FixtureRequest) -> Executor:
-    if not can_pack(torch.empty(1, 1, dtype=request.param)):
-        pytest.skip(f"oneDNN packs no {request.param} weights on this machine")
+    if why := build.why_not():
+        pytest.skip(f"no native kernels here: {why}")
     spec = replace(ModelSpec.load(directory), dtype=request.param)
-    return whole_executor(spec, str(directory), SingleRank(), 128, 8, batch_invariant=True)
+    return whole_executor(spec, str(directory), SingleRank(), 128, 8, kernels=NATIVE)
 
 
 def requests() -> list[Request]:
@@ -100,10 +103,10 @@ def test_company_chunks_preemption_and_replay_change_nothing(executor: Executor)
         same(*serve(executor, [replay, *made[:3]])[:2])
 
 
-def test_plain_rounding_does_depend_on_the_batch(directory: Path) -> None:
+def test_plain_torch_does_depend_on_the_batch(directory: Path) -> None:
     """Otherwise the test above would prove nothing."""
     spec = ModelSpec.load(directory)
-    executor = whole_executor(spec, str(directory), SingleRank(), 128, 8)
+    executor = whole_executor(spec, str(directory), SingleRank(), 128, 8, kernels=TORCH)
     alone = serve(executor, [requests()[WATCHED]])[1]
     batched = serve(executor, requests(), max_step_tokens=23, max_sequences=16)[1]
     assert any(not torch.equal(row, alone[position]) for position, row in batched.items())
@@ -111,5 +114,11 @@ def test_plain_rounding_does_depend_on_the_batch(directory: Path) -> None:
 
 def test_it_is_refused_where_it_cannot_be(directory: Path) -> None:
     spec = replace(ModelSpec.load(directory), dtype=torch.float64)
-    with pytest.raises(ValueError, match="batch_invariant needs CPU ranks in float32 or bfloat16"):
-        whole_executor(spec, str(directory), SingleRank(), 8, 8, batch_invariant=True)
+    insisting = EngineConfig(batch_invariant=True)
+    assert (insisting.kernels, insisting.wanted_kernels, EngineConfig().wanted_kernels) == (AUTO, NATIVE, AUTO)
+    with pytest.raises(
+        ValueError, match="need native kernels: they compute in float32, bfloat16 or float16, not in fl"
+    ):
+        whole_executor(spec, str(directory), SingleRank(), 8, 8, kernels=insisting.wanted_kernels)
+    with pytest.raises(ValueError, match=r"engine\.batch_invariant needs native kernels, but engine\.kernels is torch"):
+        EngineConfig(batch_invariant=True, kernels=TORCH)

@@ -204,7 +204,7 @@ def test_an_attention_rank_warms_up_alike(untied: Path, monkeypatch: pytest.Monk
 
 def test_all_ranks_warm_up_together(untied: Path) -> None:
     def rank_main(mesh: Mesh) -> int:
-        executor = whole_executor(ModelSpec.load(untied), str(untied), mesh, batch_invariant=False)
+        executor = whole_executor(ModelSpec.load(untied), str(untied), mesh)
         return kv_size(executor, EngineConfig(max_sequences=3, max_step_tokens=20), KvConfig(), CPU, ranks_here=2)
 
     assert run_ranks(2, rank_main) == [2 * 3 * 256] * 2

@@ -118,7 +118,8 @@ class FeedForwardRank(Rank):
 
     def stats(self) -> PoolFigures:
         pool = self._pool
-        return PoolFigures(self._mesh.clock.split(), pool.steps, pool.resumed, pool.side.busy)
+        native = int(pool.side.native)
+        return PoolFigures(self._mesh.clock.split(), native, pool.steps, pool.resumed, pool.side.busy)
 
     def _connect(self) -> dist.Store:
         """Another connection to the pool's store."""

@@ -48,7 +48,6 @@ class FailuresBench:
         deploy: options of launch.serve, besides those below.
         kind: of layout, tp or afd. tp: ranks of the engine of "tp". attention, ffn: ranks of "afd".
         ray_cpus: processors that the private Ray believes in.
-        batch_invariant: without it a replay may round otherwise, and now and then a text goes on otherwise.
         ping_seconds, hang_seconds: of `cluster`; they bound how soon a failure can be noticed.
         failures: which of FAULTS, in turns; null takes all that the kind can suffer.
         repeats: how often each; minutes: after which no more are begun.
@@ -64,7 +63,6 @@ class FailuresBench:
     attention: int = 2
     ffn: int = 1
     ray_cpus: int = 4
-    batch_invariant: bool = True
     ping_seconds: float = 0.5
     hang_seconds: float = 3.0
     failures: list[str] | None = None
@@ -117,7 +115,6 @@ class FailuresBench:
         return [
             *shlex.split(self.deploy),
             *self.ranks,
-            f"engine.batch_invariant={str(self.batch_invariant).lower()}",
             f"cluster.ping_seconds={self.ping_seconds}",
             f"cluster.hang_seconds={self.hang_seconds}",
         ]

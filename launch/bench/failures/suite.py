@@ -38,7 +38,7 @@ def run(config: FailuresBench) -> Report:
         bench.prepare()
         occurrences, ended = bench.rounds()
         remains = bench.stop()
-    return report(config, bench.pause, occurrences, ended, remains)
+    return report(config, bench.pause, occurrences, ended, remains, bench.unlike)
 
 
 def report(
@@ -47,6 +47,7 @@ def report(
     occurrences: Mapping[str, Sequence[Occurrence]],
     ended: str | None,
     remains: Sequence[str],
+    unlike: int = 0,
 ) -> Report:
     """What it all comes to.
 
@@ -54,12 +55,15 @@ def report(
         pause: the longest of undisturbed streams, in seconds.
         ended: where and why the rounds ended before their time, None if they did not.
         remains: what `ray job stop` left.
+        unlike: undisturbed texts that were not the same twice, so that nobody can tell what changes a text.
     """
     rows = [Row("undisturbed", "longest pause", pause, "s")]
+    rows.append(Row("undisturbed", "changed texts", unlike, "requests", 0))
     rows += [row for name, seen in occurrences.items() for row in _rows(config, name, seen)]
     rows.append(Row("ray job stop", "left over", len(remains), "things", 0))
     details = {name: {str(nth): asdict(one) for nth, one in enumerate(seen)} for name, seen in occurrences.items()}
     summary = {"came back every time": _came_back(occurrences, ended)}
+    summary["undisturbed: changed texts"] = at_most(unlike, 0)
     summary |= {line: goal for name, seen in occurrences.items() for line, goal in _summary(name, seen).items()}
     summary["ray job stop: left over"] = at_most(len(remains), 0)
     return Report("failures", rows, summary, details={"occurrences": details | {"ray job stop": {"left": remains}}})
