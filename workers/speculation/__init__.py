@@ -1,0 +1,1 @@
+"""Speculation: drafters propose tokens, a step verifies them; `drafter` is what both know of each other."""

@@ -1,0 +1,68 @@
+"""What a drafter is: it guesses how sequences go on, and is told how they did. Pure host code."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+from stepladder.workers.core import Sequence
+
+__all__ = ["Draft", "Drafter", "Verified"]
+
+
+class Draft(NamedTuple):
+    """What is proposed for one sequence.
+
+    Attributes:
+        tokens: up to as many as were asked for, perhaps none.
+        confidence: of each token, the drafter's own estimate that it is right given those before it, 0 to 1.
+        version: of the drafter that proposed.
+    """
+
+    tokens: list[int]
+    confidence: list[float]
+    version: int = 0
+
+
+class Verified(NamedTuple):
+    """What a step did for a sequence.
+
+    Attributes:
+        sequence: its tokens end with `tokens`.
+        drafted: the tokens that the step verified; perhaps none.
+        tokens: what it went on with: those of `drafted` that were accepted, and one more. Fewer, if it ended there.
+        likely: for each row of the verification the likeliest next tokens, best first, if the drafter asks for them
+            (`Drafter.likely`). Row 0 follows the token before `drafted`, row 1 + i follows `drafted[i]`.
+    """
+
+    sequence: Sequence
+    drafted: Seq[int]
+    tokens: Seq[int]
+    likely: Seq[Seq[int]] = ()
+
+
+class Drafter(ABC):
+    """Proposes tokens that may follow; a wrong one costs time, never a wrong text.
+
+    A sequence is known by its request's id from when it is first seen, which may be at any length of it, until it is
+    forgotten. Meanwhile its tokens only get more.
+
+    Attributes:
+        likely: how many of the likeliest tokens per row it wants to be told (`Verified.likely`).
+        version: of its weights, if it has some that change.
+    """
+
+    likely: int = 0
+    version: int = 0
+
+    @abstractmethod
+    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
+        """For each sequence at most `most[i]` tokens to follow those it has; none if `most[i]` is 0, or if a step under
+        way draws its last one."""
+
+    @abstractmethod
+    def observe(self, verified: list[Verified]) -> None:
+        """What the last step did; after each one."""
+
+    @abstractmethod
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended or was aborted; one that was never seen is no error."""
