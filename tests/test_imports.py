@@ -21,7 +21,12 @@ ALLOWED = {  # top-level package -> where it may be imported
     "deepspeed": ("workers/training/trainer.py",),
     "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine.py"),
 }
-HOST_ONLY = ("workers/core.py", "workers/scheduler.py", "workers/blocks.py", "workers/codec.py")
+_DRAFTERS = ("calibration", "lookup", "ngram", "occurrences", "recycling", "suffix")
+HOST_ONLY = (
+    *("workers/core.py", "workers/scheduler.py", "workers/blocks.py", "workers/codec.py"),
+    "workers/speculation/drafter.py",
+    *(f"workers/speculation/drafters/{name}.py" for name in _DRAFTERS),
+)
 
 
 def imports(source: str, package: str = "") -> Iterator[str]:

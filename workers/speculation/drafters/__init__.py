@@ -1,0 +1,1 @@
+"""The drafters. Without weights, pure host code: `ngram`, `suffix` and `recycling`."""

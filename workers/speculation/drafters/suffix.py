@@ -1,0 +1,96 @@
+"""Suffix decoding: a sequence goes on as texts like it have, its own and those of other requests."""
+
+from stepladder.workers.core import Sequence
+from stepladder.workers.params import check
+from stepladder.workers.speculation.drafters.lookup import Guess, Lookup, State
+from stepladder.workers.speculation.drafters.occurrences import END, Match, Occurrences
+
+__all__ = ["Suffix"]
+
+SIZES = (4, 2)
+PIECE = 128  # tokens of an output that come into the common memory at once, while it is being written
+AGREEING, SHARES = 3, 5  # how finely the kinds of guesses are told apart
+WEIGHT = 2  # of a place, for each token that it matches further back
+
+
+class Suffix(Lookup):
+    """Places where a sequence's last tokens stood before vote on the next one, those that match further back with more
+    weight; those that named the token that was chosen vote on the one behind it. Places are found in the sequence's own
+    prompt and output, and in a memory of the outputs of all requests.
+
+    Confidence is learnt by how far back the matches reach, the share of the votes, and how many places agree (Oliaro et
+    al. 2411.04975 take the share itself, in a tree with counts).
+
+    Args:
+        memory: tokens of outputs that are remembered, at most 60 bytes each; the oldest are forgotten first. 0: no
+            request learns from others.
+        threshold: a draft ends where it would be right with less than this probability.
+        depth: how far back places are compared.
+        places: how many vote from either source, the latest.
+    """
+
+    def __init__(self, memory: int = 1 << 18, threshold: float = 0.3, depth: int = 16, places: int = 16) -> None:
+        check(memory >= 0, f"a suffix drafter remembers {memory} tokens; it must be 0 or more")
+        check(depth >= max(SIZES), f"a suffix drafter compares {depth} tokens; it must be at least {max(SIZES)}")
+        check(places >= 1, f"a suffix drafter asks {places} places; it must be at least 1")
+        kinds = [(n, a, s) for n in range(depth + 1) for a in range(AGREEING) for s in range(SHARES)]
+        super().__init__(threshold, [_estimate(n, a + 1, (s + 1) / SHARES) for n, a, s in kinds])
+        self.depth, self.places = depth, places
+        self.memory = Occurrences(SIZES, depth, memory) if memory else None
+        self._remembered: dict[str, int] = {}  # by request: up to where its output is in the memory
+
+    def index(self) -> Occurrences:
+        return Occurrences(SIZES, self.depth)
+
+    def guess(self, state: State, context: list[int], most: int) -> list[Guess]:
+        guesses: list[Guess] = []
+        matches = state.own.find(context, most, self.places)
+        if self.memory:
+            matches += self.memory.find(context, most, self.places)
+        while matches and len(guesses) < most:
+            token, agreeing, share = _vote(matches, len(guesses))
+            if token == END:
+                break
+            matches = agreeing
+            reach = max(match.length for match in matches) + len(guesses)
+            guesses.append(Guess(token, self._kind(reach, len(matches), share)))
+        return guesses
+
+    def follow(self, sequence: Sequence) -> State:
+        state = super().follow(sequence)
+        self._remember(sequence, PIECE)
+        return state
+
+    def forget(self, sequence: Sequence) -> None:
+        super().forget(sequence)
+        self._remember(sequence, 1)
+        self._remembered.pop(sequence.request.id, None)
+
+    def _remember(self, sequence: Sequence, least: int) -> None:
+        """Take what is new of an output into the memory, if it is at least so much."""
+        stop = len(sequence.tokens) - sequence.is_drawing
+        start = self._remembered.get(sequence.request.id, len(sequence.request.prompt))
+        if self.memory and stop - start >= least:
+            first = max(0, start - self.depth)
+            self.memory.add_document(sequence.tokens[first:stop], start - first)
+            self._remembered[sequence.request.id] = stop
+
+    def _kind(self, reach: int, agreeing: int, share: float) -> int:
+        nth = min(reach, self.depth) * AGREEING + min(agreeing, AGREEING) - 1
+        return nth * SHARES + max(0, round(share * SHARES) - 1)
+
+
+def _vote(matches: list[Match], at: int) -> tuple[int, list[Match], float]:
+    """The token at `at` behind these places that most weight is for, who named it, and its share of the weight."""
+    weights: dict[int, int] = {}
+    for length, following in matches:
+        token = following[at] if at < len(following) else END
+        weights[token] = weights.get(token, 0) + WEIGHT**length
+    token = max(weights, key=weights.__getitem__)
+    agreeing = [match for match in matches if at < len(match.following) and match.following[at] == token]
+    return token, agreeing, weights[token] / sum(weights.values())
+
+
+def _estimate(reach: int, agreeing: int, share: float) -> float:
+    """Confidence before anything has been learnt: one place that matches in two tokens is as good as a coin."""
+    return share * reach * agreeing / (reach * agreeing + 2)
