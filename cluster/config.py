@@ -11,6 +11,7 @@ from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import ATTENTION, FFN, WHOLE
+from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")
@@ -260,6 +261,7 @@ class Deployment:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv: KvConfig = field(default_factory=KvConfig)
+    speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -194,6 +194,7 @@ class Gang:
             collective_seconds=self.deployment.cluster.collective_seconds,
             engine=self.deployment.engine,
             kv=self.deployment.kv,
+            speculate=self.deployment.speculate,
             generation=self.generation,
             balance=self.deployment.layout.balance == "auto",
             role=self.plan.role,

@@ -27,6 +27,7 @@ from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.source.resolve import resolve
+from stepladder.workers.speculation.config import SpeculateConfig
 
 TERMINATED = 128 + signal.SIGTERM
 DEFAULTS = {"max_tokens": 256}  # where they are not those of SamplingParams
@@ -49,6 +50,7 @@ class GenerateConfig:
     device: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv: KvConfig = field(default_factory=KvConfig)
+    speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ def _load(config: GenerateConfig) -> LLM:
     for name in FOR_SERVERS:
         if options.pop(name) != getattr(EngineConfig, name):
             raise ValueError(f"engine.{name} is for servers; offline, everything is queued")
-    return LLM(_directory(config), config.device, kv=config.kv, **options)
+    return LLM(_directory(config), config.device, kv=config.kv, speculate=config.speculate, **options)
 
 
 def _directory(config: GenerateConfig) -> str:

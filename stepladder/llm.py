@@ -17,6 +17,7 @@ from stepladder.workers.core import FinishReason, Output, Request, SamplingParam
 from stepladder.workers.model_check import check_model
 from stepladder.workers.sizing import check_kv, fitting, kv_size
 from stepladder.workers.source.resolve import resolve
+from stepladder.workers.speculation.config import OFF, SpeculateConfig
 from stepladder.workers.text.chat import ChatOptions
 from stepladder.workers.text.control_tokens import plain
 from stepladder.workers.text.stream import TextStream
@@ -86,6 +87,7 @@ class LLM:
         kv_tokens: how many tokens the KV cache holds.
         kv: the cache in full, in place of `kv_tokens`; without a number of tokens it is measured how many fit.
         cache: folder for what is fetched, and for what GGUF files become.
+        speculate: who drafts tokens, such as "suffix"; or all options of that.
         options: fields of `EngineConfig`, such as max_sequences, dtype or batch_invariant.
 
     Attributes:
@@ -102,11 +104,13 @@ class LLM:
         kv_tokens: int = 16384,
         kv: KvConfig | None = None,
         cache: str = CACHE,
+        speculate: str | SpeculateConfig = OFF,
         **options: Any,
     ) -> None:
         if name := next((name for name in FOR_SERVERS if name in options), None):
             raise ValueError(f"{name} is for servers, which refuse requests; an LLM queues all it is given")
         engine, kv = EngineConfig(**options), kv or KvConfig(tokens=kv_tokens)
+        drafting = SpeculateConfig(kind=speculate) if isinstance(speculate, str) else speculate
         if engine.threads:
             torch.set_num_threads(engine.threads)
         path = resolve(path, engine.dtype, cache, fetching=True, progress=True)
@@ -116,7 +120,7 @@ class LLM:
         with fitting("the model with its KV cache"):
             executor = assembly.load(spec, path, mesh, engine)
             size = kv_size(executor, engine, kv, mesh.device)
-            self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer)
+            self.engine = assembly.begin(executor, engine, kv, size, lambda: self.tokenizer, drafting)
         self._ids = map(str, count())
         self._growing: dict[str, _Growing] = {}  # of all streams, by request id
 

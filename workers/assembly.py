@@ -21,7 +21,11 @@ from stepladder.workers.executor import Executor
 from stepladder.workers.forward import WholeForward
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.graphs import Capture, CudaCapture
+from stepladder.workers.speculation.config import SpeculateConfig
+from stepladder.workers.speculation.speculator import Speculator
 from stepladder.workers.text.tokenizer import Tokenizer
+
+NO_SPECULATION = SpeculateConfig()
 
 
 def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: bool = False) -> Executor:
@@ -38,19 +42,28 @@ def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: 
 
 
 def begin(
-    executor: Executor, config: EngineConfig, kv: KvConfig, kv_tokens: int, tokenizer: Callable[[], Tokenizer]
+    executor: Executor,
+    config: EngineConfig,
+    kv: KvConfig,
+    kv_tokens: int,
+    tokenizer: Callable[[], Tokenizer],
+    speculate: SpeculateConfig = NO_SPECULATION,
 ) -> Engine:
     """Make the cache of `kv_tokens`, on every rank of the group alike, and the engine, which rank 0 runs.
 
     Args:
         tokenizer: the model's; asked for when a request first needs it.
+        speculate: who drafts tokens, if somebody does.
 
     Raises:
         ValueError: the limits contradict each other or the model.
     """
     limits = config.limits(executor.model.spec, kv, kv_tokens, executor.mesh.device)
     executor.allocate(limits.num_blocks, limits.block_size)
-    return Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
+    engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
+    if drafter := speculate.drafter(executor.model.spec.vocab_size):
+        engine.speculator, executor.likely = Speculator(drafter, speculate, engine.stats), drafter.likely
+    return engine
 
 
 def whole_executor(

@@ -279,6 +279,7 @@ class Output:
         prompt_logprobs: with the first token, if they were asked for: those of the prompt from its second token on.
         start: with the first token; with a replay that continues behind it, never.
         error: with "abort", why; None if the request is not to blame.
+        drafted, accepted: tokens that were drafted for this step, and how many of them it goes on with.
     """
 
     id: str
@@ -288,3 +289,5 @@ class Output:
     prompt_logprobs: list[TokenLogprob] | None = None
     start: Start | None = None
     error: str | None = None
+    drafted: int = 0
+    accepted: int = 0

@@ -60,7 +60,7 @@ class EngineRank(Rank):
     def _begin(self, kv_tokens: int) -> str | None:
         config = self.config
         tokenizer = partial(Tokenizer, config.directory)
-        engine = assembly.begin(self._executor, config.engine, config.kv, kv_tokens, tokenizer)
+        engine = assembly.begin(self._executor, config.engine, config.kv, kv_tokens, tokenizer, config.speculate)
         if self.config.shard.rank == 0:
             self._engine, self._channel = engine, Channel(self.config.host, self.config.secret)
         return self.address

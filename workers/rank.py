@@ -22,6 +22,7 @@ from stepladder.workers.figures import RankFigures
 from stepladder.workers.model_check import check_memory
 from stepladder.workers.sizing import fitting
 from stepladder.workers.source.resolve import resolve
+from stepladder.workers.speculation.config import SpeculateConfig
 
 WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
 
@@ -76,6 +77,7 @@ class RankConfig:
     own_ranks_here: int = 1
     afd: AfdConfig = field(default_factory=AfdConfig)
     cache: str = CACHE
+    speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
 
     @property
     def directory(self) -> str:

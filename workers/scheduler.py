@@ -19,7 +19,7 @@ from stepladder.workers.core import (
     TokenLogprob,
 )
 from stepladder.workers.limits import SchedulerConfig
-from stepladder.workers.speculation.drafter import Verified
+from stepladder.workers.speculation.drafter import Verified, agreeing
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
@@ -129,7 +129,7 @@ class Scheduler:
                 sequence.num_computed -= 1 + len(draft) - len(tokens)
                 self.blocks.trim(sequence, sequence.num_computed)
             if tokens:
-                outputs.append(self._extend(sequence, start, stop, tokens, result.logprobs.get(index)))
+                outputs.append(self._extend(sequence, start, stop, tokens, draft, result.logprobs.get(index)))
                 likely = result.likely[index] if result.likely else ()
                 self.verified.append(Verified(sequence, draft, outputs[-1].tokens, likely))
             elif sequence.blocks:
@@ -247,7 +247,13 @@ class Scheduler:
         return len(draft)
 
     def _extend(
-        self, sequence: Sequence, start: int, stop: int, drawn: list[int], logprobs: list[TokenLogprob] | None
+        self,
+        sequence: Sequence,
+        start: int,
+        stop: int,
+        drawn: list[int],
+        draft: tuple[int, ...],
+        logprobs: list[TokenLogprob] | None,
     ) -> Output:
         """The sequence's tokens from `start` to `stop` have been computed, and it goes on with those drawn, until one
         of them ends it."""
@@ -267,7 +273,8 @@ class Scheduler:
         begun = sequence.start() if first else None
         error = sequence.constraint.error if sequence.constraint else None
         told = logprobs and logprobs[: len(tokens)]
-        return Output(request.id, tokens, reason, told, prompt_logprobs, begun, error)
+        accepted = agreeing(draft, tokens)
+        return Output(request.id, tokens, reason, told, prompt_logprobs, begun, error, len(draft), accepted)
 
     def _reason(self, sequence: Sequence, count: int, token: int) -> FinishReason | None:
         """Why a sequence ends with this token, the `count`-th of its output, if it does."""

@@ -33,6 +33,7 @@ class Choice:
         echo_offsets: where in it each token of the prompt begins; found by decoding if left out.
         scoring_only: the prompt is all that is wanted; the engine's one token is dropped.
         num_tokens: generated, including those of a stop string or end of sequence.
+        drafted, accepted: tokens that were drafted for it, and those of them that it went on with.
         started: its first chunk has been made.
         scored: its tokens with their log-probabilities, if wanted.
         prompt_logprobs: of the prompt's tokens from the second on, if wanted.
@@ -49,6 +50,8 @@ class Choice:
     echo_offsets: Sequence[int] = ()
     scoring_only: bool = False
     num_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     finish_reason: FinishReason | None = None
     started: bool = False
     scored: list[ScoredToken] = field(default_factory=list)
@@ -95,6 +98,7 @@ class Choice:
 
     def _append(self, output: Output) -> str:
         fresh, visible = "", self.text.visible(output)
+        self.drafted, self.accepted = self.drafted + output.drafted, self.accepted + output.accepted
         for nth, token in enumerate(output.tokens):
             if output.logprobs is not None:
                 self.scored.append(ScoredToken(token, len(self.echo) + len(self.text), output.logprobs[nth]))
@@ -253,7 +257,14 @@ class Choices:
             "completion_tokens": generated,
             "total_tokens": total,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **self._predicted(),
         }
+
+    def _predicted(self) -> Json:
+        """Drafted tokens, as OpenAI has them, if there were any."""
+        drafted, accepted = (sum(getattr(c, name) for c in self.choices) for name in ("drafted", "accepted"))
+        found = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
+        return {"completion_tokens_details": found} if drafted else {}
 
     @property
     def num_reported(self) -> int:

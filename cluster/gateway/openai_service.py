@@ -220,7 +220,10 @@ class OpenAIService:
         for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
             for nth in range(body.n):
                 params, index = self._params(body, max_tokens, nth, structure, tools), len(choices)
-                request = Request(id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner)
+                request = Request(
+                    id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner,
+                    seeded="seed" in body.model_fields_set,
+                )  # fmt: skip
                 text, parser = TextStream.of(self.tokenizer, params, prompt), tools.parser() if tools else None
                 choices.append(Choice(index, request, text, tools=parser))
         self._check_reported([choice.request for choice in choices])

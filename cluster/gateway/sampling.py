@@ -56,6 +56,7 @@ class Sampling(Body):
     min_tokens: int = SamplingParams.min_tokens
     ignore_eos: bool = SamplingParams.ignore_eos
     skip_special_tokens: bool = SamplingParams.skip_special_tokens
+    speculate: bool = SamplingParams.speculate
     prompt_logprobs: int | None = None
 
     @field_validator("*")

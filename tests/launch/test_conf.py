@@ -25,7 +25,7 @@ from stepladder.workers.params import SamplingParams
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "launch" / "conf"
 MANUAL = (ROOT / "docs" / "operating.md").read_text()
-GROUPS = ("model", "cluster", "layout", "monitor")  # of launch.serve
+GROUPS = ("model", "cluster", "layout", "speculate", "monitor")  # of launch.serve
 PATH = ["model.path=/m", "model.name=m"]
 
 

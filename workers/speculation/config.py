@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from stepladder.workers.speculation.drafter import Drafter
+from stepladder.workers.speculation.kinds import KINDS
+
 OFF = "off"
-KINDS = (OFF, "ngram", "suffix", "recycling")
 AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
 RULES = (AUTO, COUPLED, REJECTION)
 LONGEST = 32  # tokens of a draft
@@ -23,7 +25,7 @@ class SpeculateConfig:
             accepts more of what is sampled; `auto` is coupled where the text must be the same: greedy, with a seed, or
             going on after a replay.
         threshold: a drafter stops where it is less sure than this of its next token.
-        most_nodes: of the tree that `suffix` keeps, which bounds its memory.
+        memory: tokens of what this engine has written that `suffix` remembers, some 60 bytes each.
     """
 
     kind: str = OFF
@@ -31,11 +33,11 @@ class SpeculateConfig:
     max_k: int = 8
     rule: str = AUTO
     threshold: float = 0.25
-    most_nodes: int = 1 << 20
+    memory: int = 1 << 18
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"speculate.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.kind != OFF and self.kind not in KINDS:
+            raise ValueError(f"speculate.kind is {self.kind!r}; it must be one of {', '.join((OFF, *KINDS))}")
         if self.rule not in RULES:
             raise ValueError(f"speculate.rule is {self.rule!r}; it must be one of {', '.join(RULES)}")
         for name, value in (("k", self.k), ("max_k", self.max_k)):
@@ -43,8 +45,12 @@ class SpeculateConfig:
                 raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
-        if self.most_nodes < 1:
-            raise ValueError(f"speculate.most_nodes is {self.most_nodes}; it must be at least 1")
+        if self.memory < 0:
+            raise ValueError(f"speculate.memory is {self.memory}; it must be 0 or more")
+
+    def drafter(self, vocab_size: int) -> Drafter | None:
+        """Who drafts for a model with so many tokens."""
+        return None if self.kind == OFF else KINDS[self.kind](self.threshold, self.memory, vocab_size)
 
     @property
     def longest(self) -> int:
