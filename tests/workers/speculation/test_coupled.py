@@ -1,9 +1,12 @@
 """The coupled rule: whoever drafts, a text is plain decoding's, token for token, and its log-probabilities are."""
 
+import json
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.afd.pool_forward import attention_executor
 from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams, Sequence, TokenLogprob
 from stepladder.workers.engine import Engine
@@ -21,6 +25,7 @@ from stepladder.workers.speculation.drafter import Draft, Drafter, Verified
 from stepladder.workers.speculation.speculator import Speculator
 from tests.llama import write_llama
 from tests.ranks import run_ranks
+from tests.workers.test_afd import membership, pool_of
 
 LIMITS = SchedulerConfig(
     max_sequences=8, max_step_tokens=64, max_model_len=128, num_blocks=96, block_size=8, eos_ids=(7,)
@@ -176,6 +181,32 @@ def test_two_ranks(directory: Path) -> None:
 
     texts = run_ranks(2, rank_main)[0]
     assert texts is not None and all(other == texts[0] for other in texts[1:])
+
+
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+def test_attention_ranks_with_a_pool_of_ffn_ranks(residual: str, directory: Path, tmp_path: Path) -> None:
+    """2A2F at lag 0 and 1: the rows of a draft travel like those of a prefill."""
+    path = Path(copytree(directory, tmp_path / residual))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"residual": residual}))
+    spec = ModelSpec.load(path)
+    plain: list[Texts] = [{}, {}]
+    found: list[Texts] = [{}, {}]
+    with pool_of(path, 2) as pool:
+
+        def one(index: int) -> None:
+            executor = attention_executor(spec, str(path), membership(spec, pool), 1 + index, 8)
+            executor.allocate(LIMITS.num_blocks, LIMITS.block_size)
+            plain[index] = serve(executor, requests()[index::2])[0]
+            found[index] = serve(executor, requests()[index::2], Fickle(plain[index]), 4)[0]
+            executor.stop()
+
+        threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert found == plain and all(plain)
 
 
 def test_a_planted_fault_is_found(executor: Executor, plain: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
