@@ -116,6 +116,7 @@ def test_a_run_has_kernels_beside_torchs(report: Report) -> None:
 
 
 def test_it_is_written_and_drawn(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.emulated == "all lengths are multiplied by 0.02" and not report.titled
     publish(report, ["suite=engine"], tmp_path)
     assert (tmp_path / "engine.png").stat().st_size > 10_000
     assert set(json.loads((tmp_path / "engine-turns.json").read_text())) == set(report.details["turns"])
@@ -172,6 +173,9 @@ def test_ratios_by_hand() -> None:
     wide = Case("A", "float32", {"ours": [1.0, 2.0, 4.0], "vllm": [3.0, 4.0, 4.0]})
     half = Case("A", "bfloat16", {"ours": [2.0, 2.0, 2.0], "llama.cpp": [1.0, 2.0, 3.0]})
     assert (wide.time(), wide.time("vllm"), wide.ratio("vllm"), wide.ratio("transformers")) == (2.0, 4.0, 2.0, None)
+    rows = [row for row in beside.rows([wide, half]) if row.metric == "time of llama.cpp F16"]
+    assert [(row.value, row.rival) for row in rows] == [(2.0, 2.0)]
+    assert [row.value for row in beside.rows([wide, half]) if row.metric == "time of vllm"] == [4.0, None]
     held = {name: (goal.value, goal.goal, goal.holds) for name, goal in beside.summary([wide, half])}
     assert held == {
         "A (one, 64 + 128) float32: vllm / ours": (2.0, ">= 2", True),

@@ -115,12 +115,12 @@ def _set_bounds(cases: Sequence[Case], engine: ProcessEngine) -> None:
 
 def rows(cases: Sequence[Case]) -> Iterator[Row]:
     """Ours beside each bound, and each peer's with ours as its rival: how many times longer it takes, in per cent."""
+    peers = [name for name in dict.fromkeys(name for case in cases for name in case.seconds) if name != OURS]
     for case in cases:
         yield Row(case.name, "time beside its products", case.time(), "s", bound=case.products)
         yield Row(case.name, "time beside its memory", case.time(), "s", bound=case.memory)
-        for name in case.seconds:
-            if name != OURS:
-                yield Row(case.name, f"time of {shown(name, case.dtype)}", case.time(name), "s", rival=case.time())
+        for name in peers:
+            yield Row(case.name, f"time of {shown(name, case.dtype)}", case.time(name), "s", rival=case.time())
 
 
 def summary(cases: Sequence[Case]) -> Iterator[tuple[str, Goal]]:

@@ -22,11 +22,15 @@ from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.source.packaged import PACKAGED
 from stepladder.workers.source.resolve import resolve
 
+CONTENTS = "every time that was measured"
+
 
 def run(config: EngineBench) -> Report:
     """Raises ValueError: a peer is not there, or kernels are to be measured where there are none."""
     torch.set_num_threads(config.threads)
     model, instead = found(config)
+    shorter = None if config.scale == 1 else f"all lengths are multiplied by {config.scale:g}"
+    note = "; ".join(filter(None, (instead, shorter))) or None
     spec = ModelSpec.load(model)
     if {"products", "attention"} & {*config.parts} and (why := why_not()):
         raise ValueError(
@@ -40,7 +44,8 @@ def run(config: EngineBench) -> Report:
         cases = beside.measure(config, model, spec.vocab_size)
         rows += beside.rows(cases)
         summary.update(beside.summary(cases))
-        details["turns"], picture = beside.turns(cases), partial(draw, cases=cases)
+        title = f"{config.model.name} on {config.threads} CPU threads{f' ({note})' if note else ''}"
+        details["turns"], picture = beside.turns(cases), partial(draw, cases=cases, title=title)
     if "products" in config.parts:
         details["products"] = {}
         for dtype in config.dtypes:
@@ -57,7 +62,7 @@ def run(config: EngineBench) -> Report:
         more, goals = _serving(model, config)
         rows += more
         summary |= goals
-    return Report("engine", rows, summary, instead, details, picture, contents="every time that was measured")
+    return Report("engine", rows, summary, note, details, picture, titled=picture is None, contents=CONTENTS)
 
 
 def found(config: EngineBench) -> tuple[Path, str | None]:
