@@ -19,7 +19,7 @@ ALLOWED = {  # top-level package -> where it may be imported
     "gguf": ("parallel/gguf/",),
     "wandb": ("cluster/monitor.py",),
     "deepspeed": ("workers/training/trainer.py",),
-    "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine.py"),
+    "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine/"),
 }
 HOST_ONLY = ("workers/core.py", "workers/scheduler.py", "workers/blocks.py", "workers/codec.py")
 
