@@ -85,8 +85,3 @@ def _norm(norm: Norm, shape: tuple[int, ...] | None = None) -> NormWeight:
     weight = norm.weight.detach().float()
     weight = weight.expand(shape) if shape else weight
     return NormWeight(weight.contiguous(), norm.eps, norm.kernel is layer_norm)
-
-
-def _kind(model: nn.Module) -> tuple[str, torch.dtype]:
-    some = next(parameter for parameter in model.parameters() if parameter.dim() == 2)
-    return some.device.type, some.dtype

@@ -19,7 +19,7 @@ ALLOWED = {  # top-level package -> where it may be imported
     "gguf": ("parallel/gguf/",),
     "wandb": ("cluster/monitor.py",),
     "deepspeed": ("workers/training/trainer.py",),
-    "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine.py"),
+    "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine/"),
 }
 _DRAFTERS = ("calibration", "lookup", "ngram", "occurrences", "recycling", "suffix")
 HOST_ONLY = (

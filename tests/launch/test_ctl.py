@@ -17,6 +17,7 @@ from stepladder.launch.logs import LogOptions, _dated
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {"generation": 2, "serves": True, "restarts": 1, "running": 3, "waiting": 0, "kv_usage": 0.25, "steps": 99}
+ENGINE["native_kernels"] = 1
 REPORT: dict[str, Any] = {
     "name": "a", "model": "m", "phase": "ready", "detail": "serving m at http://h:1", "url": "http://h:1",
     "generations": {"engine-0": 2}, "restarts": 1, "in_flight": 4, "draining": False,
@@ -73,15 +74,16 @@ def test_a_report_for_a_person() -> None:
     lines = ctl.describe(REPORT).splitlines()
     assert lines[0] == "a  ready: serving m at http://h:1"
     assert lines[2] == "requests  4 in flight, 12.3 tokens/s"
-    assert lines[-2].split() == ["engine-0", "2", "yes", "1", "3", "0", "25%", "99"]
-    assert lines[-1].split() == ["engine-1", "1", "no", "0", "-", "-", "-", "-"]
+    assert lines[-2].split() == ["engine-0", "2", "yes", "1", "3", "0", "25%", "99", "native"]
+    assert lines[-1].split() == ["engine-1", "1", "no", "0", "-", "-", "-", "-", "-"]
 
 
 def test_a_report_shows_the_pool_too() -> None:
     pool = {"generation": 3, "serves": True, "restarts": 2, "steps": 42, "resumed_steps": 1, "busy_seconds": 1.25}
+    pool["native_kernels"] = 0
     lines = ctl.describe(REPORT | {"pools": {"ffn": pool}}).splitlines()
-    assert lines[-2].split() == ["pool", "generation", "serves", "restarts", "steps", "resumed", "busy", "s"]
-    assert lines[-1].split() == ["ffn", "3", "yes", "2", "42", "1", "1.2"]
+    assert lines[-2].split() == ["pool", "generation", "serves", "restarts", "steps", "resumed", "busy", "s", "kernels"]
+    assert lines[-1].split() == ["ffn", "3", "yes", "2", "42", "1", "1.2", "torch"]
 
 
 def test_a_report_shows_how_each_rank_spends_its_time() -> None:
