@@ -50,7 +50,9 @@ def begin(
     """
     limits = config.limits(executor.model.spec, kv, kv_tokens, executor.mesh.device)
     executor.allocate(limits.num_blocks, limits.block_size)
-    return Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
+    engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
+    engine.stats.native_kernels = int(executor.model.native)
+    return engine
 
 
 def whole_executor(
