@@ -61,6 +61,7 @@ def begin(
     limits = config.limits(executor.model.spec, kv, kv_tokens, executor.mesh.device)
     executor.allocate(limits.num_blocks, limits.block_size)
     engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
+    engine.stats.native_kernels = int(executor.model.native)
     if drafter := speculate.drafter(executor.model.spec.vocab_size):
         engine.speculator, executor.likely = Speculator(drafter, speculate, engine.stats), drafter.likely
     return engine

@@ -24,11 +24,13 @@ class EngineStats(SpeculationStats):
 
     Attributes:
         max_model_len: prompt and output together, in tokens; 0 of an engine that has not been heard yet.
+        native_kernels: 1 if it computes with native CPU kernels, 0 if with plain torch.
         step_tokens: tokens of all steps together. step_sizes: steps by size; the one at i counts those of at most
             STEP_TOKENS[i] tokens that no earlier one counts, the last one all others.
     """
 
     max_model_len: int = limit()
+    native_kernels: int = gauge("native_kernels", "1 with native CPU kernels, 0 with plain torch.", across="none")
     steps: int = counter("engine_steps", "Steps run.")
     prompt_tokens: int = counter()
     generation_tokens: int = counter()

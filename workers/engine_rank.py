@@ -80,5 +80,4 @@ class EngineRank(Rank):
     def stats(self) -> EngineFigures:
         meter = self._mesh.meter
         stats = self._engine.stats if self._engine else None
-        native = int(self._executor.model.native)
-        return EngineFigures(self._mesh.clock.split(), native, meter.total, meter.exposed, stats)
+        return EngineFigures(self._mesh.clock.split(), meter.total, meter.exposed, stats)

@@ -51,13 +51,9 @@ def declared(kind: type) -> Iterator[tuple[Field, Declared]]:
 
 @dataclass
 class RankFigures:
-    """Of every rank. clock: how its life was spent, since its loop began. native_kernels: 1 if it computes with them, 0
-    if with plain torch."""
+    """Of every rank. clock: how its life was spent, since its loop began."""
 
     clock: Split = field(default_factory=Split)
-    native_kernels: int = gauge(
-        "native_kernels", "1 if the engine computes with native CPU kernels, 0 if with plain torch.", across="none"
-    )
 
     def parts(self) -> Iterator[Any]:
         """This, and what it holds that has figures."""

@@ -37,11 +37,12 @@ class AttentionFigures(EngineFigures):
 @dataclass
 class PoolFigures(RankFigures):
     """steps: begun, on the first rank; resumed_steps: of those, how many another pool had begun. busy_seconds: inside
-    FFNs."""
+    FFNs. native_kernels: 1 if it computes with native CPU kernels, 0 if with plain torch."""
 
     steps: int = counter()
     resumed_steps: int = counter()
     busy_seconds: float = counter(default=0.0)
+    native_kernels: int = limit()
 
 
 class AttentionRank(EngineRank):
@@ -119,7 +120,7 @@ class FeedForwardRank(Rank):
     def stats(self) -> PoolFigures:
         pool = self._pool
         native = int(pool.side.native)
-        return PoolFigures(self._mesh.clock.split(), native, pool.steps, pool.resumed, pool.side.busy)
+        return PoolFigures(self._mesh.clock.split(), pool.steps, pool.resumed, pool.side.busy, native)
 
     def _connect(self) -> dist.Store:
         """Another connection to the pool's store."""
