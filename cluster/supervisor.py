@@ -323,4 +323,6 @@ def _told_by(keeper: Keeper) -> dict[str, Any]:
         for place, rank in zip(keeper.gang.places, ranks, strict=False)
     ]
     life = {"generation": keeper.gang.generation, "serves": keeper.endpoint is not None, "restarts": keeper.restarts}
-    return {**life, **(ranks[0].values() if ranks else {}), "needed": keeper.group.needed, "ranks": times}
+    engine = getattr(ranks[0], "engine", None) if ranks else None
+    told = {"speculation": engine.speculation} if engine and engine.speculation else {}
+    return {**life, **(ranks[0].values() if ranks else {}), **told, "needed": keeper.group.needed, "ranks": times}

@@ -214,6 +214,7 @@ ENGINE_COLUMNS: Columns = {
     "KV": ("kv_usage", "{:.0%}".format),
     "steps": ("steps", str),
     "kernels": ("native_kernels", KERNELS.__getitem__),
+    "speculation": ("speculation", str),
 }
 POOL_COLUMNS: Columns = {
     "steps": ("steps", str),

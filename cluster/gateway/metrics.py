@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stepladder.cluster.gateway.latency_window import LatencyWindow
@@ -63,6 +63,23 @@ class StepSizes(Collector):
         yield family
 
 
+class AcceptedAt(Collector):
+    """How many drafted tokens were accepted at each place in a draft; `engines` as in `StepSizes`."""
+
+    def __init__(self, model_name: str) -> None:
+        self.engines: Mapping[str, Mapping[str, Any]] = {}
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        name = "stepladder:spec_decode_num_accepted_tokens_per_pos"
+        labels = ["model_name", "engine", "position"]
+        family = CounterMetricFamily(name, "Drafted tokens accepted, by place in the draft.", labels=labels)
+        for engine, stats in self.engines.items():
+            for place, count in enumerate(stats["accepted_at"]):
+                family.add_metric([self._model_name, engine, str(place)], count)
+        yield family
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 
@@ -84,8 +101,9 @@ class Metrics:
         self.in_flight = self._of_server(Gauge, "num_requests_in_flight", "HTTP requests being answered here.")
         self._gauges: dict[str, Gauge] = self._of_engines(Gauge, GAUGE)
         self._counters: dict[str, Counter] = self._of_engines(Counter, COUNTER)
-        self._step_sizes = StepSizes(model_name)
+        self._step_sizes, self._accepted_at = StepSizes(model_name), AcceptedAt(model_name)
         self.registry.register(self._step_sizes)
+        self.registry.register(self._accepted_at)
         self._seen: dict[tuple[str, str], float] = {}
 
     def observe(self, name: str, value: float) -> None:
@@ -107,7 +125,7 @@ class Metrics:
         The gauges of an engine that is gone are forgotten; its counters stay, as counters must. A counter that went
         back means a restarted engine.
         """
-        self._step_sizes.engines = engines
+        self._step_sizes.engines = self._accepted_at.engines = engines
         for gauge in self._gauges.values():
             gauge.clear()
         for engine, stats in engines.items():

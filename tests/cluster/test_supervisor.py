@@ -300,6 +300,7 @@ def test_figures_of_the_pool_and_of_each_attention_rank() -> None:
         for name in (
             *("reduce_seconds", "exposed_seconds", "pool_resumes", "prompt_tokens", "generation_tokens"),
             *("preemptions", "running", "waiting", "prefix_cache_queries", "prefix_cache_hits", "step_tokens"),
+            *("drafts", "draft_tokens", "accepted_tokens", "draft_length", "draft_seconds"),
         )
     }
     assert {key: value for key, value in clocks.items() if "ffn" in key} == {

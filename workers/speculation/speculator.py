@@ -24,7 +24,8 @@ KEPT = 0.9
 @dataclass
 class SpeculationStats:
     """drafts: given to a step. draft_tokens, accepted_tokens: theirs. accepted_at: of these, by place in the draft.
-    draft_length: of the last step's drafts, on average; 0 while drafting does not pay."""
+    draft_length: of the last step's drafts, on average; 0 while drafting does not pay. speculation: all of this, to a
+    person."""
 
     drafts: int = counter("spec_decode_num_drafts", "Drafts verified.")
     draft_tokens: int = counter("spec_decode_num_draft_tokens", "Drafted tokens verified.")
@@ -34,6 +35,7 @@ class SpeculationStats:
         "spec_decode_draft_length", "Tokens of a draft in the last step, on average.", default=0.0, across="mean"
     )
     draft_seconds: float = counter(default=0.0)
+    speculation: str = ""
 
 
 class Speculator:
@@ -86,6 +88,16 @@ class Speculator:
             self.acceptance.observe(one.sequence.request.id, confidence, accepted)
             self._count(len(one.drafted), accepted)
         self.drafter.observe(verified)
+        self.stats.speculation = self._told()
+
+    def _told(self) -> str:
+        stats, kind = self.stats, self.config.kind
+        if not stats.drafts:
+            return f"{kind}: has found nothing to draft yet"
+        accepted = f"{stats.accepted_tokens / stats.drafts:.2f} of {stats.draft_tokens / stats.drafts:.2f} accepted"
+        if self._rest:
+            return f"{kind}: off for {self._rest} steps, since it did not pay; {accepted}"
+        return f"{kind}: {accepted}, {stats.draft_length:.1f} drafted now"
 
     def forget(self, sequence: Sequence) -> None:
         """It has left."""
