@@ -1,4 +1,4 @@
-"""`docs/extending.md` is true: its examples, done to a copy of the code as the page says, work, with no more files."""
+"""`docs/extending.md` and `docs/speculation.md` are true: their examples, done to a copy of the code as they say, work."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "extending.md").read_text()
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("extending.md", "speculation.md")]
 FOLDERS = ("kernels", "parallel", "workers", "cluster", "launch", "stepladder")
 SMALL = """SMALL = dict(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -51,8 +51,13 @@ class Example(NamedTuple):
 
 def examples() -> list[Example]:
     found = []
-    for title, rest in re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL):
+    parts = [
+        part for page in PAGES for part in re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    ]
+    for title, rest in parts:
         steps = [Step(m["new"] or m["file"], m["how"], m["anchor"], m["text"]) for m in _STEP.finditer(rest)]
+        if not steps:  # it explains something
+            continue
         found.append(Example(title, sum(map(int, re.findall(r"\d+", title))) + title.count("and its yaml"), steps))
     return found
 
@@ -90,9 +95,9 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_an_example_of_everything() -> None:
-    words = ("family", "module", "role", "layout", "sampling parameter", "figure", "suite")
+    words = ("family", "module", "role", "layout", "sampling parameter", "figure", "suite", "drafter")
     assert [word for word, example in zip(words, EXAMPLES, strict=True) if word not in example.title] == []
-    assert [example.most_files for example in EXAMPLES] == [1, 4, 4, 3, 3, 1, 2]
+    assert [example.most_files for example in EXAMPLES] == [1, 4, 4, 3, 3, 1, 2, 2]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
