@@ -1,4 +1,4 @@
-"""`docs/extending.md` and `docs/speculation.md` are true: their examples, done to a copy of the code as they say, work."""
+"""`docs/extending.md` and `docs/speculation.md` are true: their examples, done to a copy of the code, work."""
 
 import re
 import shutil

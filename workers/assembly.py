@@ -11,7 +11,7 @@ import torch
 
 from stepladder.parallel.balance import balanced
 from stepladder.parallel.checkpoint import load_weights
-from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.native import AUTO, TORCH, choose
 from stepladder.parallel.spec import ModelSpec
@@ -62,7 +62,19 @@ def begin(
     executor.allocate(limits.num_blocks, limits.block_size)
     engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
     engine.stats.native_kernels = int(executor.model.native)
-    if drafter := speculate.drafter(executor.model.spec.vocab_size):
+
+    def load(path: str) -> Executor:
+        """A drafter's, on rank 0 alone, with as much room as the engine has."""
+        own, wanted = ModelSpec.load(path), executor.model.spec.vocab_size
+        if own.vocab_size != wanted:
+            raise ValueError(
+                f"speculate.model has {own.vocab_size} tokens, the model that it drafts for {wanted}; it must have the "
+                "same tokenizer"
+            )
+        return whole_executor(own, path, SingleRank(executor.mesh.device), limits.num_blocks, limits.block_size)
+
+    leads = executor.mesh.shard.rank == 0
+    if leads and (drafter := speculate.drafter(limits, executor.model.spec.vocab_size, load)):
         engine.speculator, executor.likely = Speculator(drafter, speculate, engine.stats), drafter.likely
     return engine
 

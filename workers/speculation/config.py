@@ -1,9 +1,11 @@
 """Options of speculative decoding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Drafter
-from stepladder.workers.speculation.kinds import KINDS
+from stepladder.workers.speculation.kinds import KINDS, Runner, Seat
 
 OFF = "off"
 AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
@@ -17,7 +19,8 @@ class SpeculateConfig:
 
     Attributes:
         kind: who drafts: `ngram` looks up what followed the last tokens earlier in the same text, `suffix` also in what
-            this engine has written before, `recycling` chains what the model itself thought likely of late; or `off`.
+            this engine has written before, `recycling` chains what the model itself thought likely of late, `model` is
+            a smaller one; or `off`.
         k: tokens of every draft, as far as the drafter has so many; null chooses for every step what gives most tokens
             per second, none included.
         max_k: the most that null chooses.
@@ -26,6 +29,7 @@ class SpeculateConfig:
             going on after a replay.
         threshold: a drafter stops where it is less sure than this of its next token.
         memory: tokens of what this engine has written that `suffix` remembers, some 60 bytes each.
+        model: of `model`, a directory with the same tokenizer.
     """
 
     kind: str = OFF
@@ -34,6 +38,7 @@ class SpeculateConfig:
     rule: str = AUTO
     threshold: float = 0.25
     memory: int = 1 << 18
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind != OFF and self.kind not in KINDS:
@@ -45,12 +50,29 @@ class SpeculateConfig:
                 raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
+        if (self.kind == "model") != (self.model is not None):
+            raise ValueError(
+                f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kind model needs a "
+                "directory, and no other takes one"
+            )
         if self.memory < 0:
             raise ValueError(f"speculate.memory is {self.memory}; it must be 0 or more")
 
-    def drafter(self, vocab_size: int) -> Drafter | None:
-        """Who drafts for a model with so many tokens."""
-        return None if self.kind == OFF else KINDS[self.kind](self.threshold, self.memory, vocab_size)
+    def drafter(self, limits: SchedulerConfig, vocabulary: int, load: Callable[[str], Runner]) -> Drafter | None:
+        """Who drafts for an engine with these limits, of a model with so many tokens.
+
+        Args:
+            load: makes what runs a checkpoint, with a cache.
+
+        Raises:
+            ValueError: its model is unusable.
+        """
+        seat = Seat(self.threshold, self.memory, self.model, limits, vocabulary, load)
+        return KINDS[self.kind](seat) if self.is_on else None
+
+    @property
+    def is_on(self) -> bool:
+        return self.kind != OFF
 
     @property
     def longest(self) -> int:
