@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from stepladder.workers.blocks import BlockManager
 from stepladder.workers.core import Request, Sample, SamplingParams, Sequence, StepPlan, StepResult
-from stepladder.workers.sampler import _agreeing
+from stepladder.workers.sampler import _kept
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
 
 EOS, VOCAB, UNKNOWN = 0, 40, -1
@@ -73,7 +73,7 @@ class CachingExecutor:
                 assert one.position == position
                 assert all(a in (b, UNKNOWN) for a, b in zip(self._history(one, sample), context, strict=True))
                 self.drawn.append(next_token(context, one.params.seed, set(one.barred)))
-            results.append(_agreeing(sample.draft, self.drawn[-1 - len(sample.draft) :]))
+            results.append(_kept(sample.draft, self.drawn[-1 - len(sample.draft) :]))
         return StepResult(results)
 
     def _history(self, sample: Sample, whole: Sample) -> list[int]:
