@@ -17,6 +17,7 @@
 namespace stepladder {
 namespace {
 
+constexpr int64_t MANY = 48;   // rows of a task: they share what is read of the cache
 constexpr int64_t PART = 512;  // positions, or as many whole lanes of a block as there are in them
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
@@ -25,8 +26,16 @@ struct Task {
 };
 
 struct Scratch {
-  std::vector<float> q, scores, part, sum;
+  std::vector<float> q, scores, part, sum, wide;
 };
+
+// f(numbers as fp32, or as they are), n of the cache: several tiles of rows read what has been widened once.
+template <class C, class F> void seen(const C* from, int64_t n, int64_t rows, Scratch& scratch, F f) {
+  if (sizeof(C) == 4 || rows <= 2 * ROWS) return f(from);
+  scratch.wide.resize(std::max<int64_t>(scratch.wide.size(), n));
+  convert(from, scratch.wide.data(), n);
+  f((const float*)scratch.wide.data());
+}
 
 // Turns scores [n] into their exponentials, 0 outside [from, to); returns the maximum and adds up in `total`.
 float soften(float* scores, int64_t n, int64_t from, int64_t to, float* total) {
@@ -64,10 +73,10 @@ void run(const Task& task, const float* q, const Pages& pages, const C* keys, co
   const int64_t D = heads.D, G = heads.H / heads.kv, lane = pages.lane, R = task.rows;
   const int64_t* table = batch.tables + task.sequence * batch.width;
   const int64_t span = std::max<int64_t>(1, PART / lane) * lane, width = (span + LANES - 1) / LANES * LANES;
-  scratch.q.resize(ROWS * D), scratch.part.resize(ROWS * D), scratch.sum.resize(ROWS * D), scratch.scores.resize(ROWS * width);
+  scratch.q.resize(R * D), scratch.part.resize(R * D), scratch.sum.resize(R * D), scratch.scores.resize(R * width);
   float *part = scratch.part.data(), *sum = scratch.sum.data(), *scores = scratch.scores.data();
-  int64_t from[ROWS], to[ROWS], place[ROWS], begin = std::numeric_limits<int64_t>::max(), end = 0;
-  float top[ROWS], total[ROWS], scale = 1.0f / std::sqrt((float)D);
+  int64_t from[MANY], to[MANY], place[MANY], begin = std::numeric_limits<int64_t>::max(), end = 0;
+  float top[MANY], total[MANY], scale = 1.0f / std::sqrt((float)D);
   for (int64_t r = 0; r < R; r++) {
     const int64_t token = batch.first[task.sequence] + (task.row + r) / G;
     place[r] = (token * heads.H + task.head * G + (task.row + r) % G) * D;
@@ -81,13 +90,17 @@ void run(const Task& task, const float* q, const Pages& pages, const C* keys, co
     const int64_t n = (high - low + LANES - 1) / LANES * LANES;
     auto page = [&](int64_t position) { return (table[position / pages.size] * heads.kv + task.head) * pages.size * D; };
     for (int64_t p = start; p < high; p += lane)
-      multiply(scratch.q.data(), D, R, keys + page(p) + p % pages.size * D, lane, scores + p - low, width, D, lane, true);
-    float part_top[ROWS], part_total[ROWS];
+      seen(keys + page(p) + p % pages.size * D, D * lane, R, scratch, [&](auto* k) {
+        multiply(scratch.q.data(), D, R, k, lane, scores + p - low, width, D, lane, true);
+      });
+    float part_top[MANY], part_total[MANY];
     for (int64_t r = 0; r < R; r++)
       part_top[r] = soften(scores + r * width, n, std::max(from[r], start) - low, std::min(to[r], high) - low, part_total + r);
     for (int64_t p = start; p < high;) {
       const int64_t stop = std::min((p / pages.size + 1) * pages.size, high);
-      multiply(scores + p - low, width, R, values + page(p) + p % pages.size * D, D, part, D, stop - p, D, p == start);
+      seen(values + page(p) + p % pages.size * D, (stop - p) * D, R, scratch, [&](auto* v) {
+        multiply(scores + p - low, width, R, v, D, part, D, stop - p, D, p == start);
+      });
       p = stop;
     }
     for (int64_t r = 0; r < R; r++) merge(top[r], total[r], sum + r * D, part_top[r], part_total[r], part + r * D, D);
@@ -104,8 +117,8 @@ void attend(const float* q, const Pages& pages, const Batch& batch, Heads heads,
   const int64_t G = heads.H / heads.kv;
   for (int64_t b = 0; b < batch.B; b++) {
     const int64_t rows = (batch.first[b + 1] - batch.first[b]) * G;
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      const int64_t count = std::min<int64_t>(ROWS, rows - row), last = batch.first[b] + (row + count - 1) / G;
+    for (int64_t row = 0; row < rows; row += MANY) {
+      const int64_t count = std::min(MANY, rows - row), last = batch.first[b] + (row + count - 1) / G;
       const int64_t seen = batch.positions[last] + 1, each = count * heads.D * (window ? std::min(window, seen) : seen);
       for (int64_t head = 0; head < heads.kv; head++) tasks.push_back({b, head, row, count, each}), work += each;
     }

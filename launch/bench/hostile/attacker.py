@@ -84,6 +84,9 @@ def under_attack(plan: Plan) -> Iterator[Any]:
         yield pool.submit(attack, plan)
 
 
+AGAIN = 4  # requests at once, when those that were not answered in the crowd are sent once more
+
+
 class _Attacker:
     def __init__(self, plan: Plan) -> None:
         self._plan, self._outcome = plan, Outcome()
@@ -103,7 +106,13 @@ class _Attacker:
             if isinstance(ended, Exception):
                 raise ended
         outcome.ended = max(since for since, _, what in outcome.log if what.startswith(FORGED))
-        again = await asyncio.gather(*map(self._forged, self._unanswered))  # was it the crowd, or is there no answer?
+        few = asyncio.Semaphore(AGAIN)
+
+        async def forged(number: int) -> bool:
+            async with few:
+                return await self._forged(number)
+
+        again = await asyncio.gather(*map(forged, self._unanswered))  # was it the crowd, or is there no answer?
         for number, answered in zip(self._unanswered, again, strict=True):
             if not answered:
                 outcome.fault(kind="no answer, twice", answer="none", number=number)
