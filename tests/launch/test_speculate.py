@@ -176,6 +176,14 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert any(case["figures"]["suffix k=2"]["accepted"] for case in cases), "nobody has drafted"
 
 
+def test_a_drafter_with_a_model_of_its_own(tmp_path: Path) -> None:
+    """The bundled model drafts for itself: with the same noise it is always right."""
+    words = ["drafters=[model]", "draft_model=launch/demo_model", "batches=[1]", "warm=1", "spread=none"]
+    (case,) = run(options(tmp_path, *SMALL, "temperatures=[1.0]", *words)).details["cases"]["cases"]
+    assert {*case["figures"]["model k=2"]["accepted"]} == {1.0} and case["texts_that_differ"]["model k=2"] == 0
+    assert case["figures"]["model k=2"]["length"] > 2 and [*case["figures"]] == ["none", "model", "model k=2"]
+
+
 def test_the_summary_holds_what_is_wanted_of_smollm2_only(tmp_path: Path) -> None:
     fast = {"suffix": (60, 1.0), "ngram": (60, 1.9), "suffix k=4": (60, 0.9)}
     sides = [Side("none", None, served((60, 2.0))), Side("none again", None, served((60, 2.1)))]
@@ -197,8 +205,9 @@ def test_the_summary_holds_what_is_wanted_of_smollm2_only(tmp_path: Path) -> Non
     ("word", "sentence"),
     [
         ("kinds=[poems]", "kinds is ['poems']; it must name one or more of prose, rewriting, code, tables, each once"),
-        ("drafters=[]", "drafters is []; it must name one or more of ngram, suffix, recycling, each once"),
+        ("drafters=[]", "drafters is []; it must name one or more of ngram, suffix, recycling, model, each once"),
         ("drafters=[suffix,suffix]", "each once"),
+        ("drafters=[model]", "speculate.kind is model, and speculate.model is None"),
         ("fixed=[0]", "speculate.k is 0; it must be from 1 to"),
         ("batches=[0]", "every batch must be at least 1"),
         ("batches=[]", "batches is []; it must hold one value or more"),

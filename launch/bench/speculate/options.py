@@ -8,6 +8,7 @@ from stepladder.launch.typed_config import check_counts
 from stepladder.workers.speculation.config import COUPLED, OFF, REJECTION, SpeculateConfig
 from stepladder.workers.speculation.kinds import KINDS as DRAFTERS
 
+MODEL = "model"  # the drafter that is a model itself
 LONGEST = 256  # tokens of a prompt
 
 
@@ -18,6 +19,7 @@ class SpeculateBench:
     Attributes:
         kinds: of traffic: prose, rewriting, code, tables.
         drafters: who is measured, each with as many tokens as goodput chooses. The first also with `fixed` numbers.
+        draft_model: of the drafter `model`, a directory with the same tokenizer.
         fixed: lengths of drafts to compare that with; may be empty.
         batches: requests that are served together.
         temperatures: of sampling; every request has a seed of its own.
@@ -36,6 +38,7 @@ class SpeculateBench:
     model: ModelConfig
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     drafters: list[str] = field(default_factory=lambda: ["suffix", "ngram", "recycling"])
+    draft_model: str | None = None
     fixed: list[int] = field(default_factory=list)
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -63,12 +66,13 @@ class SpeculateBench:
             raise ValueError(f"rule is {self.rule!r}; it must be {COUPLED} or {REJECTION}")
         if self.spread not in ("first", "all", "none"):
             raise ValueError(f"spread is {self.spread!r}; it must be first, all or none")
-        for k in (None, *self.fixed):
-            self.speculate(self.drafters[0], k)
+        for drafter, k in [*((name, None) for name in self.drafters), *((self.drafters[0], k) for k in self.fixed)]:
+            self.speculate(drafter, k)
 
     def speculate(self, drafter: str = OFF, k: int | None = None) -> SpeculateConfig:
         """Raises ValueError if the number of tokens or the threshold cannot be."""
-        return SpeculateConfig(kind=drafter, k=k, rule=self.rule, threshold=self.threshold)
+        model = self.draft_model if drafter == MODEL else None
+        return SpeculateConfig(kind=drafter, k=k, rule=self.rule, threshold=self.threshold, model=model)
 
     @property
     def kv_tokens(self) -> int:

@@ -16,6 +16,7 @@ from stepladder.launch.bench.speculate.watched import Watched
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.speculation.drafter import Drafter
+from stepladder.workers.speculation.kinds import Runner
 
 LEARNED = 8  # requests that are served together while drafters learn from them, which is not timed
 SETTLED = 8  # further requests, or a batch of them, by which a speculator learns step times of this batch
@@ -103,9 +104,11 @@ class Requests(NamedTuple):
         return cls(made[: config.warm], made[config.warm : -measured], made[-measured:])
 
 
-def learned(engine: Engine, config: SpeculateBench, requests: Sequence[Request]) -> dict[str, Drafter]:
-    """The drafters, after these requests."""
-    drafters = {name: _drafter(engine, config, name) for name in config.drafters}
+def learned(
+    engine: Engine, config: SpeculateBench, runner: Runner | None, requests: Sequence[Request]
+) -> dict[str, Drafter]:
+    """The drafters, after these requests. runner: of a drafter's model, if one has a model."""
+    drafters = {name: _drafter(engine, config, name, runner) for name in config.drafters}
     together = Together(list(drafters.values()))
     side = Side("learning", Watched(together, config.speculate(config.drafters[0])))
     for batch in groups(requests, LEARNED):
@@ -117,10 +120,10 @@ def sides_of(config: SpeculateBench, drafters: dict[str, Drafter], again: bool) 
     """Plain decoding, perhaps a second time; every drafter; and the first with fixed numbers of tokens. Each goes on
     learning by itself."""
     sides = [Side(NONE), *([Side(AGAIN)] if again else [])]
-    wanted = [(name, name, None) for name in drafters]
+    wanted: list[tuple[str, str, int | None]] = [(name, name, None) for name in drafters]
     wanted += [(f"{config.drafters[0]} k={k}", config.drafters[0], k) for k in config.fixed]
     for name, drafter, k in wanted:
-        sides.append(Side(name, Watched(deepcopy(drafters[drafter]), config.speculate(drafter, k))))
+        sides.append(Side(name, Watched(_copy(drafters[drafter]), config.speculate(drafter, k))))
     return sides
 
 
@@ -140,7 +143,17 @@ def groups(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
     return [requests[start : start + size] for start in range(0, whole, size)]
 
 
-def _drafter(engine: Engine, config: SpeculateBench, name: str) -> Drafter:
-    drafter = config.speculate(name).drafter(engine.executor.model.spec.vocab_size)
+def _drafter(engine: Engine, config: SpeculateBench, name: str, runner: Runner | None) -> Drafter:
+    def loaded(_: str) -> Runner:
+        assert runner is not None
+        return runner
+
+    drafter = config.speculate(name).drafter(engine.config, engine.executor.model.spec.vocab_size, loaded)
     assert drafter is not None
     return drafter
+
+
+def _copy(drafter: Drafter) -> Drafter:
+    """With what it has learned; a model is shared, since sides serve one after the other."""
+    runner = getattr(drafter, "executor", None)
+    return deepcopy(drafter, {id(runner): runner})

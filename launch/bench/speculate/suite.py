@@ -7,6 +7,7 @@ turns, the prefix cache forgotten before each. A gain is tokens per second over 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from statistics import geometric_mean
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ from stepladder import LLM
 from stepladder.launch.bench.speculate.figure import draw
 from stepladder.launch.bench.speculate.material import Library
 from stepladder.launch.bench.speculate.measures import FEW, StepError, step_errors
-from stepladder.launch.bench.speculate.options import SpeculateBench
+from stepladder.launch.bench.speculate.options import MODEL, SpeculateBench
 from stepladder.launch.bench.speculate.points import (
     AGAIN,
     LEARNED,
@@ -28,7 +29,9 @@ from stepladder.launch.bench.speculate.points import (
 )
 from stepladder.launch.bench.speculate.watched import Watched
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
-from stepladder.workers.speculation.config import COUPLED
+from stepladder.workers.speculation.config import COUPLED, OFF
+from stepladder.workers.speculation.drafters.model import ModelDrafter
+from stepladder.workers.speculation.kinds import Runner
 
 GOALS = {  # of suffix over none, SmolLM2, one request at a time
     ("tables", 0.0): 1.6,
@@ -43,15 +46,14 @@ SHOWN = 4  # places of a draft whose acceptance is printed; all are in the detai
 
 def run(config: SpeculateBench) -> Report:
     library = Library.read()
-    options = {"threads": config.threads, "max_sequences": max(LEARNED, *config.batches)}
-    llm = LLM(config.model.path, "cpu", config.kv_tokens, cache=config.model.cache, **options)
+    llm, runner = _loaded(config)
     points, speculators = list[Point](), list[Watched]()
     traffic = list(product(config.kinds, config.temperatures))
     with tqdm(total=len(traffic) * len(config.batches), unit="case") as bar:
         for kind, temperature in traffic:
             bar.set_postfix_str(f"{kind} at {temperature:g}, learning")
             requests = Requests.make(llm, library, kind, temperature, config)
-            drafters = learned(llm.engine, config, requests.warm)
+            drafters = learned(llm.engine, config, runner, requests.warm)
             again = config.spread == "all" or (config.spread == "first" and not speculators)
             for batch in config.batches:
                 case = Case(kind, temperature, batch)
@@ -63,14 +65,26 @@ def run(config: SpeculateBench) -> Report:
     return report(config, points, step_errors(speculators))
 
 
+def _loaded(config: SpeculateBench) -> tuple[LLM, Runner | None]:
+    """The model, and what runs the model of a drafter that is one."""
+    with_model = config.speculate(MODEL if MODEL in config.drafters else OFF)
+    most = max(LEARNED, *config.batches)
+    llm = LLM(config.model.path, "cpu", config.kv_tokens, cache=config.model.cache, speculate=with_model,
+              threads=config.threads, max_sequences=most)  # fmt: skip
+    speculator, llm.engine.speculator = llm.engine.speculator, None
+    return llm, speculator.drafter.executor if speculator and isinstance(speculator.drafter, ModelDrafter) else None
+
+
 def report(config: SpeculateBench, points: Sequence[Point], errors: Mapping[str, StepError]) -> Report:
     rows = [row for point in points for row in _rows(point)]
     for size, error in errors.items():
         case = f"steps of {size}, {error.steps} held out"
         rows.append(Row(case, "predicted / measured", error.ratio, "x", 1.0))
         rows.append(Row(case, "mean error of one step", error.error, "%"))
-    details = {"cases": {"cases": [point.to_json() for point in points]},
-               "steps": {size: error._asdict() for size, error in errors.items()}}  # fmt: skip
+    details: dict[str, dict[str, Any]] = {
+        "cases": {"cases": [point.to_json() for point in points]},
+        "steps": {size: error._asdict() for size, error in errors.items()},
+    }
     summary = dict(_summary(config, points, errors))
     return Report("speculate", rows, summary, None, details, lambda figure: draw(figure, points, config.drafters))
 
@@ -81,10 +95,10 @@ def _rows(point: Point) -> Iterator[Row]:
         yield Row(point.case.name, "goodput over the best fixed length", point.of_best_fixed, "x")
     for name, figures in point.figures.items():
         case = f"{point.case.name}: {name}"
-        over = None if name == NONE else plain
-        yield Row(case, "tokens/s", figures.per_second, "1/s", rival=over and over.per_second)
-        for percent, ms, rival in zip((50, 99), figures.per_token, plain.per_token, strict=True):
-            yield Row(case, f"TPOT p{percent}", ms, "ms", rival=over and rival)
+        rivals = (None, (None, None)) if name == NONE else (plain.per_second, plain.per_token)
+        yield Row(case, "tokens/s", figures.per_second, "1/s", rival=rivals[0])
+        for percent, ms, rival in zip((50, 99), figures.per_token, rivals[1], strict=True):
+            yield Row(case, f"TPOT p{percent}", ms, "ms", rival=rival)
         if gain := point.gains.get(name):
             interval = gain.low, gain.high
             yield Row(case, "over none (bound: predicted)", gain.value, "x", figures.predicted, interval=interval)
@@ -92,7 +106,7 @@ def _rows(point: Point) -> Iterator[Row]:
         for place, share in enumerate((figures.accepted or ())[:SHOWN], 1):
             yield Row(case, f"accepted of those reached, token {place}", share * 100, "%")
         if figures.length:
-            yield Row(case, "tokens per draft, with the step's own", figures.length, "tokens")
+            yield Row(case, "mean accepted length", figures.length, "tokens")
         if figures.draft_ms and figures.share is not None:
             yield Row(case, "drafting before a step", figures.draft_ms, "ms")
             yield Row(case, "drafting, share of the time", figures.share * 100, "%")
