@@ -178,7 +178,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_drafter_with_a_model_of_its_own(tmp_path: Path) -> None:
     """The bundled model drafts for itself: with the same noise it is always right."""
-    words = ["drafters=[model]", "draft_model=launch/demo_model", "batches=[1]", "warm=1", "spread=none"]
+    words = ["drafters=[model]", "draft_model=launch/demo_model", "batches=[1]", "warm=1", "spread=none", "threshold=0"]
     (case,) = run(options(tmp_path, *SMALL, "temperatures=[1.0]", *words)).details["cases"]["cases"]
     assert {*case["figures"]["model k=2"]["accepted"]} == {1.0} and case["texts_that_differ"]["model k=2"] == 0
     assert case["figures"]["model k=2"]["length"] > 2 and [*case["figures"]] == ["none", "model", "model k=2"]
