@@ -132,7 +132,10 @@ def test_a_dataset_of_prompts_and_conversations(server: Server, tmp_path: Path) 
         (["+cases.open.rate=1"], "cases.open.rate is not an option"),
         (["cases={}", "~cases.open", "~cases.closed"], "cases is empty"),
         (["percentiles=[101]"], "percentiles is [101.0]"),
-        (["name=sreve"], "name is 'sreve'; the suites are afd, engine, failures, fp8, hostile, overlap, serve"),
+        (
+            ["name=sreve"],
+            "name is 'sreve'; the suites are afd, engine, failures, fp8, hostile, overlap, serve, speculate",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(

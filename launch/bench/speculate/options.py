@@ -1,0 +1,80 @@
+"""Options of suite=speculate."""
+
+from dataclasses import dataclass, field
+
+from stepladder.cluster.config import ModelConfig
+from stepladder.launch.bench.speculate.traffic import KINDS
+from stepladder.launch.typed_config import check_counts
+from stepladder.workers.speculation.config import COUPLED, OFF, REJECTION, SpeculateConfig
+from stepladder.workers.speculation.kinds import KINDS as DRAFTERS
+
+MODEL = "model"  # the drafter that is a model itself
+LONGEST = 256  # tokens of a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculateBench:
+    """Options.
+
+    Attributes:
+        kinds: of traffic: prose, rewriting, code, tables.
+        drafters: who is measured, each with as many tokens as goodput chooses. The first also with `fixed` numbers.
+        draft_model: of the drafter `model`, a directory with the same tokenizer.
+        fixed: lengths of drafts to compare that with; may be empty.
+        batches: requests that are served together.
+        temperatures: of sampling; every request has a seed of its own.
+        rule: coupled, so that texts are plain decoding's; or rejection, which accepts more of what is sampled.
+        warm: requests of the same kind that a drafter has seen before.
+        requests: that are measured, on every side; of the largest batch at least one batch.
+        tokens: of an answer, at most.
+        threshold: as speculate.threshold.
+        spread: plain decoding is measured twice, against itself: `first`, for the first kind and temperature; `all` or
+            `none`.
+        seed: of the traffic. threads: of torch; None takes all cores.
+    """
+
+    name: str
+    run_dir: str
+    model: ModelConfig
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    drafters: list[str] = field(default_factory=lambda: ["suffix", "ngram", "recycling"])
+    draft_model: str | None = None
+    fixed: list[int] = field(default_factory=list)
+    batches: list[int] = field(default_factory=lambda: [1, 4, 16])
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    rule: str = COUPLED
+    warm: int = 200
+    requests: int = 64
+    tokens: int = 88
+    threshold: float = SpeculateConfig.threshold
+    spread: str = "first"
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, "warm", "requests", "tokens", "threads")
+        for name, known in (("kinds", KINDS), ("drafters", DRAFTERS)):
+            values = getattr(self, name)
+            if not values or len({*values}) < len(values) or not {*values} <= known.keys():
+                raise ValueError(f"{name} is {values}; it must name one or more of {', '.join(known)}, each once")
+        for name in ("batches", "temperatures"):
+            if not getattr(self, name) or len({*getattr(self, name)}) < len(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must hold one value or more, each once")
+        if min(self.batches) < 1 or min(self.temperatures) < 0:
+            raise ValueError("every batch must be at least 1 and every temperature at least 0")
+        if self.rule not in (COUPLED, REJECTION):
+            raise ValueError(f"rule is {self.rule!r}; it must be {COUPLED} or {REJECTION}")
+        if self.spread not in ("first", "all", "none"):
+            raise ValueError(f"spread is {self.spread!r}; it must be first, all or none")
+        for drafter, k in [*((name, None) for name in self.drafters), *((self.drafters[0], k) for k in self.fixed)]:
+            self.speculate(drafter, k)
+
+    def speculate(self, drafter: str = OFF, k: int | None = None) -> SpeculateConfig:
+        """Raises ValueError if the number of tokens or the threshold cannot be."""
+        model = self.draft_model if drafter == MODEL else None
+        return SpeculateConfig(kind=drafter, k=k, rule=self.rule, threshold=self.threshold, model=model)
+
+    @property
+    def kv_tokens(self) -> int:
+        """For the largest batch."""
+        return max(16384, 2 * max(self.batches) * (LONGEST + self.tokens))

@@ -1,0 +1,67 @@
+"""One engine, several sides: the same prompts in the same order, by whoever drafts, in turns."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import NamedTuple
+
+from stepladder.launch.bench.speculate.watched import Watched
+from stepladder.workers.core import Request
+from stepladder.workers.engine import Engine
+
+
+class Served(NamedTuple):
+    """A batch, from its arrival to its last token. texts: tokens by request. per_token: seconds of each token behind a
+    request's first one, on average, of each request that has several."""
+
+    seconds: float
+    texts: list[list[int]]
+    per_token: list[float]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+
+@dataclass
+class Side:
+    """What is measured. speculator: None for plain decoding. served: its batches, in order."""
+
+    name: str
+    speculator: Watched | None = None
+    served: list[Served] = field(default_factory=list)
+
+    def serve(self, engine: Engine, requests: Seq[Request]) -> Served:
+        """Serve a batch alone, with none of its prompts known."""
+        engine.speculator = self.speculator
+        engine.executor.likely = self.speculator.drafter.likely if self.speculator else 0
+        try:
+            return serve(engine, requests)
+        finally:
+            engine.speculator, engine.executor.likely = None, 0
+
+
+def serve(engine: Engine, requests: Seq[Request]) -> Served:
+    engine.scheduler.blocks.forget()
+    texts: dict[str, list[int]] = {request.id: [] for request in requests}
+    first, last = dict[str, float](), dict[str, float]()
+    began = perf_counter()
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        outputs, now = engine.step(), perf_counter()
+        for output in outputs:
+            texts[output.id] += output.tokens
+            first.setdefault(output.id, now)
+            last[output.id] = now
+    seconds = perf_counter() - began
+    several = [request.id for request in requests if len(texts[request.id]) > 1]
+    return Served(seconds, list(texts.values()), [(last[i] - first[i]) / (len(texts[i]) - 1) for i in several])
+
+
+def take_turns(engine: Engine, sides: Seq[Side], batches: Seq[Seq[Request]]) -> None:
+    """Every side serves every batch, each time another one first."""
+    for turn, requests in enumerate(batches):
+        for place in range(len(sides)):
+            side = sides[(turn + place) % len(sides)]
+            side.served.append(side.serve(engine, requests))
