@@ -21,11 +21,12 @@ from stepladder.launch.train import recipe_of
 from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.params import SamplingParams
+from stepladder.workers.speculation.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "launch" / "conf"
 MANUAL = (ROOT / "docs" / "operating.md").read_text()
-GROUPS = ("model", "cluster", "layout", "speculate", "monitor")  # of launch.serve
+GROUPS = ("model", "cluster", "layout", "monitor")  # of launch.serve, that may go together in any way
 PATH = ["model.path=/m", "model.name=m"]
 
 
@@ -48,6 +49,14 @@ def test_every_choice_of_every_group_serves(choice: tuple[str, ...]) -> None:
     deployment = deployment_of(compose("serve", words + (PATH if "model=path" in words else [])))
     assert deployment.cluster.start_seconds > deployment.cluster.hang_seconds > deployment.cluster.ping_seconds
     assert deployment.cluster.orphan_seconds > deployment.cluster.hang_seconds
+
+
+@pytest.mark.parametrize("name", choices("speculate"))
+def test_every_way_to_speculate(name: str) -> None:
+    words = [f"speculate={name}", *(["speculate.model=/m"] if name == "model" else [])]
+    deployment = deployment_of(compose("serve", words))
+    assert deployment.speculate.kind == name and deployment.speculate.is_on == (name != "off")
+    assert sorted({*KINDS, "off"}) == choices("speculate")
 
 
 @pytest.mark.parametrize("name", choices("cluster"))

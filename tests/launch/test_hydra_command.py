@@ -13,10 +13,10 @@ from stepladder.launch.where import IMPORTED_FROM as ROOT
 
 MANUAL = (ROOT / "docs" / "operating.md").read_text()
 GROUPS = {
-    "serve": {"model", "cluster", "layout", "monitor", "+secrets"},
+    "serve": {"model", "cluster", "layout", "speculate", "monitor", "+secrets"},
     "train": {"recipe"},
     "bench": {"suite"},
-    "generate": {"model"},
+    "generate": {"model", "speculate"},
     "fetch": {"model"},
 }
 

@@ -51,6 +51,7 @@ class Speculator:
         self._proposed: dict[str, Draft] = {}
         self._draft_seconds = 0.0  # of proposing, lately
         self._trial, self._rest, self._next_rest, self._since_look = TRIAL * 2, 0, REST, 0
+        self._rests_at = 0  # sequences that decoded when the rest began
 
     def draft(self, running: list[Sequence]) -> None:
         """Give drafts to those that decode."""
@@ -59,7 +60,7 @@ class Speculator:
         wanted = [s for s in decoding if s.request.params.speculate]
         for sequence in wanted:
             sequence.drafts, sequence.coupled = True, self._is_coupled(sequence.request)
-        if not wanted or self._resting():
+        if not wanted or self._resting(len(decoding)):
             self.stats.draft_length = 0.0
             return
         began = perf_counter()
@@ -122,14 +123,15 @@ class Speculator:
         others: list[list[float]] = [[]] * (len(decoding) - len(wanted))
         context = sum(len(s.tokens) for s in decoding)
         lengths = best_lengths([*chances, *others], len(decoding), context, self.step_time, self._draft_seconds)
-        return self._explored(lengths[: len(wanted)], whole)
+        return self._explored(lengths[: len(wanted)], whole, len(decoding))
 
-    def _explored(self, lengths: list[int], whole: list[int]) -> list[int]:
+    def _explored(self, lengths: list[int], whole: list[int], decoding: int) -> list[int]:
         """Rest if nothing is worth it; and now and then verify all, so that what it takes stays known."""
         self._since_look += 1
         if not any(lengths):
             if any(whole):
                 self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
+                self._rests_at = decoding
             return lengths
         self._next_rest = REST
         if self._since_look < LOOK:
@@ -137,10 +139,11 @@ class Speculator:
         self._since_look = 0
         return whole
 
-    def _resting(self) -> bool:
+    def _resting(self, decoding: int) -> bool:
+        """What does not pay for many sequences may for half of them: then the rest is over."""
         if not self._rest:
             return False
-        self._rest -= 1
+        self._rest = 0 if 2 * decoding <= self._rests_at else self._rest - 1
         if not self._rest:
             self._trial = TRIAL
         return True

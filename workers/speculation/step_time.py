@@ -1,64 +1,32 @@
 """How long a step of so many tokens takes, learned from the engine's own steps (SmartSpec, Liu et al. 2406.14066).
 
 A line through all sizes is wrong where it matters, at one token: verification may be nearly free up to some size and
-then grow in stairs. So there is a mean per bucket of sizes, and one linear term for the contexts that are read.
+then grow in stairs. So there is a median per bucket of sizes, and one linear term for the contexts that are read.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections import deque
+from statistics import median
+from typing import NamedTuple
 
-BUCKETS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    10,
-    12,
-    16,
-    20,
-    24,
-    32,
-    40,
-    48,
-    64,
-    80,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-)
-KEPT = 0.95  # of what a bucket knows, each time it learns: some twenty steps count
-OUTLIER = 4.0  # a step that takes so many times the expected is a hiccup of the machine and teaches nothing
+BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+RECENT = 25  # steps that a bucket remembers; half of them may be hiccups of the machine
+KEPT = 0.99  # of what is known of contexts, for each step
+OUTLIER = 3.0  # a step that takes so many times the expected teaches nothing of contexts
 
 
-@dataclass
-class _Bucket:
-    """Sums over its steps, older ones weighing less: weight, tokens, context, seconds."""
-
-    weight: float = 0.0
-    tokens: float = 0.0
-    context: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, context: int, seconds: float) -> None:
-        for name, value in (("weight", 1.0), ("tokens", tokens), ("context", context), ("seconds", seconds)):
-            setattr(self, name, getattr(self, name) * KEPT + value)
+class _Step(NamedTuple):
+    tokens: int
+    context: int
+    seconds: float
 
 
 class StepTime:
-    """Seconds of a step, by its tokens and by the positions that all its tokens' contexts have together."""
+    """Seconds of a step, by its tokens and by the positions that the contexts of its sequences have together."""
 
     def __init__(self) -> None:
-        self._buckets = [_Bucket() for _ in (*BUCKETS, 0)]
+        self._buckets = [deque[_Step](maxlen=RECENT) for _ in (*BUCKETS, 0)]
+        self._known: list[tuple[float, float]] | None = None  # (tokens, seconds without contexts) by size
         self._covariance = self._variance = 0.0  # of seconds and context, inside buckets
 
     @property
@@ -69,20 +37,17 @@ class StepTime:
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A step has taken so long."""
         bucket = self._buckets[bisect_left(BUCKETS, tokens)]
-        if bucket.weight > 3 and seconds > OUTLIER * self(tokens, context):
-            return
-        if bucket.weight:
-            off = context - bucket.context / bucket.weight
-            self._covariance = self._covariance * KEPT + off * (seconds - bucket.seconds / bucket.weight)
+        if len(bucket) > RECENT // 3 and seconds < OUTLIER * self(tokens, context):
+            off = context - median(step.context for step in bucket)
+            self._covariance = self._covariance * KEPT + off * (seconds - median(step.seconds for step in bucket))
             self._variance = self._variance * KEPT + off * off
-        bucket.add(tokens, context, seconds)
+        bucket.append(_Step(tokens, context, seconds))
+        self._known = None
 
     def __call__(self, tokens: int, context: int = 0) -> float:
         """Expected seconds; between sizes that have been seen a line, beyond them in proportion. 0.0 while nothing is
         known."""
-        slope = self.per_context
-        seen = [bucket for bucket in self._buckets if bucket.weight]
-        known = [(b.tokens / b.weight, max(0.0, (b.seconds - slope * b.context) / b.weight)) for b in seen]
+        known = self._known = self._known or self._sizes()
         if not known:
             return 0.0
         place = bisect_left(known, (tokens, 0.0))
@@ -93,8 +58,16 @@ class StepTime:
         else:
             (low, before), (high, after) = known[place - 1], known[place]
             base = before + (after - before) * (tokens - low) / (high - low)
-        return base + slope * context
+        return base + self.per_context * context
 
     def knows(self, tokens: int) -> bool:
         """Whether a step of this size has been seen."""
-        return self._buckets[bisect_left(BUCKETS, tokens)].weight > 0
+        return bool(self._buckets[bisect_left(BUCKETS, tokens)])
+
+    def _sizes(self) -> list[tuple[float, float]]:
+        slope, found = self.per_context, []
+        for bucket in self._buckets:
+            if bucket:
+                alone = max(0.0, median(step.seconds - slope * step.context for step in bucket))
+                found.append((sum(step.tokens for step in bucket) / len(bucket), alone))
+        return found

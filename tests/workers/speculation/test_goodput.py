@@ -93,3 +93,10 @@ def test_who_is_surer_gets_more() -> None:
     assert lengths == [3, 0, 0, 1], "five tokens a second are a quarter of one in the time that a row takes"
     assert best_lengths([[0.9]], 1, 0, learned, draft_seconds=10.0) == [0], "drafting costs more than it gives"
     assert best_lengths([], 0, 0, learned) == []
+
+
+def test_a_hiccup_of_the_machine_is_forgotten_at_once() -> None:
+    learned = StepTime()
+    for seconds in (9.0, 1.0, 1.0, 30.0, 1.0):
+        learned.observe(4, 0, seconds)
+    assert learned(4) == 1.0
