@@ -76,7 +76,7 @@ def test_a_cluster_of_gpus_has_sizes_for_gpus(name: str) -> None:
 
 def test_there_is_no_group_that_nobody_composes() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups == {*GROUPS, "secrets", "suite", "recipe"}
+    assert groups == {*GROUPS, "speculate", "secrets", "suite", "recipe"}
 
 
 @pytest.mark.parametrize("name", choices("secrets"))

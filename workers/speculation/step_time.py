@@ -9,7 +9,7 @@ from collections import deque
 from statistics import median
 from typing import NamedTuple
 
-BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+BUCKETS = (*range(1, 33), 40, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 RECENT = 25  # steps that a bucket remembers; half of them may be hiccups of the machine
 KEPT = 0.99  # of what is known of contexts, for each step
 OUTLIER = 3.0  # a step that takes so many times the expected teaches nothing of contexts
