@@ -74,8 +74,8 @@ def test_a_report_for_a_person() -> None:
     lines = ctl.describe(REPORT).splitlines()
     assert lines[0] == "a  ready: serving m at http://h:1"
     assert lines[2] == "requests  4 in flight, 12.3 tokens/s"
-    assert lines[-2].split() == ["engine-0", "2", "yes", "1", "3", "0", "25%", "99", "native"]
-    assert lines[-1].split() == ["engine-1", "1", "no", "0", "-", "-", "-", "-", "-"]
+    assert lines[-2].split() == ["engine-0", "2", "yes", "1", "3", "0", "25%", "99", "native", "-"]
+    assert lines[-1].split() == ["engine-1", "1", "no", "0", "-", "-", "-", "-", "-", "-"]
 
 
 def test_a_report_shows_the_pool_too() -> None:
