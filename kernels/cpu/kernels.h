@@ -9,7 +9,7 @@
 namespace stepladder {
 
 constexpr int PANEL = 64;         // outputs of a panel
-constexpr int64_t SMALL = 32768;  // multiply-adds that take a few microseconds: less than another thread's waking up
+constexpr int64_t SMALL = 131072;  // multiply-adds of some ten microseconds: hardly more than to wake another thread takes
 
 enum class Form { fp32, bf16, fp16 };
 
