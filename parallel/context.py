@@ -30,7 +30,12 @@ class Context(ABC):
     def take_angles(self, spec: ModelSpec, frequencies: Tensor, dtype: torch.dtype) -> None:
         """The model is about to turn queries and keys by these frequencies."""
         factor = spec.rope_scaling.attention_factor if spec.rope_scaling else 1.0
-        self.cos, self.sin = rope_table(self.positions, frequencies, dtype, spec.rope_interleaved, factor)
+        self.cos, self.sin = self._angles(frequencies, dtype, spec.rope_interleaved, factor)
+
+    def _angles(
+        self, frequencies: Tensor, dtype: torch.dtype, interleaved: bool, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        return rope_table(self.positions, frequencies, dtype, interleaved, factor)
 
     def mix(self, seat: Attention, qkv: Tensor) -> Tensor:
         """Attention of one layer, from its queries, keys and values [tokens, (H + 2 K) D]: [tokens, H D]."""
@@ -74,16 +79,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.device = torch.device(device)
         self.native = native_layout
-        shapes: list[tuple[int, ...]] = [(num_blocks, block_size, kv_heads, spec.head_dim)] * 2
-        if native_layout:
-            lane = native.lane_of(block_size)
-            shapes = [
-                (num_blocks, kv_heads, block_size // lane, spec.head_dim, lane),
-                (num_blocks, kv_heads, block_size, spec.head_dim),
-            ]
-        self.keys, self.values = (
-            torch.zeros((spec.num_layers, *shape), dtype=spec.dtype, device=device) for shape in shapes
-        )
+        shape = (spec.num_layers, num_blocks, block_size, kv_heads, spec.head_dim)
+        plain = torch.empty(shape, dtype=spec.dtype, device="meta")
+        laid_out = (native.lay_out_keys(plain), native.lay_out_values(plain)) if native_layout else (plain, plain)
+        self.keys, self.values = (torch.zeros(like.shape, dtype=spec.dtype, device=device) for like in laid_out)
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Fill it whole: [layers, num_blocks, block_size, kv_heads, head_dim] each."""
@@ -157,18 +156,24 @@ class PagedSequences(_Paged):
             self._first = self._tensor([0, *accumulate(map(len, self._spans))])
             self._padded = self._tensor([[*table, *[0] * (width - len(table))] for table in block_tables])
 
-    def take_angles(self, spec: ModelSpec, frequencies: Tensor, dtype: torch.dtype) -> None:
+    def _angles(
+        self, frequencies: Tensor, dtype: torch.dtype, interleaved: bool, factor: float
+    ) -> tuple[Tensor, Tensor]:
         if not self.cache.native:
-            return super().take_angles(spec, frequencies, dtype)
-        factor = spec.rope_scaling.attention_factor if spec.rope_scaling else 1.0
-        self.cos, self.sin = native.rope_table(self.positions, frequencies, spec.rope_interleaved, factor)
+            return super()._angles(frequencies, dtype, interleaved, factor)
+        return native.rope_table(self.positions, frequencies, interleaved, factor)
 
     def mix(self, seat: Attention, qkv: Tensor) -> Tensor:
         if not self.cache.native:
             return super().mix(seat, qkv)
         keys, values = self.cache.keys[seat.layer], self.cache.values[seat.layer]
         q = seat.rotate_and_store(qkv, self.cos, self.sin, self.slots, keys, values)
-        return native.attend(q, keys, values, self._first, self.positions, self._padded, seat.window)
+        return self.attend_pages(seat.layer, q, seat.window)
+
+    def attend_pages(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """Attention of q [tokens, heads, head_dim] over what a native cache holds of each context: [tokens, H D]."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return native.attend(q, keys, values, self._first, self.positions, self._padded, window)
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return upload(values, self.cache.device)

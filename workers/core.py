@@ -247,9 +247,9 @@ class StepPlan:
     scores: list[Score] = field(default_factory=list)
 
     @property
-    def num_drawn(self) -> int:
-        """Rows of all samples: the tokens that the step draws."""
-        return sum(1 + len(sample.draft) for sample in self.samples)
+    def context(self) -> int:
+        """Positions that the sequences have together when the step has run."""
+        return sum(self.starts) + sum(self.lengths)
 
 
 @dataclass(frozen=True)

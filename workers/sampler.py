@@ -21,6 +21,7 @@ from stepladder.workers.core import Sample, StepPlan, StepResult
 from stepladder.workers.grammar.mask import masked
 from stepladder.workers.logprobs import Judged, judge, tell
 from stepladder.workers.speculation import verifier
+from stepladder.workers.speculation.drafter import agreeing
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -78,8 +79,7 @@ def _kept(draft: Sequence[int], drawn: list[int], flags: list[bool] | None = Non
     Args:
         flags: which drafted tokens are accepted; None if those that were drawn in their places.
     """
-    flags = [a == b for a, b in zip(draft, drawn, strict=False)] if flags is None else flags[: len(draft)]
-    count = flags.index(False) if False in flags else len(draft)
+    count = agreeing(draft, drawn) if flags is None else agreeing([True] * len(draft), flags)
     return [*draft[:count], drawn[count]]
 
 
@@ -106,14 +106,18 @@ def draw(logits: Tensor, plan: StepPlan, likely: int = 0) -> Drawn:
     return Drawn(plan, rows, asked, judge(logits, upload(which, logits.device), told, top))
 
 
-def sample(logits: Tensor, samples: list[Sample], drafted: list[Sample] | None = None) -> Tensor:
+def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
     """Draw one token per row: int64 [R], on the device.
 
     Args:
         logits: [R, vocab], any float dtype; not changed.
-        samples: R samples without drafts. drafted: those that they are the rows of, if that is something else.
+        samples: R samples without drafts.
     """
-    logits = masked(_adjusted(logits, samples), drafted or samples)
+    return _sample(masked(_adjusted(logits, samples), samples), samples)
+
+
+def _sample(logits: Tensor, samples: list[Sample]) -> Tensor:
+    """From logits that have been adjusted and masked."""
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
         return _draw(_scores(logits, samples), samples)
@@ -126,11 +130,10 @@ def sample(logits: Tensor, samples: list[Sample], drafted: list[Sample] | None =
 
 def _verify(logits: Tensor, each: list[Sample], drafted: list[Sample]) -> Rows:
     """The rows of all samples; where one is not coupled, a row draws what is to follow if its own draft is rejected."""
-    tokens = sample(logits, each, drafted)
-    loose = _loose(drafted)
+    logits = masked(_adjusted(logits, each), drafted)
+    tokens, loose = _sample(logits, each), _loose(drafted)
     if not loose:
         return Rows(tokens)
-    logits = masked(_adjusted(logits, each), drafted)
     at, those = upload([row for row, _ in loose], logits.device), [each[row] for row, _ in loose]
     scores, draft = _scores(logits[at], those), upload([token for _, token in loose], logits.device)
     accepted = torch.zeros_like(tokens, dtype=torch.bool)

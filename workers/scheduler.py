@@ -57,6 +57,7 @@ class Scheduler:
         self.preparing: dict[str, Future[Constraint]] = {}  # of those that wait for it before they wait for a place
         self.num_preemptions = 0
         self._planned: list[_Part] = []  # of the step that is being planned
+        self._num_drawn = 0  # tokens that it draws
         self._under_way: deque[list[_Part]] = deque()
         self.verified: list[Verified] = []
         self._ended: list[Sequence] = []
@@ -109,7 +110,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. Unless it is empty, it is under way until its result is committed."""
         assert len(self._under_way) <= self.config.lookahead, "too many steps have not been committed"
-        self._planned = []
+        self._planned, self._num_drawn = [], 0
         plan = self._plan()
         if self._planned:
             self._under_way.append(self._planned)
@@ -237,7 +238,8 @@ class Scheduler:
             params, num_prompt = sequence.request.params, len(sequence.request.prompt)
             constraint, unending = sequence.constraint, max(0, params.min_tokens - sequence.num_output)
             barred = self.config.ends(params) if unending and not constraint else ()
-            sequence.tokens.append(-1 - plan.num_drawn)
+            sequence.tokens.append(-1 - self._num_drawn)
+            self._num_drawn += 1 + len(draft)
             row, known = len(plan.rows), sequence.tokens
             plan.samples.append(Sample(row, stop, params, known, num_prompt, barred, constraint, unending, draft,
                                        sequence.coupled))  # fmt: skip

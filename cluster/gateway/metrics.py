@@ -42,8 +42,8 @@ _HISTOGRAMS = {
 }
 
 
-class StepSizes(Collector):
-    """The histogram of tokens per step, which every engine counts itself.
+class OfEngines(Collector):
+    """What every engine counts itself, in a form that no declared figure has.
 
     Attributes:
         engines: `EngineStats` by name, of the engines there are now. One that was restarted begins anew.
@@ -52,6 +52,10 @@ class StepSizes(Collector):
     def __init__(self, model_name: str) -> None:
         self.engines: Mapping[str, Mapping[str, Any]] = {}
         self._model_name = model_name
+
+
+class StepSizes(OfEngines):
+    """The histogram of tokens per step."""
 
     def collect(self) -> Iterable[Metric]:
         name, labels = "stepladder:iteration_tokens_total", ["model_name", "engine"]
@@ -63,12 +67,8 @@ class StepSizes(Collector):
         yield family
 
 
-class AcceptedAt(Collector):
-    """How many drafted tokens were accepted at each place in a draft; `engines` as in `StepSizes`."""
-
-    def __init__(self, model_name: str) -> None:
-        self.engines: Mapping[str, Mapping[str, Any]] = {}
-        self._model_name = model_name
+class AcceptedAt(OfEngines):
+    """How many drafted tokens were accepted at each place in a draft."""
 
     def collect(self) -> Iterable[Metric]:
         name = "stepladder:spec_decode_num_accepted_tokens_per_pos"

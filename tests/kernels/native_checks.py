@@ -125,10 +125,7 @@ class Case:
         step = PagedSequences(
             self.cache, [s for s, _ in shapes], [n for _, n in shapes], [self.tables[i] for i in which]
         )
-        out = native.attend(
-            rows, self.cache.keys[1], self.cache.values[1], step._first, step.positions, step._padded, window
-        )
-        return out.view(rows.shape)
+        return step.attend_pages(1, rows, window).view(rows.shape)
 
     def whole(self, window: int | None) -> Tensor:
         return self.attend(window, self.shapes, [*range(len(self.shapes))], self.q)

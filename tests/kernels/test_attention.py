@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepladder.kernels.attention import causal_attention
 from stepladder.parallel.context import KVCache, PagedSequences
-from stepladder.parallel.spec import ModelSpec
+from tests.kernels.native_checks import spec_of
 
 
 def one_query(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -39,20 +39,6 @@ def test_causal_attention(heads: int, kv_heads: int, window: int | None) -> None
         torch.testing.assert_close(got[row], want, rtol=0, atol=1e-12)
 
 
-def spec_of(heads: int, kv_heads: int) -> ModelSpec:
-    return ModelSpec(
-        vocab_size=1,
-        hidden_size=1,
-        intermediate_size=1,
-        num_layers=2,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=6,
-        max_position=1,
-        dtype=torch.float64,
-    )
-
-
 def check_paged(
     shapes: list[tuple[int, int]], heads: int, kv_heads: int, block_size: int, seed: int, window: int | None = None
 ) -> None:
@@ -61,7 +47,7 @@ def check_paged(
     needed = [-(-(start + length) // block_size) for start, length in shapes]
     order = random.Random(seed).sample(range(sum(needed) + 3), sum(needed) + 3)
     tables = [[order.pop() for _ in range(n)] for n in needed]
-    cache = KVCache(spec_of(heads, kv_heads), kv_heads, sum(needed) + 3, block_size)
+    cache = KVCache(spec_of(heads, kv_heads, 6, torch.float64), kv_heads, sum(needed) + 3, block_size)
     cache.keys.normal_(0, 30, generator=generator)  # what others left behind; it would show
     cache.values.normal_(0, 30, generator=generator)
     before = cache.keys.clone()
@@ -124,7 +110,7 @@ def test_paged_attention_of_every_kind_of_step(
 
 
 def test_windows_share_their_groups_and_read_no_more_of_the_cache_than_they_see() -> None:
-    cache = KVCache(spec_of(4, 2), 2, 20, 4)
+    cache = KVCache(spec_of(4, 2, 6, torch.float64), 2, 20, 4)
     step = PagedSequences(cache, [30, 8], [1, 1], [list(range(8)), list(range(8, 11))])
     assert [(group.blocks.shape, group.length) for group in step.groups(5)] == [((2, 2), 7)]
     assert [(group.blocks.shape, group.length) for group in step.groups()] == [((2, 8), 31)]

@@ -19,6 +19,7 @@ REST = 32  # steps without drafts after one that has not paid; twice as many eac
 LONGEST_REST = 1024
 LOOK = 64  # steps between two that try another length while drafting pays
 KEPT = 0.9
+SHOWN = 3  # places of a draft whose acceptance is told
 
 
 @dataclass
@@ -58,10 +59,10 @@ class Speculator:
         self._proposed.clear()
         decoding = [s for s in running if s.num_pending == 1 and not s.is_drawing]
         wanted = [s for s in decoding if s.request.params.speculate]
+        asks = bool(wanted) and not self._resting(len(decoding))
         for sequence in wanted:
-            sequence.drafts, sequence.coupled = True, self._is_coupled(sequence.request)
-        if not wanted or self._resting(len(decoding)):
-            self.stats.draft_length = 0.0
+            sequence.drafts, sequence.coupled = asks, self._is_coupled(sequence.request)
+        if not asks:
             return
         began = perf_counter()
         most = [min(self.config.longest, s.request.params.max_tokens - s.num_output - 1) for s in wanted]
@@ -76,8 +77,7 @@ class Speculator:
 
     def observe(self, plan: StepPlan, verified: list[Verified], seconds: float) -> None:
         """A step has taken so long, and these are its sequences that drew."""
-        context = sum(start + length for start, length in zip(plan.starts, plan.lengths, strict=True))
-        self.step_time.observe(len(plan.tokens), context, seconds)
+        self.step_time.observe(len(plan.tokens), plan.context, seconds)
         lengths = [len(one.drafted) for one in verified if one.drafted]
         self.stats.draft_length = sum(lengths) / len(lengths) if lengths else 0.0
         for one in verified:
@@ -95,7 +95,10 @@ class Speculator:
         stats, kind = self.stats, self.config.kind
         if not stats.drafts:
             return f"{kind}: has found nothing to draft yet"
-        accepted = f"{stats.accepted_tokens / stats.drafts:.2f} of {stats.draft_tokens / stats.drafts:.2f} accepted"
+        rates = ", ".join(f"{rate.accepted / rate.reached:.0%}" for rate in self.acceptance.positions[:SHOWN])
+        accepted = (
+            f"{stats.accepted_tokens / stats.drafts:.2f} of {stats.draft_tokens / stats.drafts:.2f} accepted ({rates})"
+        )
         if self._rest:
             return f"{kind}: off for {self._rest} steps, since it did not pay; {accepted}"
         return f"{kind}: {accepted}, {stats.draft_length:.1f} drafted now"
@@ -107,9 +110,9 @@ class Speculator:
 
     def _is_coupled(self, request: Request) -> bool:
         """Whether its text must be plain decoding's."""
-        if self.config.rule != AUTO or not request.params.temperature:
-            return self.config.rule != REJECTION or not request.params.temperature
-        return request.seeded or bool(request.output)
+        if self.config.rule == AUTO and request.params.temperature:
+            return request.seeded or bool(request.output)
+        return self.config.rule != REJECTION or not request.params.temperature
 
     def _lengths(self, wanted: list[Sequence], drafts: list[Draft], decoding: list[Sequence]) -> list[int]:
         """How many tokens of each draft are verified."""

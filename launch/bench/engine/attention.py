@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stepladder.kernels.attention import paged_attention
-from stepladder.kernels.cpu import native
 from stepladder.launch.bench.engine.turns import medians
 from stepladder.launch.report import Goal, Row, at_least
 from stepladder.parallel.context import KVCache, PagedSequences
@@ -63,11 +61,9 @@ def ways(spec: ModelSpec, starts: Sequence[int], lengths: Sequence[int]) -> tupl
     laid_out.put(keys, values)
     plain.put(keys, values)
     q = torch.randn(sum(lengths), spec.num_heads, spec.head_dim)
-    sequences = PagedSequences(plain, starts, lengths, tables)
-    first = torch.tensor([0, *accumulate(lengths)])
-    padded = torch.tensor([table + [0] * (max(sizes) - len(table)) for table in tables])
-    groups = sequences.groups()
+    own, theirs = (PagedSequences(cache, starts, lengths, tables) for cache in (laid_out, plain))
+    groups = theirs.groups()
     return (
-        lambda: native.attend(q, laid_out.keys[0], laid_out.values[0], first, sequences.positions, padded, None),
+        lambda: own.attend_pages(0, q, None),
         lambda: paged_attention(q, plain.keys[0], plain.values[0], groups),
     )

@@ -95,9 +95,8 @@ class Watched(Speculator):
 
     def observe(self, plan: StepPlan, verified: list[Verified], seconds: float) -> None:
         super().observe(plan, verified, seconds)
-        context = sum(start + length for start, length in zip(plan.starts, plan.lengths, strict=True))
         drafted, drawn = sum(len(one.drafted) for one in verified), sum(len(one.tokens) for one in verified)
-        self.watch.steps.append(Step(len(plan.tokens), context, len(verified), drafted, drawn))
+        self.watch.steps.append(Step(len(plan.tokens), plan.context, len(verified), drafted, drawn))
         self.watch.add(verified)
 
     def predicted_gain(self) -> float | None:

@@ -23,10 +23,12 @@ class Runner(Protocol):
 
 @dataclass
 class _State:
-    """Of one sequence: `shadow` holds blocks of this cache; `ran` are the tokens whose keys and values are in them."""
+    """Of one sequence: `shadow` holds blocks of this cache; `ran` are the tokens whose keys and values are in them, of
+    which the first `right` are known to be the sequence's own."""
 
     shadow: Sequence
     ran: list[int]
+    right: int = 0
 
 
 class _Part(NamedTuple):
@@ -88,12 +90,17 @@ class ModelDrafter(Drafter):
         state = self.states.get(sequence.request.id)
         if state is None:
             state = self.states[sequence.request.id] = _State(Sequence(sequence.request), [])
-        tokens = [*sequence.tokens, *draft]
-        kept = next((i for i, (a, b) in enumerate(zip(state.ran, tokens, strict=False)) if a != b), len(state.ran))
-        del state.ran[min(kept, len(tokens) - 1) :]
-        pending = tokens[len(state.ran) :]
-        fits = len(tokens) <= self.limits.max_model_len and self.blocks.grow(state.shadow, len(tokens))
-        return pending if fits else []
+        held, known = len(sequence.tokens), sequence.tokens
+        right = next((i for i in range(state.right, min(len(state.ran), held)) if state.ran[i] != known[i]), None)
+        if right is None:  # what is drafted now was run as it stands
+            right = min(len(state.ran), held + len(draft))
+        del state.ran[min(right, held + len(draft) - 1) :]
+        state.right = min(len(state.ran), held)
+        fits = held + len(draft) <= self.limits.max_model_len
+        if not fits or not self.blocks.grow(state.shadow, held + len(draft)):
+            return []
+        start = len(state.ran)
+        return [*known[start:], *draft[max(0, start - held) :]]
 
     def _run(
         self, sequences: list[Sequence], drafts: list[Draft], step: list[_Part]
@@ -110,9 +117,10 @@ class ModelDrafter(Drafter):
         ends, ready = accumulate(plan.lengths), [part.place for part in step if part.is_whole]
         plan.rows.extend(end - 1 for end, part in zip(ends, step, strict=True) if part.is_whole)
         for row, i in enumerate(ready):
-            request, known = sequences[i].request, [*sequences[i].tokens, *drafts[i].tokens]
-            params = replace(request.params, logprobs=0)
-            plan.samples.append(Sample(row, len(known), params, known, len(request.prompt)))
+            request, known, draft = sequences[i].request, sequences[i].tokens, drafts[i].tokens
+            position, params = len(known) + len(draft), replace(request.params, logprobs=0)
+            history = [*known, *draft] if params.penalises else known  # nobody else looks at it
+            plan.samples.append(Sample(row, position, params, history, len(request.prompt)))
         result = self.executor.submit(plan).result()
         for nth, (i, drawn) in enumerate(zip(ready, result.tokens, strict=True)):
             yield i, drawn[0], exp(result.logprobs[nth][0].logprob)
