@@ -3,7 +3,8 @@
 Ctrl-C stops an answer, what was said stays; Ctrl-D ends. /reset begins anew, /system TEXT sets the system prompt and
 begins anew, /help lists these. Without a terminal, every line of the input is a turn.
 
-Exit codes: 0 done; 1 the server cannot be reached or refuses; 2 wrong usage.
+Exit codes: 0 done; 1 the server cannot be reached or refuses; 2 wrong usage; 141 whoever read our output has
+stopped.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from stepladder.launch.ctl import pairs
+from stepladder.launch.ctl import cut_off, pairs
 from stepladder.launch.streaming import Show, session, stream
 from stepladder.launch.typed_config import build
 
@@ -120,7 +121,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return USAGE
     try:
         model = config.model or asyncio.run(only_model(config))
-        return talk(Conversation(config, model), prompter(model, config.base))
+        code = talk(Conversation(config, model), prompter(model, config.base))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return cut_off()
     except (ConnectionError, TimeoutError, aiohttp.ClientError, ValueError) as error:
         print(f"stepladder: chat: {config.base} {_why(error)}", file=sys.stderr)
         return FAILED
@@ -152,16 +157,18 @@ def talk(conversation: Conversation, read: Callable[[], str]) -> int:
 
 def _answer(conversation: Conversation, line: str) -> int:
     """Print an answer; whatever goes wrong with it, the conversation goes on."""
+    code = OK
     try:
         conversation.ask(line, lambda piece: print(piece, end="", flush=True))
     except KeyboardInterrupt:
         print(" [stopped]", end="")
+    except BrokenPipeError:  # of our own output: nobody reads it any longer
+        raise
     except ConnectionError as error:
         print(f"\nstepladder: chat: {error}", file=sys.stderr)
-        return FAILED
-    finally:
-        print()
-    return OK
+        code = FAILED
+    print()
+    return code
 
 
 def prompter(model: str, url: str) -> Callable[[], str]:

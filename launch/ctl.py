@@ -75,14 +75,20 @@ def main(words: Sequence[str] | None = None) -> int:
             code = run(options, name, controller)
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # whoever read has seen enough; what is still in the buffer must not complain at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CUT_OFF
+    except BrokenPipeError:
+        return cut_off()
     except (ValueError, ConnectionError) as error:
         print(f"stepladder: {error}", file=sys.stderr)
         return ABSENT
     except KeyboardInterrupt:
         return 130
+
+
+def cut_off() -> int:
+    """Whoever read our output has seen enough. What is still in the buffer must not complain at the exit, whose code
+    this is."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return CUT_OFF
 
 
 def status(options: StatusOptions, name: str, controller: ActorHandle) -> int:

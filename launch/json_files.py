@@ -1,10 +1,33 @@
-"""JSON files that are there whole or not at all, and what an interrupted run finds in them."""
+"""JSON files that are there whole or not at all, what an interrupted run finds in them, and files of lines that people
+wrote."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from stepladder.parallel.typed_json import read_text
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a UTF-8 file of any size, whatever its line ends, without a byte order mark.
+
+    Raises:
+        ValueError: it is something else; the sentence names it.
+    """
+    return read_text(path, most=math.inf).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def json_of(line: str, where: str) -> Any:
+    """The value that a line of JSON has; ValueError, with `where` in front, if it has none."""
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # no JSON, or digits without end
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

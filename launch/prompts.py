@@ -9,8 +9,10 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Self
 
+from stepladder.launch.json_files import json_of, lines_of
 from stepladder.launch.typed_config import build
 from stepladder.workers.core import SamplingParams
+from stepladder.workers.params import MAX_COUNT
 
 _OWN = ("prompt", "messages", "id")
 _NOT_WRITTEN = ("logprobs", "prompt_logprobs")
@@ -63,12 +65,14 @@ def read_lines(path: Path, options: Options) -> list[Line]:
     """All lines that are not blank.
 
     Raises:
-        ValueError: the file is not there, or a line is unusable; the sentence names it.
+        ValueError: the file is not there or no UTF-8 text, or an option or a line is unusable; the sentence names it.
     """
+    for name, value in options.sampling.items():
+        _params({"max_tokens": MAX_COUNT, name: value}, "sampling")
     if not path.is_file():
         raise ValueError(f"prompts: there is no file {path}")
     lines = []
-    for index, text in enumerate(path.read_text(encoding="utf-8").split("\n")):
+    for index, text in enumerate(lines_of(path)):
         if text.strip():
             where = f"{path} line {index + 1}"
             fields = _object(text, where) if path.suffix == ".jsonl" else {"prompt": text}
@@ -77,10 +81,7 @@ def read_lines(path: Path, options: Options) -> list[Line]:
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    value = json_of(text, where)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -91,6 +92,8 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _line(index: int, fields: dict[str, Any], options: Options, where: str) -> Line:
+    """As over HTTP, null is as good as nothing."""
+    fields = {key: value for key, value in fields.items() if value is not None}
     source = {key: value for key, value in fields.items() if key in _OWN}
     if ("prompt" in source) == ("messages" in source):
         raise ValueError(f"{where}: give either prompt or messages")
@@ -112,6 +115,8 @@ def _params(wanted: dict[str, Any], where: str) -> SamplingParams:
             raise ValueError(f"{where}: {name} is not supported here; the server has it")
     if isinstance(wanted.get("stop"), str):
         wanted["stop"] = [wanted["stop"]]
+    if isinstance(form := wanted.get("structured_outputs"), Mapping):
+        wanted["structured_outputs"] = {name: value for name, value in form.items() if value is not None}
     try:
         if isinstance(wanted.get("logit_bias"), Mapping):
             wanted["logit_bias"] = {int(token): bias for token, bias in wanted["logit_bias"].items()}

@@ -215,7 +215,8 @@ def _decoder(config: Config, kinds: Sequence[str] | None = None, reads: tuple[st
         reads: the fields among NEUTRAL that the family itself looks after.
     """
     for name, neutral in NEUTRAL.items():
-        if name not in reads and config.get(name, neutral) not in (neutral, None):
+        nothing = neutral is None and not config.get(name)  # no experts, an empty quantization_config
+        if name not in reads and not nothing and config.get(name, neutral) not in (neutral, None):
             raise ValueError(
                 f"{name} is {shown(config[name])}; for {config['model_type']} only {neutral!r} is supported"
             )

@@ -23,6 +23,12 @@ ROPE_OPTIONAL: dict[str, set[str]] = {
     "longrope": {"factor", "attention_factor"},
 }
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL}
+# of checkpoints with code of their own, with the values that change nothing
+ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "finetuned": (True, False),
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
+}
 
 
 def rope_parameters(config: Config) -> Mapping[str, Any]:
@@ -41,7 +47,8 @@ def read_rope(config: Config) -> dict[str, Any]:
         raise ValueError(f"rope_type is {kind!r}; this version does {', '.join(ROPE_FIELDS)}")
     for field in rope:
         known = ROPE_COMMON | ROPE_FIELDS[kind] | ROPE_OPTIONAL.get(kind, set())
-        if field not in known and rope[field] is not None:
+        neutral = rope[field] is None or rope[field] in ROPE_NEUTRAL.get(field, ())
+        if field not in known and not neutral:
             raise ValueError(f"rope_parameters has {field!r}, which is not supported with rope_type {kind!r}")
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")

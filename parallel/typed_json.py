@@ -112,16 +112,16 @@ def shown(value: Any) -> str:
     return _BRIEF.repr(value)
 
 
-def read_text(path: Path) -> str:
-    """UTF-8 text of a regular file.
+def read_text(path: Path, most: float = MOST_BYTES) -> str:
+    """UTF-8 text of a regular file, which may begin with a byte order mark; no more than so many bytes.
 
     Raises:
         ValueError: it is something else; the sentence names it.
         FileNotFoundError: there is nothing.
     """
     check_regular(path)
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"{path} has {size} bytes; at most {MOST_BYTES} are read")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size} bytes; at most {most} are read")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,9 +1,10 @@
 """`LLM`: generate text in one process, without Ray."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from operator import index as index_of
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from stepladder.kernels.once import CACHE
 from stepladder.parallel.mesh import SingleRank
+from stepladder.parallel.typed_json import shown
 from stepladder.workers import assembly
 from stepladder.workers.config import FOR_SERVERS, EngineConfig, KvConfig
 from stepladder.workers.core import FinishReason, Output, Request, SamplingParams, StructuredOutputs, TokenLogprob
@@ -158,8 +160,7 @@ class LLM:
             ValueError: the model has no chat template, or the template refuses the messages.
         """
         special, chosen = options.pop("add_special_tokens", False), ChatOptions(**options)
-        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
-        texts = [self.tokenizer.chat(list(one), tools, chosen) for one in several]  # type: ignore[arg-type]
+        texts = [self.tokenizer.chat(list(one), tools, chosen) for one in _conversations(conversations)]
         tokens = [self.tokenizer.encode(text, add_special_tokens=special) for text in texts]
         completions = self.generate(tokens, params, progress)
         return [replace(one, prompt=plain(text)) for one, text in zip(completions, texts, strict=True)]
@@ -176,13 +177,15 @@ class LLM:
         done: deque[tuple[int, Completion]] = deque()
         own: list[str] = []
         asked = _several(prompts)
-        each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else [*params]
+        each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else params
+        if not isinstance(each, Sequence) or not all(isinstance(one, SamplingParams | None) for one in each):
+            raise ValueError(f"params are {shown(params)}; give SamplingParams, or a list of them")
         if len(each) != len(asked):
             raise ValueError(f"there are {len(each)} params for {len(asked)} prompts; give one, or one for each")
         try:
             for index, (prompt, wanted) in enumerate(zip(asked, each, strict=True)):
-                tokens = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-                text = prompt if isinstance(prompt, str) else self.tokenizer.decode(list(tokens))
+                text = prompt if isinstance(prompt, str) else None
+                tokens = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else _ids(prompt)
                 wanted = wanted or self.engine.config.fit(self.defaults, len(tokens))
                 own.append(self.begin(index, text, tokens, wanted, done))
             for _ in asked:
@@ -194,8 +197,9 @@ class LLM:
                 if self._growing.pop(request_id, None):
                     self.engine.abort(request_id)
 
-    def begin(self, key: Any, prompt: str, tokens: tuple[int, ...], params: SamplingParams, done: Done) -> str:
-        """Queue one prompt, given as text and as tokens; `step` puts it in `done` at its end. Returns the request's id.
+    def begin(self, key: Any, prompt: str | None, tokens: tuple[int, ...], params: SamplingParams, done: Done) -> str:
+        """Queue one prompt, given as text, if there is one, and as tokens; `step` puts it in `done` at its end. Returns
+        the request's id.
 
         Raises:
             ValueError: it is empty or does not fit, or its structured_outputs cannot be used.
@@ -204,9 +208,8 @@ class LLM:
             self.engine.grammars.check(params.structured_outputs).result()
         request = Request(id=next(self._ids), prompt=tokens, params=params)
         self.engine.add(request)
-        self._growing[request.id] = _Growing(
-            key, plain(prompt), params, TextStream.of(self.tokenizer, params, tokens), done
-        )
+        text = self.tokenizer.decode(list(tokens)) if prompt is None else plain(prompt)  # of ids that the model has
+        self._growing[request.id] = _Growing(key, text, params, TextStream.of(self.tokenizer, params, tokens), done)
         return request.id
 
     @property
@@ -225,6 +228,28 @@ class LLM:
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One text, or the ids of one, is one prompt and not one for each character or id."""
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts are {shown(prompts)}; give texts or lists of token ids")
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return [*prompts]
+
+
+def _conversations(given: Any) -> Sequence[Sequence[Message]]:
+    """The messages of one are one conversation."""
+    several = [given] if isinstance(given, Sequence) and given and isinstance(given[0], Mapping) else given
+    listed = isinstance(several, Sequence) and all(isinstance(one, Sequence) for one in several)
+    if listed and all(isinstance(message, Mapping) for one in several for message in one):
+        return several
+    raise ValueError(f"conversations are {shown(given)}; give messages, or lists of messages")
+
+
+def _ids(prompt: Any) -> tuple[int, ...]:
+    """Of a prompt that is no text; whether the model has them is the engine's to say."""
+    ids = tuple(prompt) if isinstance(prompt, Iterable) else (True,)
+    try:
+        if not any(isinstance(one, bool) for one in ids):
+            return tuple(map(index_of, ids))  # those of NumPy are good, too
+    except TypeError:
+        pass
+    raise ValueError(f"the prompt is {shown(prompt)}; it must be a text or a list of token ids")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +225,33 @@ def test_one_string_is_one_prompt_and_so_are_its_tokens(llm: LLM) -> None:
     mixed = llm.generate(["import os", ids], PARAMS)
     assert mixed[1] == text and mixed[0] == llm.generate("import os", PARAMS)[0]
     assert llm.generate([], PARAMS) == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**40, 10**30])
+def test_ids_that_the_model_has_not_are_a_sentence_and_leave_nothing_behind(llm: LLM, wrong: int) -> None:
+    for prompts in ([wrong, 5], [5, wrong], [[5], [wrong]], ["import os", (5, wrong)]):
+        with pytest.raises(ValueError, match="the prompt holds a token id outside of 0 to"):
+            llm.generate(prompts, PARAMS)
+        assert not llm.under_way and not llm.engine.has_work
+
+
+@pytest.mark.parametrize("wrong", [5, None, [None], [1.5], [[1.5]], [[1, "a"]], [[True]], [1, [2]], [5, None]])
+def test_prompts_of_wrong_types_are_a_sentence(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"give texts or lists of token ids|must be a text or a list of token ids"):
+        llm.generate(wrong, PARAMS)
+    assert not llm.under_way
+
+
+@pytest.mark.parametrize("wrong", [5, [5], "greedy", {"max_tokens": 3}])
+def test_params_of_wrong_types_are_a_sentence(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="give SamplingParams, or a list of them"):
+        llm.generate("a", wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, None, "hi", [5], [None], [["hi"]], [{"role": "user", "content": "a"}, 5]])
+def test_conversations_of_wrong_types_are_a_sentence(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="give messages, or lists of messages"):
+        llm.chat(wrong)
 
 
 def test_each_prompt_may_have_params_of_its_own(llm: LLM) -> None:

@@ -1,6 +1,8 @@
 """How one sequence is continued: every knob of sampling, its range, and what it means."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from stepladder.workers.structured_outputs import StructuredOutputs
 
@@ -86,9 +88,17 @@ class SamplingParams:
             check(within, f"{name} is {value}; it must be between 0 and {MAX_LOGPROBS}")
 
     def _check_types(self) -> None:
-        """What the wire and the sampler hold: one string is one stop string, and a list is as good as a tuple."""
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        """What the wire and the sampler hold: one string is one stop string, a list is as good as a tuple, and None, as
+        vLLM has it, is as good as nothing."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _several(stop, "stop", "strings"))
+        object.__setattr__(self, "stop_token_ids", _several(self.stop_token_ids, "stop_token_ids", "token ids"))
+        object.__setattr__(self, "logit_bias", {} if self.logit_bias is None else self.logit_bias)
+        object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)
+        bias, form = self.logit_bias, self.structured_outputs
+        check(isinstance(bias, Mapping), f"logit_bias is {bias!r}; it must map token ids to numbers")
+        judged = form is None or isinstance(form, StructuredOutputs)
+        check(judged, f"structured_outputs is {form!r}; it must be a StructuredOutputs(...), or None")
         kinds = {int: "an integer", float: "a number", bool: "true or false"}
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
@@ -131,6 +141,11 @@ class SamplingParams:
     def adjusts_logits(self) -> bool:
         """Whether a bias or penalty is asked for."""
         return bool(self.logit_bias) or self.penalises
+
+
+def _several(value: Any, name: str, what: str) -> tuple[Any, ...]:
+    check(value is None or isinstance(value, Iterable), f"{name} is {value!r}; it must be a list of {what}")
+    return tuple(value or ())
 
 
 def _is(value: object, kind: type) -> bool:

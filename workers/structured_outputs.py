@@ -30,9 +30,9 @@ class StructuredOutputs:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
-        object.__setattr__(self, "choice", tuple(self.choice))
         given = self.given
         if len(given) != 1:
             named = ", ".join(given) or "none"
@@ -48,6 +48,19 @@ class StructuredOutputs:
             raise ValueError(f"grammar has more than {MAX_RULES} lines")
         if text.count('"$ref"') > MAX_RULES:
             raise ValueError(f"{given[0]} has more than {MAX_RULES} references ($ref)")
+
+    def _check_types(self) -> None:
+        """None asks for nothing, as in vLLM."""
+        for name in ("regex", "grammar"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name} is {value!r}; it must be a text")
+        choice = () if self.choice is None else self.choice
+        if not isinstance(choice, list | tuple) or not all(isinstance(one, str) for one in choice):
+            raise ValueError(f"choice is {choice!r}; it must be a list of texts")
+        object.__setattr__(self, "choice", tuple(choice))
+        object.__setattr__(self, "json_object", False if self.json_object is None else self.json_object)
+        if not isinstance(self.json_object, bool):
+            raise ValueError(f"json_object is {self.json_object!r}; it must be true or false")
 
     @property
     def given(self) -> list[str]:

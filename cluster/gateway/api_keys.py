@@ -1,6 +1,7 @@
 """Who may ask: API keys, known by their hashes only."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -34,12 +35,9 @@ class ApiKeys:
 
     def owner(self, key: str) -> str | None:
         """The hash of a key, if it is one of ours. Hashes are compared, so that the time says nothing of the key."""
+        with suppress(ValueError):  # whoever edits the file is not done yet: until then the keys stay
+            self._read()
         found = sha256(key.encode()).hexdigest()
-        if found not in self._hashes:
-            try:
-                self._read()
-            except ValueError:
-                return None  # whoever edits the file is not done yet
         return found if found in self._hashes else None
 
     def _read(self) -> None:

@@ -26,12 +26,12 @@ from stepladder.cluster.gateway.strict_json import (
     at_most,
     bounded,
     refusal,
-    unicode,
 )
 from stepladder.cluster.gateway.structured import Structured
 from stepladder.cluster.gateway.tools import Tooled, ToolUse
 from stepladder.workers.params import MAX_LOGPROBS
 from stepladder.workers.text.chat import ChatOptions
+from stepladder.workers.text.unicode_text import unicode
 
 MAX_N = 128
 

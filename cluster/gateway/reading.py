@@ -1,6 +1,5 @@
 """From the bytes of a body to a request: its size is known before it is read, and the first error is the answer."""
 
-import json
 import re
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from starlette.requests import Request
 from stepladder.cluster.gateway.errors import BadRequest, from_validation
 from stepladder.cluster.gateway.strict_json import Body, Bounds
 from stepladder.cluster.gateway.work_pool import WorkPool
+from stepladder.workers.nesting import TooDeep, read_json
 
 INLINE = 8192  # bytes; a longer body is judged in a thread
 BASE_BYTES, BYTES_PER_TOKEN = 256 << 10, 16  # of a body; a token of CJK text is 12 bytes when JSON spells it in ASCII
@@ -49,8 +49,8 @@ def parse(body: bytes, kind: type[B], bounds: Bounds) -> B:
 
 def _json(body: bytes) -> Any:
     try:
-        return json.loads(body)
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply", code="invalid_json") from None
+        return read_json(body, "the body")
+    except TooDeep as error:
+        raise BadRequest(str(error), code="invalid_json") from None
     except ValueError as error:  # also of bytes that are no text, and of integers with thousands of digits
         raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None

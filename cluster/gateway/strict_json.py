@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from stepladder.workers.text.unicode_text import unicode
+
 Neutral = Mapping[str, tuple[Any, ...]]
 ANYTHING = object()  # in a NEUTRAL table: a label, which by definition has no effect
 
@@ -72,15 +74,6 @@ def bounded(what: str, most: Callable[[Bounds], int]) -> BeforeValidator:
         return at_most(value, most(info.context) if info.context else None, what)
 
     return BeforeValidator(judge)
-
-
-def unicode(text: str) -> str:
-    r"""JSON can spell half a character ("\ud800"), which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the string is not valid Unicode at character {error.start}") from None
-    return text
 
 
 Text = Annotated[str, AfterValidator(unicode)]

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
+from json import JSONDecodeError
 from typing import Annotated, Any
 
 import msgspec
@@ -9,6 +11,7 @@ from pydantic import PlainValidator, model_validator
 
 from stepladder.cluster.gateway.sampling import Sampling
 from stepladder.cluster.gateway.strict_json import refusal
+from stepladder.workers.nesting import read_json
 from stepladder.workers.structured_outputs import StructuredOutputs
 
 KINDS = tuple(field.name for field in dataclasses.fields(StructuredOutputs))
@@ -22,6 +25,10 @@ _NEUTRAL = {  # vLLM's options of structured_outputs, with the values that ask f
 
 
 def _made(given: dict[str, Any]) -> StructuredOutputs:
+    """A schema that is a text has not been judged with the body."""
+    if isinstance(text := given.get("json"), str):
+        with suppress(JSONDecodeError):  # StructuredOutputs says that better
+            read_json(text, "the schema")
     try:
         return msgspec.convert(given, StructuredOutputs)
     except msgspec.ValidationError as error:
@@ -43,7 +50,7 @@ def _guided(kind: str) -> Callable[[Any], StructuredOutputs]:
 
 
 def _response_format(value: Any) -> StructuredOutputs | None:
-    match value:
+    match {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value:
         case {"type": "text", **rest} if not rest:
             return None
         case {"type": "json_object", **rest} if not rest:

@@ -115,15 +115,17 @@ class ToolPlan:
     Attributes:
         structure: the form of the whole text; None if it is free.
         special: its marks are special tokens, which the text has to show.
+        names: of the tools that it may call.
     """
 
     form: ToolFormat
+    names: frozenset[str]
     structure: StructuredOutputs | None
     special: bool
     most: int | None
 
     def parser(self) -> ToolParser:
-        return ToolParser(self.form, self.most)
+        return ToolParser(self.form, self.names, self.most)
 
 
 def plan(
@@ -150,7 +152,8 @@ def plan(
         structure = _structure(body, form, content, lambda mark: mark in special)
     except ValueError as error:
         raise BadRequest(f"tools: {error}", param="tools", code="invalid_value") from None
-    return ToolPlan(form, structure, any(m in special for m in form.special), None if body.parallel_tool_calls else 1)
+    names, most = frozenset(tool.function.name for tool in body.tools), None if body.parallel_tool_calls else 1
+    return ToolPlan(form, names, structure, any(mark in special for mark in form.special), most)
 
 
 def _structure(

@@ -34,6 +34,7 @@ CONVERTED = {
     "ladder-parallel": "ladder-parallel",
 }
 KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+        "additional_chat_templates/*",
         "generation_config.json", "LICENSE*")  # fmt: skip
 
 
@@ -205,7 +206,9 @@ def write_model(model: Transformer, spec: ModelSpec, source: Path, directory: Pa
     config |= {"residual": spec.residual, "ladder_layers": list(spec.ladder_layers)}
     for pattern in KEPT:
         for path in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(path, directory / path.name)
+            copy = directory / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     write_json(directory / "config.json", config)
     save_weights(model, directory, spec.dtype)
     assert ModelSpec.load(directory) == spec

@@ -1,9 +1,9 @@
 """Text that somebody brings: plain files, JSON lines, and directories of both."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from stepladder.launch.json_files import json_of, lines_of
 from stepladder.launch.recipes.corpus import Corpus, Document, split
 
 LINES = (".jsonl", ".ndjson")
@@ -55,22 +55,19 @@ def _of_file(path: Path, name: str, field: str) -> Iterator[Document]:
     """One document, or one for each line of JSON. name: the same wherever the data lies, since it decides what is set
     apart."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; leave it out of data") from None
+        lines = lines_of(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; leave it out of data") from None
     if path.suffix not in LINES:
-        yield Document(name, text)
+        yield Document(name, "\n".join(lines))
         return
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield Document(f"{name}:{number}", _field(line, field, f"{path}, line {number}"))
 
 
 def _field(line: str, field: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+    value = json_of(line, where)
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
         raise ValueError(f"{where} has no text in the field {field!r}; name the field with text_field=...")
     return str(value[field])

@@ -126,8 +126,16 @@ def test_json_object_and_completions(hermes: Server) -> None:
     text = [c.text for c in client.completions.create(**plain, extra_body={"guided_choice": ["yes", "no"]}).choices]
     assert set(text) <= {"yes", "no"}
     short = {**HELLO, "max_tokens": 5, "seed": 1}
-    free = [hermes.post(CHAT, short | fields).json() for fields in ({}, {"response_format": {"type": "text"}})]
-    assert free[0]["choices"] == free[1]["choices"]
+    formats = ({"type": "text"}, {"type": "text", "json_schema": None})
+    free = [hermes.post(CHAT, short | fields).json() for fields in ({}, *({"response_format": f} for f in formats))]
+    assert free[0]["choices"] == free[1]["choices"] == free[2]["choices"]
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": 7}, "description": None}, "other": None}
+    assert hermes.post(CHAT, short | {"response_format": schema}).json()["choices"][0]["message"]["content"] == "7"
+    objects = ({"type": "json_object"}, {"type": "json_object", "json_schema": None})
+    for stream in (False, True):
+        asked = [{**short, "response_format": form, "stream": stream} for form in objects]
+        one, other = (streamed(hermes, a) if stream else hermes.post(CHAT, a).json()["choices"] for a in asked)
+        assert one == other
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,24 @@ def test_auto_leaves_it_to_the_model(hermes: Server, llama: Server) -> None:
         assert one["content"].startswith("{") or one["calls"]
 
 
+def test_an_answer_that_looks_like_a_call_is_content(hermes: Server, llama: Server) -> None:
+    """It has a name, but neither a tool's nor arguments."""
+    alice = {"name": "Alice", "age": 3}
+    form = {"type": "json_schema", "json_schema": {"schema": {"const": alice}}}
+    for server in (hermes, llama):
+        seen = set()
+        for seed in range(6):
+            body = {**HELLO, "tools": TOOLS[1:], "response_format": form, "seed": seed}
+            [one] = found = as_streamed(server.post(CHAT, body).json())
+            assert streamed(server, body) == found
+            seen.add(one["reason"])
+            if one["calls"]:
+                assert one["content"] == "" and one["calls"] == {0: {"name": "now", "arguments": "{}"}}
+            else:
+                assert json.loads(one["content"]) == alice and one["reason"] == "stop"
+        assert "stop" in seen
+
+
 def test_a_conversation_with_tools_goes_on(hermes: Server) -> None:
     client = hermes.client()
     asked: dict[str, Any] = {**HELLO, "tools": TOOLS[:1], "tool_choice": "required", "parallel_tool_calls": False}
@@ -229,6 +255,7 @@ def test_streams_of_the_official_client(hermes: Server) -> None:
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": None}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
@@ -291,6 +318,27 @@ def test_a_model_without_tools_says_so(server: Server, tmp_path: Path) -> None:
         assert "gateway.tool_parser" in other.post(CHAT, body).json()["error"]["message"]
     with serve(unknown, vocab_size=300, tool_parser="hermes") as other:
         assert as_streamed(other.post(CHAT, body).json())[0]["calls"]
+
+
+@pytest.mark.parametrize(
+    "broken", ["{% foo %}", "{{ " + "(" * 3000, "{{ " + "9" * 5000 + " }}"], ids=lambda text: text[:9]
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_template_that_is_none_refuses_chats_only(tmp_path: Path, broken: str, alone: bool) -> None:
+    """Or, where it is only the one for tools, chats with tools."""
+    plain = HERMES.replace("{% if tools %}", "{% if false %}")
+    named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": broken}]
+    path = model(tmp_path, plain)
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": broken if alone else named}))
+    hello, messages = HELLO | {"max_tokens": 2}, {"messages": HELLO["messages"]}
+    with serve(path, vocab_size=300) as server:
+        server.service.tokenizer.prepare()
+        assert server.post(COMPLETION, {"model": "org/tiny", "prompt": "a", "max_tokens": 2}).status_code == 200
+        for chat, body in ((CHAT, hello), ("/tokenize", messages)):
+            assert server.post(chat, body).status_code == (400 if alone else 200)
+            for choice in ("auto", "required") if chat == CHAT else (None,):
+                answer = server.post(chat, body | {"tools": TOOLS} | ({"tool_choice": choice} if choice else {}))
+                assert answer.status_code == 400 and "chat template" in answer.json()["error"]["message"], answer.text
 
 
 def test_cors(random_model: Path) -> None:

@@ -169,6 +169,33 @@ def test_broken_bodies(server: Server) -> None:
     assert "Content-Type: application/json" in untyped["message"]
 
 
+@pytest.mark.parametrize("levels", [101, 500, *range(950, 1000, 7)])
+@pytest.mark.parametrize("padding", [0, 9000])
+def test_deeply_nested_bodies(server: Server, levels: int, padding: int) -> None:
+    """Also just below the depth at which Python gives up, here and in a thread."""
+    deep = "[" * (levels - 2) + "]" * (levels - 2)
+    function = f'{{"name": "f", "parameters": {{"a": {deep}}}}}'
+    ways: list[tuple[str, str, str, str | None]] = [
+        (CHAT, "chat_template_kwargs", f'{{"a": {deep}}}', None),
+        ("/tokenize", "chat_template_kwargs", f'{{"a": {deep}}}', None),
+        (CHAT, "tools", f'[{{"type": "function", "function": {function}}}]', None),
+        ("/tokenize", "tools", f'[{{"type": "function", "function": {function}}}]', None),
+        (CHAT, "guided_json", json.dumps(f'{{"a": [{deep}]}}'), "guided_json"),
+        (COMPLETION, "structured_outputs", json.dumps({"json": f'{{"a": [{deep}]}}'}), "structured_outputs"),
+    ]
+    for path, name, value, param in ways:
+        begin = json.dumps(BODIES.get(path) or {"messages": BODIES[CHAT]["messages"]})[:-1]
+        content = f'{begin}, "{name}": {value}}}' + " " * padding
+        answer = httpx.post(server.url + path, content=content, headers={"Content-Type": "application/json"})
+        assert "is nested too deeply; at most 100 levels" in check(answer, 400, param)["message"]
+
+
+def test_what_is_nested_less_is_read(server: Server) -> None:
+    deep = json.loads("[" * 98 + "]" * 98)
+    body = {"messages": BODIES[CHAT]["messages"], "chat_template_kwargs": {"a": deep}}
+    assert server.post("/tokenize", body).status_code == 200
+
+
 def test_unknown_model_and_routes(server: Server) -> None:
     for path, body in BODIES.items():
         check(server.post(path, {**body, "model": "gpt-9"}), 404, "model", "model_not_found")
@@ -216,7 +243,7 @@ def hashed(*keys: str) -> str:
 
 
 def test_api_keys_of_a_file(random_model: Path, tmp_path: Path) -> None:
-    """Any of them opens; the file is read again when an unknown key comes."""
+    """Any of them opens, and none that has been taken out."""
     file = tmp_path / "keys"
     file.write_text("# ours\n\n" + hashed("one", "two"))
 
@@ -225,6 +252,10 @@ def test_api_keys_of_a_file(random_model: Path, tmp_path: Path) -> None:
 
     with serve(random_model, api_key="given", api_key_file=str(file)) as server:
         assert [status(key) for key in ("one", "two", "given", "three")] == [200, 200, 200, 401]
+        file.write_text(hashed("two"))
+        assert [status(key) for key in ("one", "two")] == [401, 200]
+        file.write_text(hashed("one", "two"))
+        assert status("one") == 200
         file.write_text("sha256:half a li")
         assert [status(key) for key in ("one", "three")] == [200, 401], "somebody edits it"
         file.write_text(hashed("three"))

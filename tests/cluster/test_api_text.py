@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from transformers import AutoTokenizer
 
 from stepladder import LLM, SamplingParams
-from tests.cluster.models import WORDS, write_cycle, write_words
+from tests.cluster.models import WORDS, write_cycle, write_random, write_words
 from tests.cluster.serving import Server, serve
 
 pytestmark = pytest.mark.timeout(60)
@@ -197,6 +198,39 @@ def test_special_tokens_around_a_chat(words: Server) -> None:
 def test_what_makes_no_prompt_is_named(server: Server, change: dict[str, Any], param: str) -> None:
     error = server.post(CHAT, {**GREEDY, "messages": FORGED, **change}).json()["error"]
     assert (error["param"], error["type"]) == (param, "invalid_request_error"), error
+
+
+HALF = "\ud800"  # of a character, as JSON can spell it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"title": HALF}}}]},
+        {"chat_template_kwargs": {"further": HALF}},
+        {"chat_template_kwargs": {"further": {HALF: 1}}},
+        {"arguments": {"a": HALF}},
+        {"arguments": json.dumps({"a": HALF})},
+    ],
+    ids=ascii,
+)
+def test_half_a_character_is_refused_wherever_it_is(tmp_path: Path, change: dict[str, Any]) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}<tool_call>{{ (m.tool_calls or 0) | tojson }}<|end|>{% endfor %}"
+        "{{ tools | tojson }}{{ further | tojson }}"
+    )
+    model = write_random(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    call = {"type": "function", "function": {"name": "f", "arguments": change.pop("arguments", "{}")}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x", "tool_calls": [call]}]
+    with serve(model) as server:
+        for path in (CHAT, "/tokenize"):
+            body = json.dumps(
+                {"model": "org/tiny", "messages": messages, "chat_template_kwargs": {"further": 1}} | change
+            )
+            headers = {"Content-Type": "application/json"}
+            answer = httpx.post(server.url + path, content=body, headers=headers)
+            assert answer.status_code == 400 and "not valid Unicode" in answer.json()["error"]["message"], answer.text
 
 
 TOOL_TEMPLATE = (

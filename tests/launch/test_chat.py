@@ -100,6 +100,19 @@ def test_an_answer_that_is_stopped_stays_in_the_conversation(tmp_path: Path) -> 
         assert " [stopped]\n" in out and "/reset begins anew" in out
 
 
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(server: Server) -> None:
+    """As `stepladder chat | head -0` does."""
+    command = [sys.executable, "-m", "launch.chat", f"url={server.url}", "temperature=0", "max_tokens=6"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment("k")
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.write(b"hello\n" * 3)
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait(30)) == (b"", 141)
+
+
 def test_the_command_is_in_the_console_script() -> None:
     done = subprocess.run([sys.executable, "-m", "launch.cli", "chat", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "url=" in done.stdout and "Ctrl-C stops an answer" in done.stdout

@@ -362,8 +362,10 @@ def test_text_is_read_from_files_lines_and_directories(text: Path, tmp_path: Pat
     [
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', "a.jsonl, line 3 has no text in the field 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "a.jsonl, line 2 has no text in the field 'text'"),
-        ("a.jsonl", b"[1\n", "a.jsonl, line 1 is not JSON"),
-        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text; leave it out of data"),
+        ("a.jsonl", b"[1\n", "a.jsonl, line 1: not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 200_000, "a.jsonl, line 2: nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: not valid JSON: Exceeds the limit"),
+        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text: invalid start byte at byte 0; leave it out of data"),
         ("a.txt", b"  \n", "has no text to train on"),
         ("a.txt", b"one document", "there is no text to measure on that is not trained on; give held_out=[paths]"),
     ],
@@ -374,6 +376,13 @@ def test_text_that_cannot_be_used_is_refused(tmp_path: Path, file: str, content:
         given_text([str(tmp_path / file)], None, "text")
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "three"}\r\n'.encode())
+    corpus = given_text([str(tmp_path / "a.txt")], [str(tmp_path / "b.jsonl")], "text")
+    assert {d.text for d in corpus.train} == {"one\ntwo"} and {d.text for d in corpus.held_out} == {"three"}
 
 
 def test_a_path_that_is_not_there_is_refused() -> None:

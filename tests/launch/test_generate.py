@@ -52,7 +52,7 @@ def rows(path: str | Path) -> dict[int, dict[str, Any]]:
 
 def test_a_line_may_ask_for_a_form(model: Path, tmp_path: Path) -> None:
     lines = [
-        {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"]}},
+        {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"], "regex": None, "json": None}},
         {"prompt": "b", "structured_outputs": {"json": {"type": "strin"}}},
         {"prompt": "c"},
     ]
@@ -122,6 +122,40 @@ def test_plain_text_is_a_prompt_per_line_and_stop_strings_end_it(model: Path, tm
     assert row["text"] == text[: text.index(stop)] and row["finish_reason"] == "stop"
 
 
+def test_null_is_absent_and_a_byte_order_mark_is_no_text(model: Path, tmp_path: Path) -> None:
+    nulls = dict.fromkeys(("temperature", "stop", "seed", "max_tokens", "logit_bias", "structured_outputs", "logprobs"))
+    lines = [{"prompt": "a"}, {"prompt": "b", "messages": None, **nulls}]
+    wanted = config(model, write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}]))
+    assert generate(wanted) == 0
+    texts = [row["text"] for _, row in sorted(rows(wanted.output).items())]
+    for name, written in (
+        ("nulls.jsonl", "".join(json.dumps(line) + "\n" for line in lines)),
+        ("mark.jsonl", '\ufeff{"prompt": "a"}\r\n{"prompt": "b"}\r\n'),
+        ("mark.txt", "\ufeffa\r\nb\r\n"),
+    ):
+        (tmp_path / name).write_bytes(written.encode())
+        other = config(model, tmp_path / name)
+        assert generate(other) == 0
+        got = rows(other.output)
+        assert [got[n]["text"] for n in (0, 1)] == texts and [got[n]["prompt"] for n in (0, 1)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_other_encodings_are_one_sentence(model: Path, tmp_path: Path, name: str, encoding: str) -> None:
+    prompts = tmp_path / name
+    prompts.write_bytes('{"prompt": "é!"}'.encode(encoding))
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text: .* at byte"):
+        generate(config(model, prompts))
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", "abc"), ("seed", 1.5), ("temperature", "hot"), ("stop", 5)])
+def test_a_wrong_option_is_one_sentence(model: Path, tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^sampling: {name} is {value!r}: expected"):
+        generate(config(model, write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}]), sampling={name: value}))
+
+
 def test_what_cannot_be_served_is_a_row_that_says_so(model: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": "x" * 2000},
@@ -148,6 +182,14 @@ def test_what_cannot_be_served_is_a_row_that_says_so(model: Path, tmp_path: Path
         ('{"prompt": "a", "max_tokens": "9"}', "line 2: max_tokens is '9': expected `int`"),
         ('{"prompt": "a", "logprobs": 1}', "line 2: logprobs is not supported here"),
         ('{"prompt": "\\ud800"}', "line 2: holds half a character"),
+        ('{"prompt": null}', "line 2: give either prompt or messages"),
+        ('{"prompt": "a", "id": ' + "[" * 200_000 + "]" * 200_000 + "}", "line 2: nested too deeply"),
+        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 2: not valid JSON: Exceeds the limit"),
+        ('{"prompt": "a", "temperature": ' + "9" * 400 + "}", "line 2: temperature is"),
+        ('{"prompt": "a", "seed": "a"}', "line 2: seed is 'a': expected `int`"),
+        ('{"prompt": "a", "logit_bias": [1]}', "line 2: logit_bias is [1]"),
+        ('{"prompt": "a", "stop": 5}', "line 2: stop is 5"),
+        ('{"prompt": "a", "structured_outputs": {"regex": 5}}', "line 2: structured_outputs is {'regex': 5}: expected"),
     ],
 )
 def test_a_wrong_line_is_one_sentence_and_nothing_is_written(

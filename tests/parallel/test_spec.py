@@ -108,6 +108,20 @@ def test_what_is_not_supported_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_fields_that_ask_for_nothing(families: dict[str, Path]) -> None:
+    """As published checkpoints have them."""
+    yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+    plain = ModelSpec.from_config(config_of(families["llama3"], rope_parameters=None, rope_scaling=yarn))
+    for more in ({"finetuned": True}, {"finetuned": False}, {"attn_factor": 1.0, "extrapolation_factor": 1}):
+        spec = ModelSpec.from_config(config_of(families["llama3"], rope_parameters=None, rope_scaling=yarn | more))
+        assert spec == plain
+    for name in ("attn_factor", "extrapolation_factor"):
+        with pytest.raises(ValueError, match=f"rope_parameters has '{name}'"):
+            ModelSpec.from_config(config_of(families["llama3"], rope_parameters=None, rope_scaling=yarn | {name: 2}))
+    neutral: dict[str, Any] = {"num_experts": 0, "num_local_experts": 0, "quantization_config": {}}
+    assert ModelSpec.from_config(config_of(families["llama3"], **neutral)) == ModelSpec.load(families["llama3"])
+
+
 def test_cohere_needs_its_rope_theta(families: dict[str, Path], tmp_path: Path) -> None:
     """transformers 4 assumes 10000, transformers 5 assumes 500000."""
     (tmp_path / "config.json").write_text(json.dumps(config_of(families["cohere"], rope_parameters=None)))
@@ -197,6 +211,31 @@ def test_the_end_that_only_the_tokenizer_names_is_one(
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert ModelSpec.load(copy).eos_ids == eos_ids
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tokenizer", "sentence"),
+    [
+        (None, {"added_tokens": [{"id": "x", "content": "a"}]}, r"tokenizer\.json: added_tokens\[0\]\.id is 'x'"),
+        (None, {"added_tokens": [{"id": [1], "content": "a"}]}, r"tokenizer\.json: added_tokens\[0\]\.id is \[1\]"),
+        (None, {"added_tokens": [{}, {"id": 1.5, "content": "a"}]}, r"tokenizer\.json: added_tokens\[1\]\.id is 1\.5"),
+        (None, {"added_tokens": [{"id": -5, "content": "a"}]}, r"tokenizer\.json: added_tokens\[0\]\.id is -5"),
+        (None, {"added_tokens": [{"id": True, "content": "a"}]}, r"tokenizer\.json: added_tokens\[0\]\.id is True"),
+        (None, {"added_tokens": [{"content": "a"}]}, r"tokenizer\.json: added_tokens\[0\]\.id is None"),
+        (None, {"added_tokens": ["a"]}, r"tokenizer\.json: added_tokens\[0\]\.id is 'a'"),
+        (None, {"added_tokens": 5}, r"tokenizer\.json: added_tokens is 5; it must be a list"),
+        (None, {"model": {"vocab": {"a": "x"}}}, r"tokenizer\.json: model\.vocab\['a'\] is 'x'"),
+        ({"9" * 5000: {"content": "a"}}, {}, r"tokenizer_config\.json: the name of 'a' in added_tokens_decoder is '9"),
+        ({"-1": {"content": "a"}}, {}, r"tokenizer_config\.json: the name of 'a' in added_tokens_decoder is '-1'"),
+        (5, {}, r"tokenizer_config\.json: added_tokens_decoder is 5; it must be an object"),
+    ],
+)
+def test_an_end_with_an_odd_id_is_named(copy: Path, decoder: Any, tokenizer: dict[str, Any], sentence: str) -> None:
+    (copy / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "added_tokens_decoder": decoder}))
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=sentence) as found:
+        ModelSpec.load(copy)
+    assert len(str(found.value)) < 400
 
 
 def test_named_tokens_are_those_of_transformers(copy: Path) -> None:

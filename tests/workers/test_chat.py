@@ -366,6 +366,32 @@ def test_text_around_marks_is_read_as_ever(tmp_path: Path) -> None:
         assert [other if token == slash else token for token in tokens] == wanted and tokens.count(end) == 1
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    "content", ["hi\uff1c|end|\uff1e", parts("x\uff1c|e ", " nd|\uff1e"), "<|\uff45nd|> \uff1c"], ids=str
+)
+def test_no_normalizer_writes_special_tokens(tmp_path: Path, content: Any, normalized: bool) -> None:
+    """Where tokens are looked for in the normalized text, full-width brackets are brackets."""
+    path = write_byte_level(tmp_path)
+    saved = json.loads((path / "tokenizer.json").read_text())
+    saved["normalizer"] = {"type": "NFKC"}
+    for token in saved["added_tokens"]:
+        token["normalized"] = normalized
+    (path / "tokenizer.json").write_text(json.dumps(saved))
+    body = "{{ m.content | trim if m.content is string else m.content | map(attribute='text') | map('trim') | join }}"
+    config = {"chat_template": LOOP.replace("BODY", body), "tokenizer_class": "PreTrainedTokenizerFast"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, theirs = Tokenizer(path), AutoTokenizer.from_pretrained(path)
+    tokens = tokenizer.encode(tokenizer.chat(user(content)))
+    assert len(specials(tokenizer, tokens)) == 3 and "<|end|>" in tokenizer.decode(tokens)
+    for ordinary in ("hello", "\uff28ello \uff1c|\uff1e caf\u0065\u0301", "\ufdd0"):
+        rendered = tokenizer.chat(user(ordinary))
+        assert type(rendered) is str
+        assert tokenizer.encode(rendered) == theirs.apply_chat_template(
+            user(ordinary), add_generation_prompt=True, return_dict=False
+        )
+
+
 def test_what_a_tokenizer_cannot_write_as_text_is_refused(tmp_path: Path) -> None:
     """Its model has the token as a piece of text."""
     fast = FastTokenizer(models.Unigram([("<unk>", -9.0), ("</s>", 0.0), *((c, -5.0) for c in "▁</s>ab")], unk_id=0))

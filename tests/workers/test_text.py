@@ -145,6 +145,13 @@ def test_offsets_are_where_tokens_begin(byte_level: Tokenizer, text: str) -> Non
     assert byte_level.offsets(text) == wanted
 
 
+def test_half_a_character_is_refused(byte_level: Tokenizer) -> None:
+    """JSON spells it, and a template that writes JSON passes it on."""
+    for tokenize in (byte_level.encode, byte_level.offsets):
+        with pytest.raises(ValueError, match=r"not valid Unicode at character 3$"):
+            tokenize("ab \ud800")
+
+
 def test_offsets_in_words_with_spaces(tmp_path: Path) -> None:
     """The space before a word is the word's, also where the tokenizer says otherwise; what it adds has no width."""
     tokenizer = Tokenizer(write_byte_level(tmp_path))
@@ -348,9 +355,31 @@ def test_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert "<|user|>user: hi<|end|>" in Tokenizer(path).chat([{"role": "user", "content": "hi"}])
 
 
-def test_the_default_of_several_chat_templates(tmp_path: Path) -> None:
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-    assert Tokenizer(write_byte_level(tmp_path, chat_template=named)).chat([]) == "yes"
+@pytest.mark.parametrize("files", [False, True])
+def test_of_several_chat_templates_tools_have_their_own(tmp_path: Path, files: bool) -> None:
+    """In the configuration, and as transformers 5 saves them; the oracle chooses alike."""
+    tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}]
+    templates = {"tool_use": "{{ tools[0].function.name }}", "default": "none {{ messages[0].content }}", "rag": "no"}
+    named = [{"name": name, "template": template} for name, template in templates.items()]
+    path = write_byte_level(tmp_path, chat_template=named)
+    if files:
+        oracle = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=templates)
+        oracle.save_pretrained(path)
+        assert (path / "additional_chat_templates" / "tool_use.jinja").exists()
+    tokenizer, messages = Tokenizer(path), [{"role": "user", "content": "hi"}]
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), chat_template=templates)
+    for told, expected in ((tools, "look"), (None, "none hi")):
+        assert tokenizer.chat(messages, told) == expected
+        assert oracle.apply_chat_template(messages, tools=told, tokenize=False) == expected
+    assert tokenizer.takes_tools and tokenizer.template == templates["tool_use"]
+
+
+def test_a_template_that_only_takes_tools_is_none_without_them(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_byte_level(tmp_path, chat_template=[{"name": "tool_use", "template": "yes"}]))
+    tokenizer.prepare()
+    assert tokenizer.chat([], [{}]) == "yes"
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.chat([])
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ A client that could write the token which ends a turn could write the turns of o
 client sends is marked before the template is rendered, with a character between its letters that no text may hold, and
 the tokenizer that reads the prompt finds the tokens first and drops the marks then. Templates may trim, split, replace
 and upper-case what they are given: they see the client's text, and no mark parts what is not the spelling of a token.
+
+Some tokenizers look for tokens in what they have normalized a text to, where full-width letters may be plain ones: a
+text in which that finds one is marked as a whole.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from os.path import commonprefix
 from typing import Any
 
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 MARK = "\ufdd0"  # a noncharacter: Unicode keeps it for such uses, inside one program
@@ -34,10 +37,17 @@ def plain(text: str) -> str:
 
 class ControlTokens:
     """A set of tokens, by their text. Those of a single character cannot be parted and are left out, as is white space,
-    which belongs to every text."""
+    which belongs to every text.
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = {text for text in texts if len(text) > 1 and not text.isspace()}
+    Args:
+        tokens: all of them.
+        normalizer: what the tokenizer does to a text before it looks for those that are `normalized`.
+    """
+
+    def __init__(self, tokens: Iterable[AddedToken], normalizer: normalizers.Normalizer | None) -> None:
+        found = {token.content: token for token in tokens if len(token.content) > 1 and not token.content.isspace()}
+        self._texts = found.keys()
+        self._finder = _finder([token for token in found.values() if token.normalized], normalizer)
         # whatever its case: a template may change it
         self._spelling = re.compile(_alternatives(self._texts) if self._texts else "(?!)", re.IGNORECASE)
 
@@ -55,13 +65,9 @@ class ControlTokens:
 
     def _mark(self, texts: list[str]) -> list[str]:
         inside = {at for match in self._spelling.finditer("".join(texts)) for at in range(*match.span())}
-        if not inside:
-            return texts
-        marked, begin = [], 0
-        for text in texts:
-            letters = (letter + MARK if at in inside else letter for at, letter in enumerate(text, begin))
-            marked.append("".join(letters))
-            begin += len(text)
+        marked = _with_marks(texts, inside) if inside else texts
+        if self._finder and self._finder.encode_batch_fast(["".join(marked)], add_special_tokens=False)[0].ids:
+            return _with_marks(texts, range(sum(map(len, texts))))
         return marked
 
     def mark_all(self, value: Any) -> Any:
@@ -94,6 +100,26 @@ def reader_of_marks(fast: FastTokenizer, control: ControlTokens) -> FastTokenize
     copied = reader.get_added_tokens_decoder()
     assert {number: token.content for number, token in copied.items()} == {n: t.content for n, t in added.items()}
     return reader
+
+
+def _with_marks(texts: list[str], inside: Collection[int]) -> list[str]:
+    """The same texts with a mark behind each letter that is `inside`, which counts through all of them."""
+    marked, begin = list[str](), 0
+    for text in texts:
+        letters = (letter + MARK if at in inside else letter for at, letter in enumerate(text, begin))
+        marked.append("".join(letters))
+        begin += len(text)
+    return marked
+
+
+def _finder(tokens: list[AddedToken], normalizer: normalizers.Normalizer | None) -> FastTokenizer | None:
+    """A tokenizer that makes nothing of a text but the tokens which appear where it is normalized; None if none do."""
+    if not tokens or normalizer is None:
+        return None
+    finder = FastTokenizer(models.BPE())
+    finder.normalizer = normalizer
+    finder.add_tokens(tokens)
+    return finder
 
 
 def _raw(token: AddedToken) -> AddedToken:

@@ -21,26 +21,29 @@ class _Generation(Extension):
 
 
 def compile_template(source: str) -> Template:
-    """Raises jinja2.TemplateSyntaxError."""
+    """Raises jinja2.TemplateSyntaxError, and what Python raises of a program that it cannot take."""
     return _environment().from_string(source)
 
 
 def literals(source: str) -> list[str]:
-    """The texts that a template itself may write: those between its tags, and the strings in them.
-
-    Raises jinja2.TemplateSyntaxError.
-    """
-    tree = _environment().parse(source)
+    """The texts that a template itself may write: those between its tags, and the strings in them; none of what is no
+    template."""
+    tree = _parsed(source)
     constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
     return [*(node.data for node in tree.find_all(nodes.TemplateData)), *constants]
 
 
 def reads(source: str, name: str) -> bool:
-    """Whether a template looks at a variable.
+    """Whether a template looks at a variable; what is no template looks at nothing."""
+    return any(node.name == name for node in _parsed(source).find_all(nodes.Name))
 
-    Raises jinja2.TemplateSyntaxError.
-    """
-    return any(node.name == name for node in _environment().parse(source).find_all(nodes.Name))
+
+def _parsed(source: str) -> nodes.Template:
+    """Empty if it is no template: whoever renders it is told why."""
+    try:
+        return _environment().parse(source)
+    except Exception:  # beside TemplateSyntaxError: parentheses too deep for Python, integers too long for it
+        return nodes.Template([])
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -1,15 +1,17 @@
 """The tokenizer of a model directory: text to tokens, conversations to text, and what single tokens stand for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from stepladder.parallel.special_tokens import named_tokens
+from stepladder.parallel.special_tokens import named_entries, named_tokens
 from stepladder.parallel.typed_json import (
     LONG_TEXT,
     TEXT,
@@ -23,6 +25,7 @@ from stepladder.parallel.typed_json import (
     several,
     typed,
 )
+from stepladder.workers.text.added_tokens import ENTRIES, add_configured
 from stepladder.workers.text.chat import DEFAULTS, ChatOptions, ChatTemplate, Message
 from stepladder.workers.text.control_tokens import (
     MARK,
@@ -33,11 +36,15 @@ from stepladder.workers.text.control_tokens import (
 )
 from stepladder.workers.text.templates import compile_template, literals, reads
 from stepladder.workers.text.token_bytes import TokenBytes
+from stepladder.workers.text.unicode_text import unicode
+
+DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates; the second is for conversations with tools
 
 _TOKEN = optional(either(TEXT, record(content=TEXT)))
 _FIELDS = {  # of tokenizer_config.json, as far as they are read
     "chat_template": optional(either(LONG_TEXT, several(record(name=TEXT, template=LONG_TEXT)))),
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+    "added_tokens_decoder": ENTRIES,
 }
 
 
@@ -54,7 +61,9 @@ class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         self.fast = read_tokenizer(Path(directory) / "tokenizer.json")
         self._config = _tokenizer_config(Path(directory) / "tokenizer_config.json")
-        self._chat_template = _chat_template(Path(directory), self._config)
+        add_configured(self.fast, self._config, named_entries(directory))
+        self._chat_templates = _chat_templates(Path(directory), self._config)
+        self._templates: dict[str, ChatTemplate] = {}
         self._named = named_tokens(directory)
         self._added = self.fast.get_added_tokens_decoder()
         self._special = {token for token, entry in self._added.items() if entry.special}
@@ -63,8 +72,10 @@ class Tokenizer:
         """In a batch of one: only then does the library let other threads run meanwhile.
 
         Raises:
-            ValueError: a marked text spells a token that this tokenizer cannot write as text.
+            ValueError: a text holds half a character, as what a template made of JSON may; or a marked one spells a
+                token that this tokenizer cannot write as text.
         """
+        unicode(text)
         if not isinstance(text, MarkedText):
             (found,) = self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return found.ids
@@ -79,9 +90,10 @@ class Tokenizer:
     def prepare(self) -> None:
         """Do what would keep the first request waiting: list the vocabulary, and find out what the template takes."""
         _ = self.longest, self._bytes, self._reader
-        for role in ("system", "user", "assistant", "tool") if self._chat_template else ():
+        tools: dict[str, list[Any] | None] = {DEFAULT: None, TOOL_USE: [{}]}
+        for name, role in product(self._chat_templates, ("system", "user", "assistant", "tool")):
             with suppress(ValueError):  # whoever sends such a message is told
-                self.chat([{"role": role, "content": "x"}])
+                self.chat([{"role": role, "content": "x"}], tools[name])
 
     def decode(self, tokens: list[int], skip_special: bool = True) -> str:
         return self.fast.decode(tokens, skip_special_tokens=skip_special)
@@ -92,8 +104,9 @@ class Tokenizer:
         return max(map(len, self.fast.get_vocab()), default=1)
 
     def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Where in `text` each token of `encode(text)` begins, in characters; several may share a character."""
-        (encoding,) = self.fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        """Where in `text` each token of `encode(text)` begins, in characters; several may share one.
+        Raises what `encode` raises."""
+        (encoding,) = self.fast.encode_batch([unicode(text)], add_special_tokens=add_special_tokens)
         end, found = 0, list[int]()
         for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             found.append(end if added else min(start, end))  # some tokenizers leave the space before a word out
@@ -114,12 +127,14 @@ class Tokenizer:
         Raises:
             ValueError: the model has no chat template, or the template refuses these messages.
         """
-        if not self._chat_template:
+        name = TOOL_USE if tools and TOOL_USE in self._chat_templates else DEFAULT
+        if name not in self._chat_templates:
             raise ValueError("this model has no chat template; use /v1/completions")
         try:
-            given = self._template.fitted(messages), tools, options
+            template = self._compiled(name)
+            given = template.fitted(messages), tools, options
             marked = given if options.special_tokens_in_content else self._marked(*given)
-            text = self._template.render(*marked)
+            text = template.render(*marked)
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"the chat template refuses these messages: {error}".replace(MARK, "")) from None
         return text if marked == given else marked_text(text)
@@ -146,8 +161,8 @@ class Tokenizer:
 
     @property
     def template(self) -> str:
-        """The source of the chat template; "" without one."""
-        return self._chat_template or ""
+        """The source of the chat template that is told of tools; "" without one."""
+        return self._chat_templates.get(TOOL_USE) or self._chat_templates.get(DEFAULT, "")
 
     @cached_property
     def takes_tools(self) -> bool:
@@ -164,7 +179,8 @@ class Tokenizer:
         their text, and no paths of files."""
         found = {key: _texts(value) for key, value in self._config.items() if key not in ("vocab_file", "merges_file")}
         found.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what loads a bare tokenizer.json
-        return found | ({"chat_template": self._chat_template} if self._chat_template else {})
+        used = self._chat_templates.get(DEFAULT)
+        return found | ({"chat_template": used} if used else {})
 
     def shows(self, token: int) -> bool:
         """Whether it can add to a text: special tokens and ids beyond the vocabulary cannot."""
@@ -182,19 +198,23 @@ class Tokenizer:
         """What one token stands for, special ones written out; it may be part of a character."""
         return self._bytes[token]
 
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        empty = {"bos_token": "", "eos_token": ""}  # templates add them to texts without asking whether there are any
-        return ChatTemplate(compile_template(self._chat_template or ""), empty | self._named)
+    def _compiled(self, name: str) -> ChatTemplate:
+        if name not in self._templates:
+            special = {"bos_token": "", "eos_token": ""}  # templates add them without asking whether there are any
+            self._templates[name] = ChatTemplate(compile_template(self._chat_templates[name]), special | self._named)
+        return self._templates[name]
 
     @cached_property
     def _special_tokens(self) -> ControlTokens:
-        return ControlTokens(entry.content for entry in self._added.values() if entry.special)
+        return self._control_of(entry for entry in self._added.values() if entry.special)
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
-        written = "\0".join(literals(self._chat_template or ""))
-        return ControlTokens(e.content for e in self._added.values() if e.special or e.content in written)
+        written = "\0".join(text for source in self._chat_templates.values() for text in literals(source))
+        return self._control_of(e for e in self._added.values() if e.special or e.content in written)
+
+    def _control_of(self, tokens: Iterable[AddedToken]) -> ControlTokens:
+        return ControlTokens(tokens, self.fast.normalizer)
 
     @cached_property
     def _reader(self) -> FastTokenizer:
@@ -230,14 +250,14 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
         return typed(config, _FIELDS)
 
 
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """From a file of its own (transformers 5), or from the configuration: one, or several with names."""
-    try:
-        return read_text(directory / "chat_template.jinja")
-    except FileNotFoundError:
-        found = config.get("chat_template")
-    if isinstance(found, tuple):
-        return next((entry["template"] for entry in found if entry["name"] == "default"), None)
+def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Those that are used, by name: from files of their own (transformers 5), or from the configuration."""
+    given = config.get("chat_template") or ()
+    named = [(DEFAULT, given)] if isinstance(given, str) else [(entry["name"], entry["template"]) for entry in given]
+    found = {name: template for name, template in named if name in (DEFAULT, TOOL_USE)}
+    for name, file in ((TOOL_USE, f"additional_chat_templates/{TOOL_USE}.jinja"), (DEFAULT, "chat_template.jinja")):
+        with suppress(FileNotFoundError):
+            found[name] = read_text(directory / file)
     return found
 
 

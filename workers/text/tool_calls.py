@@ -3,9 +3,10 @@
 A text is read once, as it comes; whole answers and streams are made of the same events.
 """
 
-import json
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from stepladder.workers.text.call_reader import CallReader, Event
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,21 @@ def detect(template: str) -> str | None:
     return next(fitting, None)
 
 
-class Event(NamedTuple):
-    """What is new. Either `text`, or of the call number `call`: its `name`, once, or a part of its arguments' JSON."""
-
-    text: str = ""
-    call: int = -1
-    name: str | None = None
-    arguments: str = ""
-
-
 class ToolParser:
     """Splits a growing text into text and calls. Blanks around calls are no text. What begins like a call and turns out
     to be none is text, too, as it was written.
 
     Args:
+        names: of the tools. Where nothing but its form tells a call from an answer in JSON, it must have one of these.
         most: calls that are told; further ones are dropped.
     """
 
-    def __init__(self, form: ToolFormat, most: int | None = None) -> None:
+    def __init__(self, form: ToolFormat, names: Collection[str], most: int | None = None) -> None:
         self._form, self._most = form, most
+        self._names = None if form.begin else names
         self._rest = ""  # not read yet
-        self._call: _CallReader | None = None
+        self._before = ""  # what was left out of the text before a call
+        self._call: CallReader | None = None
         self._ending = False  # behind a call's object, before its end
         self._plain = False  # a format without `begin`: there was text, so that there are no calls any more
         self.calls = 0
@@ -101,8 +96,10 @@ class ToolParser:
     def _in_text(self, finished: bool) -> list[Event] | None:
         begin, rest = self._form.begin, self._rest
         if (at := rest.find(begin)) >= 0:
-            self._call, self._rest = _CallReader(self.calls), rest[at + len(begin) :]
-            return self._text(rest[:at].rstrip())
+            shown = rest[:at].rstrip()
+            self._before, self._rest = rest[len(shown) : at + len(begin)], rest[at + len(begin) :]
+            self._call = CallReader(self.calls, self._names)
+            return self._text(shown)
         shown = rest if finished else rest[: len(rest) - _held(rest, begin)]
         shown = shown if finished and not self.calls else shown.rstrip()
         self._rest = "" if finished else rest[len(shown) :]
@@ -113,7 +110,7 @@ class ToolParser:
         if self._plain:
             text, self._rest = self._rest, ""
             return self._text(text)
-        rest = self._rest.lstrip(" \t\r\n;" if self.calls else " \t\r\n")
+        rest = self._rest.lstrip(" \t\r\n;}" if self.calls else " \t\r\n")
         for mark in self._form.marks:
             rest = rest.removeprefix(mark).lstrip()
             if not finished and rest and mark.startswith(rest):
@@ -121,7 +118,8 @@ class ToolParser:
         if not rest and (not finished or self.calls):
             return None
         if rest.startswith("{"):
-            self._call, self._rest = _CallReader(self.calls), rest
+            self._before = "" if self.calls else self._rest[: len(self._rest) - len(rest)]
+            self._call, self._rest = CallReader(self.calls, self._names), rest
             return []
         self._plain = True
         if self.calls:
@@ -140,149 +138,35 @@ class ToolParser:
         if reader.failed or reader.done or finished:
             self._call = None
             if not reader.named:
-                return self._no_call(reader.raw)
-            self._ending = bool(self._form.end)
+                return self._no_call(reader)
+            self._ending = bool(self._form.end) or reader.failed
         return events
 
-    def _no_call(self, written: str) -> list[Event]:
-        """What began like a call is text."""
+    def _no_call(self, reader: CallReader) -> list[Event]:
+        """What began like a call is text. The character at which it went wrong may begin the next one."""
+        written = self._before + reader.raw
         if self._form.begin:
-            return self._text(self._form.begin + written)
+            good = len(written) - reader.failed
+            self._rest = written[good:] + self._rest
+            return self._text(written[:good])
         self._plain, self._rest = True, written + self._rest
         return []
 
     def _behind_call(self, finished: bool) -> list[Event] | None:
-        rest, end = self._rest.lstrip(), self._form.end
-        if not finished and end.startswith(rest) and end != rest:
-            return None
-        self._ending, self._rest = False, rest.removeprefix(end) if rest.startswith(end) else self._rest
+        """Whatever a call still holds is dropped, up to its end, or to the next call if the end was forgotten."""
+        marks, rest = [mark for mark in (self._form.end, self._form.begin) if mark], self._rest
+        found = [(at, mark) for mark in marks if (at := rest.find(mark)) >= 0]
+        if not found:
+            held = 0 if finished else max((_held(rest, mark) for mark in marks), default=0)
+            self._rest, self._ending = rest[len(rest) - held :], not finished
+            return [] if finished else None
+        at, mark = min(found)
+        self._ending, self._rest = False, rest[at + len(mark) if mark == self._form.end else at :]
         return []
 
     @staticmethod
     def _text(text: str) -> list[Event]:
         return [Event(text)] if text else []
-
-
-class _CallReader:
-    """Reads one call's object, {"name": ..., "arguments": {...}}, character by character.
-
-    Attributes:
-        raw: what has been read.
-        named: its name has been told, from where on it is a call. done: the object is complete. failed: it is none.
-    """
-
-    ARGUMENTS = ("arguments", "parameters")
-    KEYS = ("name", *ARGUMENTS, "type", "id", "function")
-
-    def __init__(self, index: int) -> None:
-        self.index, self.raw = index, ""
-        self.named = self.done = self.failed = False
-        self._place = "open"  # open, key, colon, value, behind
-        self._depth, self._quoted, self._escaped = 0, False, False
-        self._key = self._value = ""
-        self._waiting = ""  # arguments that came before the name
-
-    def read(self, text: str) -> tuple[int, list[Event]]:
-        """How many characters belong to it, and what they tell."""
-        events: list[Event] = []
-        for used, character in enumerate(text):
-            if self.done or self.failed:
-                return used, _joined(events)
-            self.raw += character
-            events += self._next(character)
-        return len(text), _joined(events)
-
-    def _next(self, character: str) -> list[Event]:
-        if self._place == "value":
-            return self._in_value(character)
-        if self._place == "key" and self._quoted:
-            self._in_string(character)
-            self._key += character
-            if not self._quoted:
-                self._place, self._key = "colon", self._key[:-1]
-                self.failed = self._key not in self.KEYS
-            return []
-        if character.isspace():
-            return []
-        match self._place, character:
-            case "open", "{":
-                self._place = "key"
-            case "key", '"':
-                self._quoted, self._key = True, ""
-            case "colon", ":":
-                self._place, self._value, self._depth = "value", "", 0
-            case _:
-                self.failed = True
-        return []
-
-    def _in_value(self, character: str) -> list[Event]:
-        if self._quoted:
-            self._in_string(character)
-        elif character == '"':
-            self._quoted = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]" and self._depth:
-            self._depth -= 1
-        elif character in ",}" and not self._depth:
-            self._place, self.done = "key", character == "}"
-            return self._end_value()
-        elif character.isspace() and not self._depth:
-            return []
-        self._value += character
-        return self._arguments(character) if self._streams else []
-
-    @property
-    def _streams(self) -> bool:
-        """Whether the value is told as it comes: arguments, unless they are JSON in a string."""
-        return self._key in self.ARGUMENTS and not self._value.startswith('"')
-
-    def _end_value(self) -> list[Event]:
-        if self._key == "name":
-            name = _string(self._value)
-            self.failed = name is None or self.named
-            if self.failed or name is None:
-                return []
-            self.named = True
-            waiting, self._waiting = self._waiting, ""
-            return [Event(call=self.index, name=name), *self._arguments(waiting)]
-        if self._key in self.ARGUMENTS and not self._streams:
-            return self._arguments(_string(self._value) or "")
-        return []
-
-    def _arguments(self, part: str) -> list[Event]:
-        if not self.named:
-            self._waiting += part
-            return []
-        return [Event(call=self.index, arguments=part)] if part else []
-
-    def _in_string(self, character: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._quoted = False
-
-
-def _joined(events: list[Event]) -> list[Event]:
-    """Parts of one call's arguments as one event."""
-    joined: list[Event] = []
-    for event in events:
-        last = joined[-1] if joined else None
-        if last and event.name is None and last.name is None:
-            joined[-1] = last._replace(arguments=last.arguments + event.arguments)
-        else:
-            joined.append(event)
-    return joined
-
-
-def _string(text: str) -> str | None:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, str) else None
 
 
 def _held(text: str, begin: str) -> int:
