@@ -36,6 +36,10 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self._free)
 
+    def num_own(self, sequence: Sequence) -> int:
+        """Blocks that nobody else holds: what would become free without it."""
+        return sum(self._holders[block] == 1 for block in sequence.blocks)
+
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """How many more blocks `sequence` needs to hold `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(sequence.blocks))

@@ -39,8 +39,10 @@ class _Part(NamedTuple):
 class Scheduler:
     """Running sequences first, oldest first; then waiting ones while tokens, places and blocks last.
 
-    When blocks run out, the youngest running sequence gives its blocks back and is recomputed later. Drafts get what
-    tokens and blocks are left when all that is in the plan; nobody is preempted for one.
+    When blocks run out, the running sequence that has most of them for itself gives them back and is recomputed later:
+    whoever asks for much makes room, not those who ask for little. Never the oldest, unless it is alone, so that all
+    end.
+    Drafts get what tokens and blocks are left when all that is in the plan; nobody is preempted for one.
 
     With a lookahead, a step is planned before the one under way has been read. Sequences advance when they are planned,
     and `commit` fills in what was drawn. What a step computed for a sequence that ended meanwhile is dropped. It still
@@ -132,7 +134,8 @@ class Scheduler:
             if tokens:
                 outputs.append(self._extend(sequence, start, stop, tokens, draft, result.logprobs.get(index)))
                 likely = result.likely[index] if result.likely else ()
-                self.verified.append(Verified(sequence, draft, outputs[-1].tokens, likely))
+                hidden = result.hidden[index] if result.hidden else None
+                self.verified.append(Verified(sequence, draft, outputs[-1].tokens, likely, hidden))
             elif sequence.blocks:
                 self.blocks.keep(sequence, start, stop)
         return outputs
@@ -148,7 +151,7 @@ class Scheduler:
     def _plan(self) -> StepPlan:
         budget, preempted, chosen = self.config.max_step_tokens, self.num_preemptions, dict[Sequence, int]()
         for sequence in list(self.running):
-            if sequence in self.running:  # it may have been preempted for an older one meanwhile
+            if sequence in self.running:  # it may have been preempted for another one meanwhile
                 chosen[sequence] = self._room_for(sequence, budget)
                 budget -= chosen[sequence]
         if self.num_preemptions == preempted:  # else what was preempted waits at the front, at least one step
@@ -187,7 +190,7 @@ class Scheduler:
         """How many tokens of a running sequence the step takes; it has the blocks for them then."""
         tokens = 0 if self._must_wait(sequence) else min(sequence.num_pending, budget)
         while tokens and not self.blocks.grow(sequence, sequence.num_computed + tokens):
-            if self._preempt_youngest() is sequence:
+            if self._preempt() is sequence:
                 return 0
         return tokens
 
@@ -208,8 +211,9 @@ class Scheduler:
         depends = depends or params.penalises or sequence.drafts
         return sequence.is_drawing and (depends or sequence.num_output >= params.max_tokens)
 
-    def _preempt_youngest(self) -> Sequence:
-        victim = self.running.pop()
+    def _preempt(self) -> Sequence:
+        victim = max(reversed(self.running[1:] or self.running), key=self.blocks.num_own)
+        self.running.remove(victim)
         self._put_back(victim)
         self.waiting.appendleft(victim)
         self.num_preemptions += 1

@@ -49,10 +49,11 @@ class Served:
         self._thread = threading.Thread(target=self.service.run, args=(lambda: self._stopping,), daemon=True)
         self._thread.start()
 
-    def hold(self) -> threading.Event:
-        """It takes requests but runs none of them, until the event is set."""
-        step, go = self.engine.step, self._gate()
-        self.engine.step = lambda: step() if go.wait(0.001) else []  # type: ignore[method-assign]
+    def hold(self, after: int = 0) -> threading.Event:
+        """It takes requests but runs none of them once it has generated `after` tokens, until the event is set."""
+        step, go, stats = self.engine.step, self._gate(), self.engine.stats
+        runs = lambda: stats.generation_tokens < after or go.wait(0.001)  # noqa: E731
+        self.engine.step = lambda: step() if runs() else []  # type: ignore[method-assign]
         return go
 
     def stall(self) -> threading.Event:

@@ -40,8 +40,8 @@ def expected(random_model: Path) -> list[int]:
 
 def test_a_lost_engine_is_replaced_in_the_middle(random_model: Path, expected: list[int]) -> None:
     async def scene(first: Served, second: Served) -> None:
-        router = await routed(first)
-        outputs = []
+        router, outputs = await routed(first), []
+        first.hold(after=10)
         async for output in router.generate(request()):
             outputs.append(output)
             if len(outputs) == 10:
@@ -58,8 +58,8 @@ def test_a_lost_engine_is_replaced_in_the_middle(random_model: Path, expected: l
 
 def test_a_request_waits_for_an_engine_that_comes_back(random_model: Path, expected: list[int]) -> None:
     async def scene(first: Served, second: Served) -> None:
-        router = await routed(first)
-        outputs = []
+        router, outputs = await routed(first), []
+        first.hold(after=10)
         async for output in router.generate(request()):
             outputs.append(output)
             if len(outputs) == 10:
@@ -231,6 +231,8 @@ def test_a_request_that_ends_engines_is_given_up_after_three(random_model: Path,
 def test_a_request_that_gets_on_in_every_life_is_not_given_up(random_model: Path, expected: list[int]) -> None:
     async def scene(*engines: Served) -> None:
         router, outputs = await routed(engines[0]), []
+        for engine in engines[:-1]:
+            engine.hold(after=5)
         async for output in router.generate(request()):
             outputs.append(output)
             if (count := len(tokens_of(outputs))) in (5, 10, 15, 20):

@@ -165,7 +165,9 @@ def options(*words: str) -> HostileBench:
 
 def seen() -> Seen:
     """Nothing amiss."""
-    phases = {name: Phase(name, [0.1, 0.2], [0.3, 0.3], ended=8) for name in (FIRST, SECOND, ATTACKED, AFTER)}
+    phases = {
+        name: Phase(name, [(0.0, 0.1), (0.0, 0.2)], [0.3, 0.3], ended=8) for name in (FIRST, SECOND, ATTACKED, AFTER)
+    }
     memory = MemoryWatch({}, {"gateway": [(t, 100.0) for t in (8.0, 13.0, 18.0, 29.0)]})
     outcome = Outcome({"values": Counter({"400": 9, "200": 1})}, [], [(11.0, 12.0, "values")], 10.0, 20.0)
     return Seen(phases, outcome, memory, Starvation({}), (10.0, 20.0, 30.0), [], 0, (50, 50))
@@ -188,7 +190,7 @@ def _with(change: Callable[[Seen], Any]) -> Seen:
         ("crashes", lambda s: replace(s, crashes=["the process of gateway is gone"])),
         ("requests and connections left", lambda s: replace(s, left=2)),
         ("requests and connections left", lambda s: replace(s, left=-1)),
-        ("pause beyond", lambda s: s.phases[ATTACKED].pauses.__setitem__(0, 1.11)),
+        ("pause beyond", lambda s: s.phases[ATTACKED].when.__setitem__(0, (0.0, 1.11))),
         ("changed texts", lambda s: setattr(s.phases[ATTACKED], "changed", 1)),
         ("lost honest", lambda s: s.phases[AFTER].lost.append("HTTP 500")),
         ("gateway: growth, MiB", lambda s: s.memory.samples["gateway"].extend([(30.0, 613.0)] * 2)),
@@ -203,7 +205,7 @@ def test_what_is_amiss_does_not_hold(goal: str, change: Callable[[Seen], Any]) -
 
 def test_a_pause_has_its_suspects() -> None:
     made = seen()
-    made.phases[ATTACKED].worst = (11.5, 13.0)
+    made.phases[ATTACKED].when[1] = (11.5, 13.0)
     assert report(options(), made).details["faults"]["suspects"] == ["values"]
 
 

@@ -126,6 +126,30 @@ def test_a_head_that_hangs_or_has_died(tmp_path: Path) -> None:
             assert re.fullmatch(rf"no Ray cluster at {cluster.address} \(.*\): Connection refused; {SET}", said)
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_deployment_whose_head_dies_says_so_and_can_be_left(tmp_path: Path) -> None:
+    with PrivateRay(num_cpus=3) as cluster:
+        (head,) = cluster.processes("gcs_server")
+        words = ["model=demo", "cluster=local", "layout.tp=1", "engine.threads=1", f"run_dir={tmp_path}"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.serve", *words], cwd=ROOT, env={**os.environ, **cluster.env},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert process.stdout
+        assert any(line.startswith("STEPLADDER_READY") for line in process.stdout)
+        head.kill()
+        assert re.fullmatch(
+            rf"stepladder: no Ray cluster at {cluster.address} \(.*\): Connection refused; {SET}\n",
+            process.stdout.readline(),
+        )
+        process.send_signal(signal.SIGINT)
+        began = monotonic()
+        said, _ = process.communicate(timeout=60)
+        assert (process.returncode, said) == (1, "stepladder left; what ran there ends without its head\n")
+        assert monotonic() - began < 25, "Ray ends it after a minute"
+
+
 ATTACHED = """
 import runpy, sys
 from stepladder.launch.ray_cluster import attach

@@ -132,7 +132,7 @@ def test_a_preempted_prefill_is_not_scored_twice(untied: Path) -> None:
     for _ in range(3):
         served.step()
     scheduler, scored, counts = served.scheduler, list[int](), list[int | None]()
-    scheduler._preempt_youngest()
+    scheduler._preempt()
     while served.has_work:
         plan = scheduler.schedule()
         scored += [target for score in plan.scores for target in score.targets]

@@ -394,8 +394,40 @@ def config_of(**fields: object) -> SchedulerConfig:
     return SchedulerConfig(**{**limits, **fields})  # type: ignore[arg-type]
 
 
+def prefilled(scheduler: Scheduler, *prompts: int, shared: int = 0) -> None:
+    """Requests a, b, ... with so many tokens each, the first `shared` of all but the last the same; all decode."""
+    for index, length in enumerate(prompts):
+        common = shared if index < len(prompts) - 1 else 0
+        prompt = (*range(50, 50 + common), *(1000 * (index + 1) + i for i in range(length - common)))
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        scheduler.add(Request(id="abcdef"[index], prompt=prompt, params=params))
+        while scheduler.running[-1:] == [] or scheduler.running[-1].num_pending > 1 or scheduler.waiting:
+            scheduler.commit(drew([5] * len(scheduler.schedule().samples)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared", "victim"),
+    [
+        ((8, 24, 8), 0, "b"),  # whoever has most
+        ((24, 8, 8), 0, "c"),  # but not the oldest; of equal ones the youngest
+        ((24, 12, 8), 0, "b"),
+        ((20, 20, 20, 12), 16, "d"),  # what others hold as well would not become free
+    ],
+)
+def test_whoever_has_most_for_itself_makes_room(prompts: tuple[int, ...], shared: int, victim: str) -> None:
+    blocks = sum(-(-length // 4) for length in prompts) + 6 - (len(prompts) - 2) * shared // 4
+    config = config_of(num_blocks=blocks, block_size=4, max_model_len=48, max_sequences=4, max_step_tokens=64)
+    scheduler = Scheduler(config)
+    prefilled(scheduler, *prompts, shared=shared)
+    assert len(scheduler.running) == len(prompts) and not scheduler.num_preemptions
+    while not scheduler.num_preemptions:
+        scheduler.commit(drew([5] * len(scheduler.schedule().samples)))
+        scheduler.check_integrity()
+    assert scheduler.waiting[0].request.id == victim
+
+
 @pytest.mark.parametrize(("prompt", "start"), [(7, 9), (4, 12)], ids=["it ran out itself", "an older one ran out"])
-def test_the_youngest_is_preempted_and_comes_back_in_a_later_step(prompt: int, start: int) -> None:
+def test_of_two_the_younger_is_preempted_and_comes_back_in_a_later_step(prompt: int, start: int) -> None:
     scheduler = Scheduler(config_of(num_blocks=5, max_model_len=20, max_sequences=2, prefix_caching=False))
     scheduler.add(request("old", 7, 9, ignore_eos=True))
     scheduler.add(request("young", prompt, 9, ignore_eos=True))

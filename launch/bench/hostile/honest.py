@@ -14,26 +14,39 @@ from stepladder.launch.bench.failures.retrying_client import RetryingClient
 POLL_SECONDS = 0.02
 
 
+def _length(pause: tuple[float, float]) -> float:
+    return pause[1] - pause[0]
+
+
 @dataclass
 class Phase:
     """What the streams saw of one phase; lists have an entry per stream.
 
     Attributes:
-        pauses: the longest between two chunks, in seconds. waits: the longest until a first text.
-        worst: when the longest of all pauses began and ended (`monotonic`).
+        when: the longest pause between two chunks began and ended (`monotonic`). waits: the longest until a first text,
+            in seconds.
         ended: texts that came whole. changed: texts that are not those of the first phase. retries: tries after
             another, upon 429, 503, or a broken connection.
         lost: why requests failed.
     """
 
     name: str
-    pauses: list[float]
+    when: list[tuple[float, float]]
     waits: list[float]
-    worst: tuple[float, float] = (0.0, 0.0)
     ended: int = 0
     changed: int = 0
     retries: int = 0
     lost: list[str] = field(default_factory=list)
+
+    @property
+    def pauses(self) -> list[float]:
+        """The longest of each stream, in seconds."""
+        return [_length(pause) for pause in self.when]
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """When the longest of all pauses was."""
+        return max(self.when, key=_length)
 
 
 class HonestStreams:
@@ -56,7 +69,7 @@ class HonestStreams:
         Raises:
             RuntimeError: they do not begin.
         """
-        phase, over = Phase(name, [0.0] * self._streams, [0.0] * self._streams), threading.Event()
+        phase, over = Phase(name, [(0.0, 0.0)] * self._streams, [0.0] * self._streams), threading.Event()
         first: dict[int, RetryingClient] = {}
         with ThreadPoolExecutor(self._streams) as pool:
             running = [pool.submit(self._stream, phase, nth, over, first) for nth in range(self._streams)]
@@ -97,8 +110,7 @@ class HonestStreams:
             phase.retries += client.retries
             if client.arrivals:
                 phase.waits[nth] = max(phase.waits[nth], client.arrivals[0] - began)
-                phase.pauses[nth] = max(phase.pauses[nth], client.longest_pause)
-                phase.worst = max([phase.worst, *pairwise(client.arrivals)], key=lambda pair: pair[1] - pair[0])
+                phase.when[nth] = max([phase.when[nth], *pairwise(client.arrivals)], key=_length)
             if client.failure:
                 phase.lost.append(client.failure)
             else:
