@@ -7,7 +7,6 @@
 // - A position that a row does not see has a weight of exactly 0, which changes no sum; so it does not matter what the
 //   other rows of a tile see.
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <vector>
 
@@ -124,14 +123,14 @@ void attend(const float* q, const Pages& pages, const Batch& batch, Heads heads,
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work > b.work; });
-  std::atomic<size_t> next{0};
-  share(at::get_num_threads(), work, [&](int64_t, int64_t) {
-    Scratch scratch;
+  auto each = [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
     typed(pages.keys, [&](auto* keys) {
       auto* values = (decltype(keys))pages.values.data;
-      for (size_t i; (i = next++) < tasks.size();) run(tasks[i], q, pages, keys, values, batch, heads, window, y, scratch);
+      for (int64_t i = begin; i < end; i++) run(tasks[i], q, pages, keys, values, batch, heads, window, y, scratch);
     });
-  });
+  };
+  share(tasks.size(), work, each, true);
 }
 
 }  // namespace stepladder

@@ -2,8 +2,9 @@
 //
 // Letters: T rows (tokens), K inputs, N outputs, H query heads, G of them per KV head, D head dim.
 #pragma once
-#include <ATen/Parallel.h>
+#include <algorithm>
 
+#include "team.h"
 #include "vec.h"
 
 namespace stepladder {
@@ -27,10 +28,15 @@ template <class F> static inline auto typed(Numbers n, F f) {
   }
 }
 
-// f(first, last) over [0, n), on torch's threads if all of it is `work` multiply-adds enough.
-template <class F> static inline void share(int64_t n, int64_t work, F f) {
+// How many threads kernels compute with: torch's own number, or what that was before `take_threads`.
+int threads();
+
+// f(first, last) over [0, n), on all threads if all of it is `work` multiply-adds enough. Pieces are of a
+// few microseconds at least, or of one number each where these are of very different work.
+template <class F> static inline void share(int64_t n, int64_t work, F f, bool uneven = false) {
   if (work < SMALL) return f(0, n);
-  at::parallel_for(0, n, 1, f);
+  const int64_t least = uneven ? 1 : std::max<int64_t>(1, n * (SMALL / 8) / work), most = uneven ? 1 : n;
+  take_turns(n, {least, most}, threads(), [](void* f, int64_t begin, int64_t end) noexcept { (*(F*)f)(begin, end); }, &f);
 }
 
 struct Norm {  // weight: fp32; layer: subtract the mean (Ba et al. 1607.06450), else RMS (Zhang & Sennrich 2019, eq. 4)

@@ -1,7 +1,12 @@
 // The kernels as operators of torch: `torch.ops.stepladder_cpu`. What they compute is said in native.py.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "kernels.h"
 
@@ -101,7 +106,33 @@ std::tuple<Tensor, Tensor> rope_table(const Tensor& positions, const Tensor& fre
   return {cos, sin};
 }
 
+thread_local int taken = 0;
+
+// Of this thread alone; at::set_num_threads would tell those that are born meanwhile, too.
+void set_threads(int number) {
+#ifdef _OPENMP
+  omp_set_num_threads(number);
+#else
+  at::set_num_threads(number);
+#endif
+}
+
+// From here on torch's own operators run on one thread, and kernels on as many as torch had. False: that was so already.
+bool take_threads() {
+  if (taken) return false;
+  taken = at::get_num_threads();
+  set_threads(1);
+  return true;
+}
+
+void give_back_threads() {
+  set_threads(taken);
+  taken = 0;
+}
+
 TORCH_LIBRARY(stepladder_cpu, m) {
+  m.def("take_threads() -> bool", take_threads);
+  m.def("give_back_threads() -> ()", give_back_threads);
   m.def("norm(Tensor x, Tensor weight, float eps, bool layer) -> Tensor");
   m.def("project(Tensor x, Tensor panels, int outputs, Tensor? bias, bool gated, Tensor? norm, float eps, bool layer, ScalarType dtype) -> Tensor");
   m.def("rotate_and_store(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, int heads, Tensor? q_norm, Tensor? k_norm, float eps, bool layer, bool interleaved, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
@@ -118,4 +149,7 @@ TORCH_LIBRARY_IMPL(stepladder_cpu, CPU, m) {
 }
 
 }  // namespace
+
+int threads() { return taken ? taken : at::get_num_threads(); }
+
 }  // namespace stepladder

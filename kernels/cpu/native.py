@@ -6,6 +6,8 @@ it: not in a product, not in a norm, not in attention, however a prompt is cut i
 Letters: T tokens, N outputs, K inputs, H query heads, G of them per KV head, D head dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,21 @@ def ops() -> Any:
     """The operators, compiled on first use."""
     load()
     return torch.ops.stepladder_cpu
+
+
+@contextmanager
+def computing(native: bool) -> Iterator[None]:
+    """Inference. With native kernels, torch computes on one thread meanwhile, and they on all that torch had.
+
+    Both kinds of threads look for work for a while before they sleep. Each would keep the other from its core.
+    """
+    with torch.inference_mode():
+        took = native and ops().take_threads()
+        try:
+            yield
+        finally:
+            if took:
+                ops().give_back_threads()
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ template <class W, class Y> void run(const float* x, int64_t T, const W* w, cons
   const int64_t K = matrix.K, panels = (matrix.N + PANEL - 1) / PANEL;
   const int64_t step = matrix.gated ? PANEL : HALF, units = panels * PANEL / step;
   share(units, T * K * matrix.N, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(std::min(T, MOST) * PANEL);
+    static thread_local std::vector<float> sums, wide;  // kept, since pieces are many
+    sums.resize(std::max<size_t>(sums.size(), std::min(T, MOST) * PANEL));
     // a part that several tiles of rows will read is widened once
-    std::vector<float> wide(sizeof(W) < 4 && T > 4 * ROWS ? DEPTH * PANEL : 0);
+    wide.resize(sizeof(W) < 4 && T > 4 * ROWS ? DEPTH * PANEL : 0);
     for (int64_t t = 0; t < T; t += MOST) {
       const int64_t rows = std::min(MOST, T - t);
       for (int64_t c = begin * step; c < end * step;) {

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepladder.kernels.cpu import build
+from stepladder.kernels.cpu.native import computing
 from stepladder.parallel.native import NATIVE, has_native
 from tests.kernels import native_checks as checks
 
@@ -176,3 +178,30 @@ def test_auto_falls_back_and_native_refuses(monkeypatch: pytest.MonkeyPatch, cap
     assert not has_native("auto", "cpu", torch.float32)
     with pytest.raises(ValueError, match="need native kernels: there is no compiler"):
         has_native(NATIVE, "cpu", torch.float32)
+
+
+def threads_of_another() -> int:
+    """What a thread that is born now gives torch."""
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_torch_is_alone_while_kernels_have_the_threads(native: bool) -> None:
+    """In this thread only, whatever ends the block, and once if blocks lie in each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), computing(native):
+            assert torch.is_inference_mode_enabled() and torch.get_num_threads() == (1 if native else 2)
+            assert threads_of_another() == 2
+            with computing(native):
+                checks.check_product(100, 64, 200, False, True, "rms")
+            assert torch.get_num_threads() == (1 if native else 2)
+            raise KeyError
+        assert torch.get_num_threads() == 2 and not torch.is_inference_mode_enabled()
+    finally:
+        torch.set_num_threads(before)

@@ -76,7 +76,8 @@ def report(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Of all parts but `serving`, which starts a Ray."""
     folder = tmp_path_factory.mktemp("run")
     vllm = program(folder / "python", SPEAKS)
-    words = ["model=path", f"model.path={model}", "model.name=tiny", "parts=[cases,products,attention]", "scale=0.02"]
+    parts = "parts=[cases,products,attention,neighbours]"
+    words = ["model=path", f"model.path={model}", "model.name=tiny", parts, "scale=0.02"]
     words += ["shapes=[[100,64],[64,32]]", "rows=[1,3,64]", f"peers.vllm={vllm}"]
     return run(options(folder, *words))
 
@@ -113,6 +114,12 @@ def test_a_run_has_kernels_beside_torchs(report: Report) -> None:
     worst = min(other / own for some in times for rows, (own, other) in some.items() if rows < 64)
     assert report.summary["products float32, 1 to 32 rows: slowest beside oneDNN"].value == worst
     assert sum(name.startswith("attention, ") for name in report.summary) == 8
+
+
+def test_a_run_has_a_request_beside_busy_processes(report: Report) -> None:
+    (row,) = (row for row in report.rows if row.metric == "time beside 2 busy processes")
+    assert row.rival and row.value and row.rival > 0
+    assert report.summary["A (one, 64 + 128) float32, beside busy processes / alone"].goal == "<= 4"
 
 
 def test_it_is_written_and_drawn(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +270,7 @@ def test_without_the_packaged_model_the_bundled_one_is_measured(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["parts=[kases]"], "parts has 'kases'; it takes cases, products, attention, serving"),
+        (["parts=[kases]"], "parts has 'kases'; it takes cases, products, attention, neighbours, serving"),
         (["cases=[A,F]"], "cases has 'F'; it takes A, B, C, D, E"),
         (["dtypes=[float16]"], "dtypes has 'float16'; it takes float32, bfloat16"),
         (["scale=0"], "scale is 0"),

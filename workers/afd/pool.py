@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
 
-import torch
 import torch.distributed as dist
 
+from stepladder.kernels.cpu.native import computing
 from stepladder.parallel.afd.control import Announcement, Line, Opening
 from stepladder.parallel.afd.edges import EdgeLost, GlooEdge
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Resume
@@ -83,11 +83,10 @@ class FeedForwardPool:
         self.steps = self.resumed = 0
         self._told = 0.0, 0  # the side's counters at the last opening
 
-    @torch.inference_mode()
     def lead(self, stopping: Callable[[], bool]) -> None:
         """The first rank, until `stopping`."""
         last_sign, told_idle, clock = monotonic(), False, self._mesh.clock
-        with self._admission:
+        with computing(self.side.native), self._admission:
             while not stopping():
                 at_work = any(member.at_work for member in self._members.values())
                 with clock.waiting if at_work else clock.idle:
@@ -101,11 +100,10 @@ class FeedForwardPool:
                     last_sign, told_idle = monotonic(), not at_work
         self._mesh.broadcast([STOP])
 
-    @torch.inference_mode()
     def follow(self) -> None:
         """The other ranks, until the first one stops."""
         clock, order = self._mesh.clock, [NOTHING]
-        with self._admission:
+        with computing(self.side.native), self._admission:
             while True:
                 with clock.waiting if order[0] == STEP else clock.idle:
                     order = self._mesh.broadcast(None)

@@ -7,7 +7,7 @@ from stepladder.cluster.config import ModelConfig
 from stepladder.launch.bench.engine.work import TITLES
 from stepladder.launch.typed_config import check_counts
 
-PARTS = ("cases", "products", "attention", "serving")
+PARTS = ("cases", "products", "attention", "neighbours", "serving")
 DTYPES = ("float32", "bfloat16")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stepladder.kernels.cpu.build import why_not
-from stepladder.launch.bench.engine import attention, beside, products
+from stepladder.launch.bench.engine import attention, beside, neighbours, products
 from stepladder.launch.bench.engine.figure import draw
 from stepladder.launch.bench.engine.options import EngineBench
 from stepladder.launch.bench.engine.serving import cpu_seconds_of_serving
@@ -56,6 +56,10 @@ def run(config: EngineBench) -> Report:
             details["products"] |= {f"{n} x {k} {dtype}": found for (n, k), found in times.items()}
     if "attention" in config.parts:
         more, goals = attention.measure(spec, config.scale, config.repeats)
+        rows += more
+        summary |= goals
+    if "neighbours" in config.parts:
+        more, goals = neighbours.measure(config, model, spec.vocab_size)
         rows += more
         summary |= goals
     if "serving" in config.parts:
