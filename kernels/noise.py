@@ -8,16 +8,18 @@ _MASK = 0xFFFFFFFF
 _A, _B = 0x7FEB352D, 0x846CA68B
 
 
-def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, -log(-log u): fp32 [R, vocab_size]. argmax(log p + noise) is a draw from p.
+def gumbel(seeds: Tensor, positions: Tensor, tokens: int | Tensor) -> Tensor:
+    """Standard Gumbel noise, -log(-log u): fp32 [R, tokens]. argmax(log p + noise) is a draw from p.
 
     A row's key has 64 bits: no two seeds share one at the same position, no two positions at the same seed.
 
     Args:
         seeds, positions: int64 [R].
+        tokens: of a vocabulary the first so many, or these, int64 [V].
     """
     first, second = _keys(seeds, positions)
-    token = _mix(torch.arange(vocab_size, device=seeds.device) + 0x85EBCA6B)
+    which = torch.arange(tokens, device=seeds.device) if isinstance(tokens, int) else tokens
+    token = _mix(which + 0x85EBCA6B)
     u = (_mix(token ^ first[:, None], second[:, None]).double() + 0.5) / 2**32
     return -torch.log(-torch.log(u)).float()
 

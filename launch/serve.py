@@ -5,6 +5,7 @@ wants to know. The controller does the rest. On SIGTERM (`ray job stop`) the dep
 it is when this process just dies.
 """
 
+import os
 import secrets
 import signal
 import threading
@@ -28,6 +29,8 @@ from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.native import has_native
 from stepladder.workers.model_check import check_model
 from stepladder.workers.source.resolve import NoModel, resolve
+from stepladder.workers.speculation.head.files import read_head
+from stepladder.workers.speculation.kinds import WITH_HEAD
 
 HEARTBEAT_SECONDS = 1.0
 ENDING_SECONDS = 0.2  # between heartbeats once it was told to end
@@ -71,6 +74,8 @@ def check_here(deployment: Deployment) -> None:
         model = check_model(directory, deployment.engine)
         deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
         has_native(deployment.engine.wanted_kernels, deployment.cluster.device, model.spec.dtype)
+        if deployment.speculate.kind in WITH_HEAD and Path(deployment.speculate.model or "").is_dir():
+            read_head(deployment.speculate.model or "", directory, model.spec)
 
 
 def serve(deployment: Deployment) -> int:
@@ -105,6 +110,9 @@ def _watch(controller: ActorHandle, deployment: Deployment, stop: threading.Even
             headless, before = _headless(), headless
             if headless and not before:  # Ray ends this process after a minute of that
                 print(f"stepladder: {headless}", flush=True)
+            if headless and before and told:
+                print("stepladder left; what ran there ends without its head", flush=True)
+                os._exit(1)  # what Ray does at the exit of a process waits for a head that has died
             continue
         except RayActorError as error:
             if told or seen:  # somebody has ended it

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stepladder.launch.hydra_command import of_this_job, run_command
-from stepladder.launch.recipes import convert, twins
+from stepladder.launch.recipes import convert, head, twins
 from stepladder.launch.recipes import demo_model as demo
 from stepladder.launch.typed_config import build, plain
 
@@ -16,6 +16,7 @@ RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (demo.DemoRecipe, demo.run),
     "twins": (twins.TwinsRecipe, twins.run),
     "convert": (convert.ConvertRecipe, convert.run),
+    "head": (head.HeadRecipe, head.run),
 }
 
 

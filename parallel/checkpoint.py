@@ -2,12 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepladder.parallel.families import FAMILIES, OURS, REMOTE_CODE, identity
 from stepladder.parallel.model import Transformer
@@ -26,8 +27,16 @@ UNUSED = (  # masks, and what is computed from config.json; old checkpoints carr
 PAGE, PAGES = 4096, 32
 
 
+class OfACheckpoint(Protocol):
+    """A module whose parameters are all `Sharded`: a model, or a part of one."""
+
+    spec: ModelSpec
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 def load_weights(
-    model: Transformer, directory: str | Path, told: Callable[[float], object] = lambda share: None
+    model: OfACheckpoint, directory: str | Path, told: Callable[[float], object] = lambda share: None
 ) -> None:
     """Fill every parameter of `model` with its slices, cast to the parameter's dtype, on the parameter's device.
 
@@ -152,7 +161,7 @@ def _remote_code(family: str) -> str:
     return source.replace(f"{OURS}llama", OURS + family).replace("Llama", name)
 
 
-def sharded_parameters(model: Transformer) -> list[Sharded]:
+def sharded_parameters(model: OfACheckpoint) -> list[Sharded]:
     """The model's parameters, each once even where embedding and head are tied."""
     parameters = list(model.parameters())
     assert all(isinstance(p, Sharded) for p in parameters)

@@ -20,6 +20,7 @@ class Transformer(nn.Module):
 
     Attributes:
         native: it has been laid out for the native kernels of a CPU rank (native.py).
+        directory: of the checkpoint that it was filled from.
 
     Args:
         spec: the whole model's shapes and wiring.
@@ -28,6 +29,7 @@ class Transformer(nn.Module):
         pools: whose modules it holds. Embedding, final norm and head are with attention.
     """
 
+    directory: str | None
     frequencies: Tensor
     embedding: VocabParallel
     head: VocabParallel
@@ -41,7 +43,8 @@ class Transformer(nn.Module):
         pools: Collection[str] = POOLS,
     ) -> None:
         super().__init__()
-        self.spec, self.placement, self.reduce, self.native = spec, Placement.of(placement), reduce, False
+        self.spec, self.placement, self.reduce = spec, Placement.of(placement), reduce
+        self.native, self.directory = False, None
         if ATTENTION in pools:
             self.embedding = VocabParallel(spec, "embedding", self.shard)
         self.blocks = build_blocks(spec, self.placement, pools)

@@ -5,6 +5,7 @@ An engine comes to be in two steps, since the ranks of a group agree on the size
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,12 @@ from stepladder.workers.executor import Executor
 from stepladder.workers.forward import WholeForward
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.graphs import Capture, CudaCapture
+from stepladder.workers.limits import SchedulerConfig
+from stepladder.workers.sampler import sample_among
 from stepladder.workers.speculation.config import SpeculateConfig
+from stepladder.workers.speculation.drafters.head import Cell
+from stepladder.workers.speculation.head.files import read_head
+from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
 from stepladder.workers.speculation.speculator import Speculator
 from stepladder.workers.text.tokenizer import Tokenizer
 
@@ -62,21 +68,40 @@ def begin(
     executor.allocate(limits.num_blocks, limits.block_size)
     engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
     engine.stats.native_kernels = int(executor.model.native)
-
-    def load(path: str) -> Executor:
-        """A drafter's, on rank 0 alone, with as much room as the engine has."""
-        own, wanted = ModelSpec.load(path), executor.model.spec.vocab_size
-        if own.vocab_size != wanted:
-            raise ValueError(
-                f"speculate.model has {own.vocab_size} tokens, the model that it drafts for {wanted}; it must have the "
-                "same tokenizer"
-            )
-        return whole_executor(own, path, SingleRank(executor.mesh.device), limits.num_blocks, limits.block_size)
-
-    leads = executor.mesh.shard.rank == 0
-    if leads and (drafter := speculate.drafter(limits, executor.model.spec.vocab_size, load)):
-        engine.speculator, executor.likely = Speculator(drafter, speculate, engine.stats), drafter.likely
+    if executor.mesh.shard.rank == 0 and (drafter := speculate.drafter(limits, Target(executor, limits))):
+        engine.speculator = Speculator(drafter, speculate, engine.stats)
+        executor.likely, executor.hidden = drafter.likely, drafter.hidden
     return engine
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a drafter is given of the model that it drafts for, on rank 0 alone."""
+
+    executor: Executor
+    limits: SchedulerConfig
+
+    @property
+    def vocab_size(self) -> int:
+        return self.executor.model.spec.vocab_size
+
+    def runner(self, path: str) -> Executor:
+        """With as much room as the engine has."""
+        own = ModelSpec.load(path)
+        if own.vocab_size != self.vocab_size:
+            raise ValueError(
+                f"speculate.model has {own.vocab_size} tokens, the model that it drafts for {self.vocab_size}; it must "
+                "have the same tokenizer"
+            )
+        mesh = SingleRank(self.executor.mesh.device)
+        return whole_executor(own, path, mesh, self.limits.num_blocks, self.limits.block_size)
+
+    def head(self, path: str) -> Cell:
+        model = self.executor.model
+        assert model.directory is not None
+        head = read_head(path, model.directory, model.spec)
+        shared = TargetVocabulary(model.spec, model.directory, self.executor.mesh.device)
+        return Cell(head, shared, model.native, sample_among)
 
 
 def whole_executor(
@@ -109,4 +134,5 @@ def whole_executor(
 def fill(model: Transformer, path: str | Path, mesh: Mesh, kernels: str = AUTO) -> None:
     """Weights for inference, laid out for this machine; `mesh` notes how far that is."""
     load_weights(model.requires_grad_(False), path, mesh.note_loaded)
+    model.directory = str(path)
     choose(model, kernels)

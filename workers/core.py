@@ -262,12 +262,15 @@ class StepResult:
         logprobs: theirs, by index of the sample, where they were asked for.
         scores: for each of the plan's scores, those of its targets.
         likely: for each sample and each of its rows the likeliest tokens, if a drafter asks for them.
+        hidden: for each sample the final hidden states of its rows, a tensor [rows, hidden] on the model's device, if a
+            drafter asks for them.
     """
 
     tokens: list[list[int]]
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     scores: list[list[TokenLogprob]] = field(default_factory=list)
     likely: list[list[list[int]]] = field(default_factory=list)
+    hidden: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from stepladder.kernels.cpu.native import computing
 from stepladder.kernels.transfer import upload
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
@@ -24,13 +25,15 @@ class Executor:
         forward: the model. mesh: this rank's group. `allocate` comes before the first step.
 
     Attributes:
-        likely: how many of the likeliest tokens of each drawn row a drafter wants to be told.
+        likely: how many of the likeliest tokens of each drawn row a drafter wants to be told. hidden: whether it wants
+            its hidden state.
     """
 
     STOP = -1  # as the only integer of a broadcast: leave the loop
 
     def __init__(self, forward: Forward, mesh: Mesh) -> None:
-        self.forward, self.mesh, self._plans, self.likely = forward, mesh, PlanCodec(), 0
+        self.forward, self.mesh, self._plans = forward, mesh, PlanCodec()
+        self.likely, self.hidden = 0, False
         self._nothing = torch.zeros(0, dtype=torch.int64, device=mesh.device)
         self._last_drawn = self._nothing
 
@@ -43,7 +46,6 @@ class Executor:
         self.cache = self.model.cache(num_blocks + self.forward.spare_blocks, block_size)
         self.forward.begin(self.cache)
 
-    @torch.inference_mode()
     def warm_up(self, tokens: int, sequences: int, block_size: int) -> None:
         """Large steps, so that what they and the libraries allocate on the way has been allocated. Every rank.
 
@@ -56,18 +58,21 @@ class Executor:
         for starts, lengths in (([0], [tokens]), ([tokens - 1] * count, [1] * count)):
             ids = torch.zeros(sum(lengths), dtype=torch.int64, device=self.mesh.device)
             plan = StepPlan([0] * len(ids), starts, lengths, [list(range(blocks))] * len(starts))
-            logits = self._logits(self.forward.alone(plan, ids, cache)[-count:])
-            if logits is not None:
-                draw(logits, StepPlan(samples=samples))
+            with computing(self.model.native):
+                logits = self._logits(self.forward.alone(plan, ids, cache)[-count:])
+                if logits is not None:
+                    draw(logits, StepPlan(samples=samples))
 
     def submit(self, plan: StepPlan) -> Drawn:
         """Queue one step, on rank 0; an empty plan only says that there is nothing to do, but rank 0 is alive."""
         if self.mesh.shard.size > 1:
             self.mesh.broadcast(self._plans.encode(plan))
-        logits = self._forward(plan)
-        if logits is None:
-            return Drawn(plan, Rows(self._nothing), [], None)
-        drawn = draw(logits, plan, self.likely)
+        with computing(self.model.native):
+            hidden = self._forward(plan)
+            logits = None if hidden is None else self._logits(hidden)
+            if logits is None:
+                return Drawn(plan, Rows(self._nothing), [], None)
+            drawn = draw(logits, plan, self.likely, hidden if self.hidden else None)
         self._last_drawn = drawn.tokens
         return drawn
 
@@ -80,7 +85,10 @@ class Executor:
             if values == [self.STOP]:
                 return
             plan = self._plans.decode(values)
-            self._forward(plan)
+            with computing(self.model.native):
+                hidden = self._forward(plan)
+                if hidden is not None:
+                    self._logits(hidden)
 
     def stop(self) -> None:
         """There will be no more steps; send the followers home."""
@@ -88,14 +96,13 @@ class Executor:
         if self.mesh.shard.size > 1:
             self.mesh.broadcast([self.STOP])
 
-    @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> Tensor | None:
-        """Logits of the wanted rows, [R, vocab] on rank 0."""
+        """Final hidden states of the wanted rows, [R, hidden]; None if there are none."""
         if not plan.tokens:
             self.forward.idle()
             return None
         hidden = self.forward.run(plan, self._known(plan.tokens))
-        return self._logits(hidden) if plan.rows else None
+        return hidden if plan.rows else None
 
     def _logits(self, hidden: Tensor) -> Tensor | None:
         gathered = self.mesh.gather(self.model.logits(hidden))

@@ -30,12 +30,14 @@ class Rows(NamedTuple):
     """What was drawn at the rows of all samples, on the device.
 
     tokens: int64 [R], what the sequence goes on with if it goes on here. accepted: bool [R], whether the drafted token
-    of the row is; None where that is to be seen from the tokens. likely: int64 [R, n], if asked for.
+    of the row is; None where that is to be seen from the tokens. likely: int64 [R, n], and hidden: [R, hidden], if
+    asked for; the latter stays on the device.
     """
 
     tokens: Tensor
     accepted: Tensor | None = None
     likely: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Drawn:
@@ -51,11 +53,11 @@ class Drawn:
     """
 
     def __init__(self, plan: StepPlan, rows: Rows, asked: list[int], judged: Judged | None) -> None:
-        self.tokens, self._asked, self._samples = rows.tokens, asked, plan.samples
+        self.tokens, self._asked, self._samples, self._hidden = rows.tokens, asked, plan.samples, rows.hidden
         self._tops = [[plan.samples[i].params.logprobs or 0] * (1 + len(plan.samples[i].draft)) for i in asked]
         self._tops += [[score.top] * len(score.targets) for score in plan.scores]
         self._extra = [rows.accepted is not None, rows.likely is not None]
-        extra = [tensor for tensor in rows[1:] if tensor is not None]
+        extra = [tensor for tensor in (rows.accepted, rows.likely) if tensor is not None]
         self._landing = Download((rows.tokens, *extra, *(judged or ())), rows.tokens.device)
 
     def result(self) -> StepResult:
@@ -70,7 +72,8 @@ class Drawn:
         parts = [[next(found) for _ in top] for top in self._tops]
         logprobs = {i: part[: len(kept[i])] for i, part in zip(self._asked, parts, strict=False)}
         listed = [likely[some] for some in starmap(slice, pairwise(first))] if likely else []
-        return StepResult(kept, logprobs, parts[len(self._asked) :], listed)
+        states = [self._hidden[some] for some in starmap(slice, pairwise(first))] if self._hidden is not None else []
+        return StepResult(kept, logprobs, parts[len(self._asked) :], listed, states)
 
 
 def _kept(draft: Sequence[int], drawn: list[int], flags: list[bool] | None = None) -> list[int]:
@@ -84,17 +87,22 @@ def _kept(draft: Sequence[int], drawn: list[int], flags: list[bool] | None = Non
 
 
 @torch.inference_mode()
-def draw(logits: Tensor, plan: StepPlan, likely: int = 0) -> Drawn:
+def draw(logits: Tensor, plan: StepPlan, likely: int = 0, hidden: Tensor | None = None) -> Drawn:
     """What a plan asks of its logits [rows, vocab]: tokens drawn, and log-probabilities where they are wanted.
 
     Args:
         likely: how many of the likeliest tokens a drafter wants to know for every row of a sample.
+        hidden: what the logits were computed from [rows, hidden], if a drafter wants to know that.
     """
     each = [one for sample in plan.samples for one in sample.each]
     own = _rows(logits, [one.row for one in each])
     rows = _verify(own, each, plan.samples)
     if likely:
         rows = rows._replace(likely=own.topk(likely, dim=-1).indices)
+    if hidden is not None:
+        rows = rows._replace(
+            hidden=hidden[upload([one.row for one in each], hidden.device)]
+        )  # a copy: graphs reuse theirs
     asked = [i for i, s in enumerate(plan.samples) if s.params.logprobs is not None]
     if not asked and not plan.scores:
         return Drawn(plan, rows, [], None)
@@ -116,15 +124,21 @@ def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
     return _sample(masked(_adjusted(logits, samples), samples), samples)
 
 
-def _sample(logits: Tensor, samples: list[Sample]) -> Tensor:
-    """From logits that have been adjusted and masked."""
+def sample_among(logits: Tensor, samples: list[Sample], tokens: Tensor) -> Tensor:
+    """Draw one of `tokens` [N] per row of their logits [R, N], with the noise that these tokens have in the whole
+    vocabulary; without penalties and biases. int64 [R], on the device."""
+    return tokens[_sample(logits, samples, tokens)]
+
+
+def _sample(logits: Tensor, samples: list[Sample], ids: Tensor | None = None) -> Tensor:
+    """Columns, from logits that have been adjusted and masked. ids: tokens of the columns, if those are not all."""
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
-        return _draw(_scores(logits, samples), samples)
+        return _draw(_scores(logits, samples), samples, ids)
     tokens = logits.argmax(-1)
     if drawn:
         at, those = upload(drawn, logits.device), [samples[i] for i in drawn]
-        tokens[at] = _draw(_scores(logits[at], those), those)
+        tokens[at] = _draw(_scores(logits[at], those), those, ids)
     return tokens
 
 
@@ -236,9 +250,9 @@ def _scores(logits: Tensor, samples: list[Sample]) -> Tensor:
     return _truncate(scores, [p.top_p if p.top_p < 1 else None for p in params], _outside_top_p)
 
 
-def _draw(scores: Tensor, samples: list[Sample]) -> Tensor:
+def _draw(scores: Tensor, samples: list[Sample], ids: Tensor | None = None) -> Tensor:
     """argmax(log p + Gumbel noise)."""
-    return (scores + gumbel(*_keys(samples, scores), scores.shape[-1])).argmax(-1)
+    return (scores + gumbel(*_keys(samples, scores), scores.shape[-1] if ids is None else ids)).argmax(-1)
 
 
 def _keys(samples: list[Sample], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from stepladder.launch.train import recipe_of
 from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.generation_defaults import GenerationDefaults
 from stepladder.workers.params import SamplingParams
-from stepladder.workers.speculation.kinds import KINDS
+from stepladder.workers.speculation.kinds import KINDS, WITH_WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "launch" / "conf"
@@ -53,7 +53,7 @@ def test_every_choice_of_every_group_serves(choice: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", choices("speculate"))
 def test_every_way_to_speculate(name: str) -> None:
-    words = [f"speculate={name}", *(["speculate.model=/m"] if name == "model" else [])]
+    words = [f"speculate={name}", *(["speculate.model=/m"] if name in WITH_WEIGHTS else [])]
     deployment = deployment_of(compose("serve", words))
     assert deployment.speculate.kind == name and deployment.speculate.is_on == (name != "off")
     assert sorted({*KINDS, "off"}) == choices("speculate")
@@ -101,11 +101,12 @@ def test_every_suite_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", choices("recipe"))
 def test_every_recipe_builds(name: str) -> None:
-    needed = ["model.path=/m", "ladder_layers=1"] if name == "convert" else []
+    needed = {"convert": ["model.path=/m", "ladder_layers=1"], "head": ["model.path=/m"]}.get(name, [])
     assert recipe_of(compose("train", [f"recipe={name}", "run_dir=/r", *needed]))[0].name == name
-    for index in range(len(needed)):
-        with pytest.raises(ValueError, match=r"(model\.path|ladder_layers) is missing; give"):
-            recipe_of(compose("train", [f"recipe={name}", "run_dir=/r", needed[index]]))
+    for missing in needed:
+        given = [word for word in needed if word != missing]
+        with pytest.raises(ValueError, match=rf"{missing.partition('=')[0]} is missing; give"):
+            recipe_of(compose("train", [f"recipe={name}", "run_dir=/r", *given]))
 
 
 @pytest.mark.parametrize("model", choices("model"))

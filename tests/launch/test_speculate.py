@@ -9,14 +9,14 @@ from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.bench.speculate.learning import Together
-from stepladder.launch.bench.speculate.material import Library
 from stepladder.launch.bench.speculate.measures import Figures, differing, gain, step_errors
 from stepladder.launch.bench.speculate.options import SpeculateBench
 from stepladder.launch.bench.speculate.points import Case, Point, groups
 from stepladder.launch.bench.speculate.suite import report, run
-from stepladder.launch.bench.speculate.traffic import KINDS, messages
 from stepladder.launch.bench.speculate.turns import Served, Side, take_turns
 from stepladder.launch.bench.speculate.watched import HeldOut, Step, Watched
+from stepladder.launch.recipes.chat_material import Library
+from stepladder.launch.recipes.chat_traffic import KINDS, messages
 from stepladder.launch.report import publish
 from stepladder.workers.core import Request, SamplingParams, Sequence
 from stepladder.workers.speculation.config import SpeculateConfig
@@ -205,7 +205,10 @@ def test_the_summary_holds_what_is_wanted_of_smollm2_only(tmp_path: Path) -> Non
     ("word", "sentence"),
     [
         ("kinds=[poems]", "kinds is ['poems']; it must name one or more of prose, rewriting, code, tables, each once"),
-        ("drafters=[]", "drafters is []; it must name one or more of ngram, suffix, recycling, model, each once"),
+        (
+            "drafters=[]",
+            "drafters is []; it must name one or more of ngram, suffix, recycling, model, head, hybrid, each once",
+        ),
         ("drafters=[suffix,suffix]", "each once"),
         ("drafters=[model]", "speculate.kind is model, and speculate.model is None"),
         ("fixed=[0]", "speculate.k is 0; it must be from 1 to"),

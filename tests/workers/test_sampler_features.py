@@ -6,6 +6,7 @@ A row's candidates are compared, not draws: `kept` reads them off by making the 
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 
 from stepladder.kernels.noise import gumbel
 from stepladder.workers import sampler
-from stepladder.workers.core import Sample, SamplingParams
+from stepladder.workers.core import Sample, SamplingParams, StructuredOutputs
 
 VOCAB = 40
 
@@ -203,11 +204,43 @@ def test_everything_barred_still_gives_a_token() -> None:
         ({"stop_token_ids": (1.0,)}, "stop_token_ids holds a token id that is no integer"),
         ({"logprobs": 1.0}, "logprobs is 1.0; it must be an integer"),
         ({"stop": (1,)}, "stop holds something else than strings"),
+        ({"stop": 5}, "stop is 5; it must be a list of strings"),
+        ({"stop": True}, "stop is True; it must be a list of strings"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be a list of token ids"),
+        ({"stop_token_ids": "ab"}, "stop_token_ids holds a token id that is no integer"),
+        ({"logit_bias": [1]}, r"logit_bias is \[1\]; it must map token ids to numbers"),
+        ({"logit_bias": []}, r"logit_bias is \[\]; it must map token ids to numbers"),
+        ({"seed": "1"}, "seed is '1'; it must be an integer"),
+        ({"structured_outputs": {"regex": "a"}}, r"structured_outputs is \{.*\}; it must be a StructuredOutputs"),
     ],
 )
 def test_values_out_of_range_are_a_sentence(fields: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         SamplingParams(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"regex": 5}, "regex is 5; it must be a text"),
+        ({"grammar": ["a"]}, r"grammar is \['a'\]; it must be a text"),
+        ({"choice": "yes"}, "choice is 'yes'; it must be a list of texts"),
+        ({"choice": 5}, "choice is 5; it must be a list of texts"),
+        ({"choice": ["a", 1]}, r"choice is \['a', 1\]; it must be a list of texts"),
+        ({"json_object": 1}, "json_object is 1; it must be true or false"),
+        ({"json": 5}, "json must be a schema"),
+    ],
+)
+def test_forms_of_wrong_types_are_a_sentence(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        StructuredOutputs(**fields)  # type: ignore[arg-type]
+
+
+def test_none_is_absent_as_in_vllm() -> None:
+    nothing: Any = dict.fromkeys(("logit_bias", "stop", "stop_token_ids", "seed", "structured_outputs"))
+    assert SamplingParams(**nothing) == SamplingParams() and SamplingParams(**nothing).logit_bias == {}
+    none: Any = {"json": None, "json_object": None, "choice": None, "grammar": None}
+    assert StructuredOutputs(regex="a", **none) == StructuredOutputs(regex="a")
 
 
 def test_one_string_is_one_stop_string_and_lists_are_taken() -> None:

@@ -1,11 +1,10 @@
 """Options of speculative decoding."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Drafter
-from stepladder.workers.speculation.kinds import KINDS, Runner, Seat
+from stepladder.workers.speculation.kinds import KINDS, WITH_WEIGHTS, Seat, Target
 
 OFF = "off"
 AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
@@ -20,7 +19,8 @@ class SpeculateConfig:
     Attributes:
         kind: who drafts: `ngram` looks up what followed the last tokens earlier in the same text, `suffix` also in what
             this engine has written before, `recycling` chains what the model itself thought likely of late, `model` is
-            a smaller one; or `off`.
+            a smaller one, `head` foresees the model's next hidden states, `hybrid` is suffix and head together; or
+            `off`.
         k: tokens of every draft, as far as the drafter has so many; null chooses for every step what gives most tokens
             per second, none included.
         max_k: the most that null chooses.
@@ -28,8 +28,9 @@ class SpeculateConfig:
             accepts more of what is sampled; `auto` is coupled where the text must be the same: greedy, with a seed, or
             going on after a replay.
         threshold: a drafter stops where it is less sure than this of its next token.
-        memory: tokens of what this engine has written that `suffix` remembers, some 60 bytes each.
-        model: of `model`, a directory with the same tokenizer.
+        memory: tokens of what this engine has written that `suffix` and `hybrid` remember, some 60 bytes each.
+        model: of `model`, a directory with the same tokenizer; of `head` and `hybrid`, one that `launch.train
+            recipe=head` has made for this model.
     """
 
     kind: str = OFF
@@ -50,24 +51,17 @@ class SpeculateConfig:
                 raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
-        if (self.kind == "model") != (self.model is not None):
+        if (self.kind in WITH_WEIGHTS) != (self.model is not None):
             raise ValueError(
-                f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kind model needs a "
-                "directory, and no other takes one"
+                f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kinds "
+                f"{', '.join(WITH_WEIGHTS)} need a directory, and no other takes one"
             )
         if self.memory < 0:
             raise ValueError(f"speculate.memory is {self.memory}; it must be 0 or more")
 
-    def drafter(self, limits: SchedulerConfig, vocabulary: int, load: Callable[[str], Runner]) -> Drafter | None:
-        """Who drafts for an engine with these limits, of a model with so many tokens.
-
-        Args:
-            load: makes what runs a checkpoint, with a cache.
-
-        Raises:
-            ValueError: its model is unusable.
-        """
-        seat = Seat(self.threshold, self.memory, self.model, limits, vocabulary, load)
+    def drafter(self, limits: SchedulerConfig, target: Target) -> Drafter | None:
+        """Who drafts for an engine with these limits; ValueError if its directory is unusable."""
+        seat = Seat(self.threshold, self.memory, self.model, limits, target)
         return KINDS[self.kind](seat) if self.is_on else None
 
     @property

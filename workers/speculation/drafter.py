@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stepladder.workers.core import Sequence
 
@@ -32,12 +32,15 @@ class Verified(NamedTuple):
         tokens: what it went on with: those of `drafted` that were accepted, and one more. Fewer, if it ended there.
         likely: for each row of the verification the likeliest next tokens, best first, if the drafter asks for them
             (`Drafter.likely`). Row 0 follows the token before `drafted`, row 1 + i follows `drafted[i]`.
+        hidden: the model's final hidden states at those rows, a tensor [1 + drafted, hidden] on its device, if the
+            drafter asks for them (`Drafter.hidden`).
     """
 
     sequence: Sequence
     drafted: Seq[int]
     tokens: Seq[int]
     likely: Seq[Seq[int]] = ()
+    hidden: Any = None
 
 
 def agreeing(drafted: Seq[int], tokens: Seq[int]) -> int:
@@ -55,10 +58,12 @@ class Drafter(ABC):
 
     Attributes:
         likely: how many of the likeliest tokens per row it wants to be told (`Verified.likely`).
+        hidden: whether it wants to be told hidden states (`Verified.hidden`).
         version: of its weights, if it has some that change.
     """
 
     likely: int = 0
+    hidden: bool = False
     version: int = 0
 
     @abstractmethod

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-COLOURS = ("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377")
+COLOURS = ("#4477aa", "#cc3311", "#228833", "#ccbb44", "#aa3377", "#66ccee")
+BESIDE = 0.12  # of the distance between two batches
 
 
 def draw(figure: Any, points: Sequence[Any], drafters: Sequence[str]) -> None:
@@ -26,14 +27,15 @@ def draw(figure: Any, points: Sequence[Any], drafters: Sequence[str]) -> None:
 
 
 def _panel(axes: Any, points: Sequence[Any], drafters: Sequence[str]) -> None:
-    batches = [point.case.batch for point in points]
-    for name, colour in zip(drafters, COLOURS, strict=False):
+    """Drafters stand beside each other at every batch."""
+    for nth, (name, colour) in enumerate(zip(drafters, COLOURS, strict=False)):
         gains = [point.gains[name] for point in points]
         error = [[g.value - g.low for g in gains], [g.high - g.value for g in gains]]
-        axes.errorbar(batches, [g.value for g in gains], error, fmt="o-", ms=4, capsize=2, color=colour, label=name)
-        axes.plot(batches, [point.figures[name].predicted for point in points], ":", color=colour)
-    axes.plot([], [], ":", color="black", label="predicted")
+        places = [place + BESIDE * (nth - (len(drafters) - 1) / 2) for place in range(len(points))]
+        axes.errorbar(places, [g.value for g in gains], error, fmt="o-", ms=4, capsize=2, color=colour, label=name)
+        axes.plot(places, [point.figures[name].predicted for point in points], "_", ms=12, color=colour)
+    axes.plot([], [], "_", ms=12, color="black", label="predicted")
     axes.axhline(1.0, color="black", lw=0.6)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_xticks(range(len(points)), [str(point.case.batch) for point in points])
+    axes.set_xlim(-0.5, len(points) - 0.5)
     axes.grid(axis="y", alpha=0.3)

@@ -12,6 +12,7 @@ class Together(Drafter):
 
     def __init__(self, drafters: Seq[Drafter]) -> None:
         self.drafters, self.likely = drafters, max(drafter.likely for drafter in drafters)
+        self.hidden = any(drafter.hidden for drafter in drafters)
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         first, *_ = [drafter.propose(sequences, most) for drafter in self.drafters]

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 
 from stepladder.cluster.config import ModelConfig
-from stepladder.launch.bench.speculate.traffic import KINDS
+from stepladder.launch.recipes.chat_traffic import KINDS
 from stepladder.launch.typed_config import check_counts
 from stepladder.workers.speculation.config import COUPLED, OFF, REJECTION, SpeculateConfig
 from stepladder.workers.speculation.kinds import KINDS as DRAFTERS
+from stepladder.workers.speculation.kinds import WITH_WEIGHTS
 
 MODEL = "model"  # the drafter that is a model itself
 LONGEST = 256  # tokens of a prompt
@@ -19,7 +20,8 @@ class SpeculateBench:
     Attributes:
         kinds: of traffic: prose, rewriting, code, tables.
         drafters: who is measured, each with as many tokens as goodput chooses. The first also with `fixed` numbers.
-        draft_model: of the drafter `model`, a directory with the same tokenizer.
+        draft_model: of the drafter `model`, a directory with the same tokenizer. draft_head: of `head` and `hybrid`,
+            one that `launch.train recipe=head` has made.
         fixed: lengths of drafts to compare that with; may be empty.
         batches: requests that are served together.
         temperatures: of sampling; every request has a seed of its own.
@@ -39,6 +41,7 @@ class SpeculateBench:
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     drafters: list[str] = field(default_factory=lambda: ["suffix", "ngram", "recycling"])
     draft_model: str | None = None
+    draft_head: str | None = None
     fixed: list[int] = field(default_factory=list)
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -71,7 +74,7 @@ class SpeculateBench:
 
     def speculate(self, drafter: str = OFF, k: int | None = None) -> SpeculateConfig:
         """Raises ValueError if the number of tokens or the threshold cannot be."""
-        model = self.draft_model if drafter == MODEL else None
+        model = self.draft_model if drafter == MODEL else self.draft_head if drafter in WITH_WEIGHTS else None
         return SpeculateConfig(kind=drafter, k=k, rule=self.rule, threshold=self.threshold, model=model)
 
     @property

@@ -1,22 +1,23 @@
 """A case, measured: some traffic, a temperature and a batch, and every side's turns at it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from stepladder import LLM
 from stepladder.launch.bench.speculate.learning import Together
-from stepladder.launch.bench.speculate.material import Library
 from stepladder.launch.bench.speculate.measures import Figures, Gain, differing, gain
 from stepladder.launch.bench.speculate.options import LONGEST, SpeculateBench
-from stepladder.launch.bench.speculate.traffic import messages
 from stepladder.launch.bench.speculate.turns import Side, take_turns
 from stepladder.launch.bench.speculate.watched import Watched
+from stepladder.launch.recipes.chat_material import Library
+from stepladder.launch.recipes.chat_traffic import messages
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.speculation.drafter import Drafter
-from stepladder.workers.speculation.kinds import Runner
+from stepladder.workers.speculation.kinds import Runner, Target
 
 LEARNED = 8  # requests that are served together while drafters learn from them, which is not timed
 SETTLED = 8  # further requests, or a batch of them, by which a speculator learns step times of this batch
@@ -81,6 +82,15 @@ class Point:
         }
 
 
+class Loaded:
+    """A target whose drafters' weights are loaded once, whoever asks for them."""
+
+    def __init__(self, target: Target) -> None:
+        self.vocab_size = target.vocab_size
+        self.runner: Callable[[str], Runner] = cache(target.runner)
+        self.head: Callable[[str], Any] = cache(target.head)
+
+
 class Requests(NamedTuple):
     """Of one kind and temperature, no two alike: from which drafters learn, by which speculators settle, and those that
     are measured."""
@@ -104,11 +114,9 @@ class Requests(NamedTuple):
         return cls(made[: config.warm], made[config.warm : -measured], made[-measured:])
 
 
-def learned(
-    engine: Engine, config: SpeculateBench, runner: Runner | None, requests: Sequence[Request]
-) -> dict[str, Drafter]:
-    """The drafters, after these requests. runner: of a drafter's model, if one has a model."""
-    drafters = {name: _drafter(engine, config, name, runner) for name in config.drafters}
+def learned(engine: Engine, config: SpeculateBench, target: Target, requests: Sequence[Request]) -> dict[str, Drafter]:
+    """The drafters, after these requests. target: what those with weights are given."""
+    drafters = {name: _drafter(engine, config, name, target) for name in config.drafters}
     together = Together(list(drafters.values()))
     side = Side("learning", Watched(together, config.speculate(config.drafters[0])))
     for batch in groups(requests, LEARNED):
@@ -143,17 +151,13 @@ def groups(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
     return [requests[start : start + size] for start in range(0, whole, size)]
 
 
-def _drafter(engine: Engine, config: SpeculateBench, name: str, runner: Runner | None) -> Drafter:
-    def loaded(_: str) -> Runner:
-        assert runner is not None
-        return runner
-
-    drafter = config.speculate(name).drafter(engine.config, engine.executor.model.spec.vocab_size, loaded)
+def _drafter(engine: Engine, config: SpeculateBench, name: str, target: Target) -> Drafter:
+    drafter = config.speculate(name).drafter(engine.config, target)
     assert drafter is not None
     return drafter
 
 
 def _copy(drafter: Drafter) -> Drafter:
-    """With what it has learned; a model is shared, since sides serve one after the other."""
+    """With what it has learned; a model is shared, since sides serve one after the other, and so is a head."""
     runner = getattr(drafter, "executor", None)
     return deepcopy(drafter, {id(runner): runner})

@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from stepladder import LLM
 from stepladder.launch.bench.speculate.figure import draw
-from stepladder.launch.bench.speculate.material import Library
 from stepladder.launch.bench.speculate.measures import FEW, StepError, step_errors
-from stepladder.launch.bench.speculate.options import MODEL, SpeculateBench
+from stepladder.launch.bench.speculate.options import SpeculateBench
 from stepladder.launch.bench.speculate.points import (
     AGAIN,
     LEARNED,
     NONE,
     Case,
+    Loaded,
     Point,
     Requests,
     learned,
@@ -28,10 +28,10 @@ from stepladder.launch.bench.speculate.points import (
     sides_of,
 )
 from stepladder.launch.bench.speculate.watched import Watched
+from stepladder.launch.recipes.chat_material import Library
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
-from stepladder.workers.speculation.config import COUPLED, OFF
-from stepladder.workers.speculation.drafters.model import ModelDrafter
-from stepladder.workers.speculation.kinds import Runner
+from stepladder.workers.assembly import Target
+from stepladder.workers.speculation.config import COUPLED
 
 GOALS = {  # of suffix over none, SmolLM2, one request at a time
     ("tables", 0.0): 1.6,
@@ -46,14 +46,17 @@ SHOWN = 4  # places of a draft whose acceptance is printed; all are in the detai
 
 def run(config: SpeculateBench) -> Report:
     library = Library.read()
-    llm, runner = _loaded(config)
+    most = max(LEARNED, *config.batches)
+    llm = LLM(config.model.path, "cpu", config.kv_tokens, cache=config.model.cache, threads=config.threads,
+              max_sequences=most)  # fmt: skip
+    target = Loaded(Target(llm.engine.executor, llm.engine.config))
     points, speculators = list[Point](), list[Watched]()
     traffic = list(product(config.kinds, config.temperatures))
     with tqdm(total=len(traffic) * len(config.batches), unit="case") as bar:
         for kind, temperature in traffic:
             bar.set_postfix_str(f"{kind} at {temperature:g}, learning")
             requests = Requests.make(llm, library, kind, temperature, config)
-            drafters = learned(llm.engine, config, runner, requests.warm)
+            drafters = learned(llm.engine, config, target, requests.warm)
             again = config.spread == "all" or (config.spread == "first" and not speculators)
             for batch in config.batches:
                 case = Case(kind, temperature, batch)
@@ -63,16 +66,6 @@ def run(config: SpeculateBench) -> Report:
                 speculators += [side.speculator for side in sides if side.speculator is not None]
                 bar.update()
     return report(config, points, step_errors(speculators))
-
-
-def _loaded(config: SpeculateBench) -> tuple[LLM, Runner | None]:
-    """The model, and what runs the model of a drafter that is one."""
-    with_model = config.speculate(MODEL if MODEL in config.drafters else OFF)
-    most = max(LEARNED, *config.batches)
-    llm = LLM(config.model.path, "cpu", config.kv_tokens, cache=config.model.cache, speculate=with_model,
-              threads=config.threads, max_sequences=most)  # fmt: skip
-    speculator, llm.engine.speculator = llm.engine.speculator, None
-    return llm, speculator.drafter.executor if speculator and isinstance(speculator.drafter, ModelDrafter) else None
 
 
 def report(config: SpeculateBench, points: Sequence[Point], errors: Mapping[str, StepError]) -> Report:

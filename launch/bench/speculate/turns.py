@@ -33,12 +33,13 @@ class Side:
 
     def serve(self, engine: Engine, requests: Seq[Request]) -> Served:
         """Serve a batch alone, with none of its prompts known."""
-        engine.speculator = self.speculator
-        engine.executor.likely = self.speculator.drafter.likely if self.speculator else 0
+        engine.speculator, executor = self.speculator, engine.executor
+        if self.speculator:
+            executor.likely, executor.hidden = self.speculator.drafter.likely, self.speculator.drafter.hidden
         try:
             return serve(engine, requests)
         finally:
-            engine.speculator, engine.executor.likely = None, 0
+            engine.speculator, executor.likely, executor.hidden = None, 0, False
 
 
 def serve(engine: Engine, requests: Seq[Request]) -> Served:

@@ -103,6 +103,7 @@ def serve(
     executor: Executor, made: list[Request], drafter: Drafter | None = None, k: int | None = None, **limits: Any
 ) -> tuple[Texts, Engine]:
     engine = Engine(replace(LIMITS, **limits), executor)
+    executor.hidden = bool(drafter and drafter.hidden)
     if drafter:
         engine.speculator = Speculator(drafter, SpeculateConfig(k=k, rule="coupled"), engine.stats)
     texts: Texts = {request.id: (list(request.output), "", [], []) for request in made}

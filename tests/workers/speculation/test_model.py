@@ -64,7 +64,7 @@ def test_another_vocabulary_is_refused(target: Path, tmp_path: Path) -> None:
     speculate = SpeculateConfig(kind="model", model=str(path))
     with pytest.raises(ValueError, match=r"speculate.model has 99 tokens, the model that it drafts for 101; it must"):
         begin(executor, EngineConfig(), KvConfig(), 4096, Tokenizer, speculate)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the kind model needs a directory, and no other takes one"):
+    with pytest.raises(ValueError, match="the kinds model, head, hybrid need a directory, and no other takes one"):
         SpeculateConfig(kind="model")
-    with pytest.raises(ValueError, match="the kind model needs a directory, and no other takes one"):
+    with pytest.raises(ValueError, match="the kinds model, head, hybrid need a directory, and no other takes one"):
         SpeculateConfig(kind="suffix", model="x")

@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 
-from stepladder.launch.bench.speculate.material import THINGS, Library, record
+from stepladder.launch.recipes.chat_material import THINGS, Library, record
 
 ASKED = (
     "What does {name} of Python's module {module} do?",

@@ -1,0 +1,171 @@
+"""A recurrent head on the target's last hidden state drafts, all sequences of a step together."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepladder.kernels.cpu.native import Projection, computing
+from stepladder.kernels.transfer import upload
+from stepladder.workers.core import Sample, Sequence
+from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
+from stepladder.workers.speculation.drafters.calibration import Calibration
+from stepladder.workers.speculation.head.files import Head
+from stepladder.workers.speculation.head.net import seen
+from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
+
+__all__ = ["Cell", "Foreseen", "HeadDrafter"]
+
+KINDS = 20  # of guesses, by the head's own probability
+
+Product = Callable[[Tensor], Tensor]
+Draw = Callable[[Tensor, list[Sample], Tensor], Tensor]
+
+
+class Cell:
+    """The network of a head, laid out for inference: with native kernels in bf16, since a draft takes as long as its
+    weights take to be read, and nothing that is drafted has to be exact.
+
+    Args:
+        head: its network and the tokens that it drafts. target: whose embedding and head it shares.
+        native: whether the kernels of CPU ranks compute it.
+        draw: draws one of some tokens [N] per row of their logits [R, N], as `sampler.sample_among` does.
+    """
+
+    def __init__(self, head: Head, target: TargetVocabulary, native: bool, draw: Draw) -> None:
+        device, net = target.head.weight.device, head.net
+        self.native, self.version = native, head.manifest.version
+        self._embed, self._draw = target.embedding, draw
+        self.tokens = head.tokens.to(device)
+        self._scale = net.scale.to(device)
+        lay_out = _native if native else _plain
+        both = torch.cat((net.gate.weight, net.up.weight)).to(device)
+        self._gated: Product = _native(both, gated=True) if native else _gated(both)
+        self._linear: Product = lay_out(net.linear.weight.to(device))
+        self._down: Product = lay_out(net.down.weight.to(device))
+        self._rows: Product = lay_out(target.rows(self.tokens))
+
+    def __deepcopy__(self, memo: object) -> "Cell":
+        return self  # copies of a drafter share its weights
+
+    def step(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """As `RecurrentHead.forward`: fp32 [N, hidden] and int64 [N] -> [N, hidden]."""
+        x = seen(state, self._embed.embed(tokens).float())
+        return self._linear(x) + self._down(self._gated(x))
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Of `tokens`: [N, hidden] -> [N, tokens]."""
+        return self._rows(state * self._scale)
+
+    def draw(self, logits: Tensor, samples: list[Sample]) -> Tensor:
+        """int64 [N]."""
+        return self._draw(logits, samples, self.tokens)
+
+
+class Foreseen(NamedTuple):
+    """A token that may come next, how likely it is right, and the kind of guess that this is known of."""
+
+    token: int
+    sure: float
+    kind: int = 0
+
+
+class HeadDrafter(Drafter):
+    """Draws with the request's temperature, truncation and noise, as `ModelDrafter` does; penalties and biases are left
+    to the target. Confidence is learnt, by the probability of the likeliest token: with the same noise, that says more
+    of a draw than the probability of what was drawn.
+
+    A sequence has no draft until its last token was drawn by a step of this engine that told its hidden state.
+
+    Args:
+        threshold: a draft ends where it would be right with less than this probability.
+    """
+
+    hidden = True
+
+    def __init__(self, cell: Cell, threshold: float = 0.3) -> None:
+        self.cell, self.threshold, self.version = cell, threshold, cell.version
+        self.calibration = Calibration([(kind + 0.5) / KINDS for kind in range(KINDS)])
+        self._states: dict[str, tuple[int, Tensor]] = {}  # by request: its length, and the state its last token is from
+        self._guesses: dict[str, list[tuple[int, Foreseen]]] = {}  # by request: with their places in the last draft
+
+    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
+        drafts = [Draft([], [], self.version) for _ in sequences]
+        chances = [1.0] * len(sequences)
+        going = [i for i, limit in enumerate(most) if limit > 0 and self.knows(sequences[i])]
+        if not going:
+            return drafts
+        with computing(self.cell.native):
+            state = self.begin([sequences[i] for i in going])
+            while going:
+                last = [(drafts[i].tokens or sequences[i].tokens)[-1] for i in going]
+                state, kept = self.cell.step(state, upload(last, state.device)), []
+                ends = [(sequences[i], drafts[i].tokens) for i in going]
+                for place, (i, (token, sure, _)) in enumerate(zip(going, self.foresee(state, ends), strict=True)):
+                    chances[i] *= sure
+                    if chances[i] >= self.threshold:
+                        drafts[i].tokens.append(token)
+                        drafts[i].confidence.append(sure)
+                        if len(drafts[i].tokens) < most[i]:
+                            kept.append(place)
+                going, state = [going[place] for place in kept], state[kept]
+        return drafts
+
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether the hidden state that its last token was drawn from is known."""
+        known, _ = self._states.get(sequence.request.id, (-1, None))
+        return known == len(sequence.tokens) and not sequence.is_drawing
+
+    def begin(self, sequences: list[Sequence]) -> Tensor:
+        """The states that the last tokens of sequences were drawn from: fp32 [N, hidden]. New drafts begin."""
+        for sequence in sequences:
+            self._guesses.pop(sequence.request.id, None)
+        return torch.stack([self._states[sequence.request.id][1] for sequence in sequences]).float()
+
+    def foresee(self, state: Tensor, ends: list[tuple[Sequence, list[int]]]) -> list[Foreseen]:
+        """The next token of sequences and what has been drafted of them, from states that have read all of it."""
+        logits, found = self.cell.logits(state), []
+        samples = [
+            Sample(row, len(sequence.tokens) + len(draft), sequence.request.params, [], 0)
+            for row, (sequence, draft) in enumerate(ends)
+        ]
+        drawn, most = self.cell.draw(logits, samples), logits.softmax(-1).amax(-1)
+        for (sequence, draft), token, p in zip(ends, drawn.tolist(), most.tolist(), strict=True):
+            kind = min(int(p * KINDS), KINDS - 1)
+            found.append(Foreseen(token, self.calibration.rates[kind], kind))
+            self._guesses.setdefault(sequence.request.id, []).append((len(draft), found[-1]))
+        return found
+
+    def observe(self, verified: list[Verified]) -> None:
+        for each in verified:
+            self._learn(self._guesses.pop(each.sequence.request.id, ()), each)
+            state = each.hidden[len(each.tokens) - 1].clone()  # a view would keep the rows of the whole step
+            self._states[each.sequence.request.id] = len(each.sequence.tokens), state
+
+    def forget(self, sequence: Sequence) -> None:
+        self._states.pop(sequence.request.id, None)
+        self._guesses.pop(sequence.request.id, None)
+
+    def _learn(self, guesses: Iterable[tuple[int, Foreseen]], each: Verified) -> None:
+        """From those that stood behind nothing but right tokens, drafted or not."""
+        right = agreeing(each.drafted, each.tokens)
+        for place, guess in guesses:
+            if place <= right and place < len(each.tokens):
+                self.calibration.learn(guess.kind, guess.token == each.tokens[place])
+
+
+def _native(weight: Tensor, gated: bool = False) -> Product:
+    return Projection.of(weight.bfloat16(), gated=gated, dtype=torch.float32)
+
+
+def _plain(weight: Tensor) -> Product:
+    return lambda x: x @ weight.T
+
+
+def _gated(weight: Tensor) -> Product:
+    def product(x: Tensor) -> Tensor:
+        gate, up = (x @ weight.T).chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    return product
