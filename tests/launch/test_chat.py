@@ -1,5 +1,6 @@
 """The terminal client, as a process, against a real server."""
 
+import json
 import os
 import signal
 import subprocess
@@ -77,7 +78,10 @@ def test_what_goes_wrong_is_one_sentence(
 
 def test_an_answer_that_is_stopped_stays_in_the_conversation(tmp_path: Path) -> None:
     """Ctrl-C: the engine stops, the next turn knows what had been said."""
-    with serve(write_cycle(tmp_path), {"max_model_len": 8000}) as server:
+    path = write_cycle(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 16}))
+    with serve(path, {"max_model_len": 60_000, "kv_tokens": 1 << 16}) as server:  # an answer of half a minute
         command = [sys.executable, "-m", "launch.chat", f"url={server.url}", "temperature=0"]
         with subprocess.Popen(
             command,
