@@ -276,3 +276,12 @@ def test_a_progress_bar_is_shown_if_asked_for(llm: LLM, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
     llm.generate(["a", "b"], PARAMS, progress=True)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_further_choices_differ_by_their_seed_and_are_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 choices with a thousand biases held a gateway's loop for as long as judging each of them took."""
+    params = SamplingParams(logit_bias={3: 1.0}, stop_token_ids=(4,), seed=2**63 - 2)
+    monkeypatch.setattr(SamplingParams, "__post_init__", lambda self: pytest.fail("it is judged"))
+    found = [params.choice(nth) for nth in range(3)]
+    assert [one.seed for one in found] == [2**63 - 2, 2**63 - 1, -(2**63)] and params.seed == 2**63 - 2
+    assert all((one.logit_bias, one.stop_token_ids) == ({3: 1.0}, (4,)) for one in found)

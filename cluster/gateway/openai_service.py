@@ -218,8 +218,9 @@ class OpenAIService:
         """n choices per prompt, prompt after prompt; the engine's ids derive from the HTTP request's."""
         choices, owner = list[Choice](), _owner(http, body)
         for prompt, max_tokens in zip(map(tuple, prompts), limits, strict=True):
+            first = self._params(body, max_tokens, structure, tools)
             for nth in range(body.n):
-                params, index = self._params(body, max_tokens, nth, structure, tools), len(choices)
+                params, index = first.choice(nth), len(choices)
                 request = Request(
                     id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner,
                     seeded="seed" in body.model_fields_set,
@@ -251,7 +252,6 @@ class OpenAIService:
         self,
         body: ChatRequest | CompletionRequest,
         max_tokens: int,
-        nth: int,
         structure: StructuredOutputs | None,
         tools: ToolPlan | None,
     ) -> SamplingParams:
@@ -259,7 +259,7 @@ class OpenAIService:
             fields = {"max_tokens": max_tokens, "structured_outputs": structure, **body.reports}
             if tools and tools.special:
                 fields["skip_special_tokens"] = False
-            params = body.params(self.config.defaults, nth, **fields)
+            params = body.params(self.config.defaults, **fields)
         except ValueError as error:  # every value has been judged alone; only these two can contradict each other
             raise BadRequest(str(error), param="min_tokens", code="invalid_value") from None
         for name, tokens in listed_tokens(params).items():

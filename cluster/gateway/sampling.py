@@ -67,8 +67,8 @@ class Sampling(Body):
             SamplingParams(**fields)
         return value
 
-    def params(self, defaults: SamplingParams, nth: int, **fields: Any) -> SamplingParams:
-        """Those of the nth choice of a prompt: its seed is the request's plus n, so that choices differ.
+    def params(self, defaults: SamplingParams, **fields: Any) -> SamplingParams:
+        """Those of a prompt's first choice; further ones have higher seeds, so that choices differ.
 
         Args:
             defaults: what holds for fields that the request leaves out, the seed excepted.
@@ -78,5 +78,4 @@ class Sampling(Body):
             ValueError: two of them contradict each other.
         """
         given: dict[str, Any] = {n: getattr(self, n) for n in self.model_fields_set if n in Sampling.model_fields}
-        given["seed"] = (self.seed + nth + 2**63) % 2**64 - 2**63
-        return replace(defaults, **{**given, **fields})
+        return replace(defaults, **{**given, "seed": self.seed, **fields})
