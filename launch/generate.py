@@ -136,9 +136,7 @@ def _rows(llm: LLM, lines: Iterable[Line], stopping: Callable[[], bool]) -> Iter
 
 
 def _begin(llm: LLM, line: Line, done: deque[tuple[Begun, Completion]]) -> None:
-    """Chat templates write special tokens themselves."""
-    prompt = line.prompt if line.messages is None else llm.tokenizer.chat(line.messages)
-    tokens = tuple(llm.tokenizer.encode(prompt, add_special_tokens=line.messages is None))
+    prompt, tokens = line.tokens(llm.tokenizer)
     params = llm.engine.config.fit(line.params, len(tokens)) if line.open_ended else line.params
     llm.begin((line, len(tokens)), prompt, tokens, params, done)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.parallel.typed_json import read_text
+from stepladder.workers.nesting import TooDeep, read_json
 
 
 def lines_of(path: Path) -> list[str]:
@@ -23,9 +24,9 @@ def lines_of(path: Path) -> list[str]:
 def json_of(line: str, where: str) -> Any:
     """The value that a line of JSON has; ValueError, with `where` in front, if it has none."""
     try:
-        return json.loads(line)
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply") from None
+        return read_json(line, where)
+    except TooDeep:
+        raise
     except ValueError as error:  # no JSON, or digits without end
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 

@@ -13,6 +13,7 @@ from stepladder.launch.json_files import json_of, lines_of
 from stepladder.launch.typed_config import build
 from stepladder.workers.core import SamplingParams
 from stepladder.workers.params import MAX_COUNT
+from stepladder.workers.text.tokenizer import Tokenizer
 
 _OWN = ("prompt", "messages", "id")
 _NOT_WRITTEN = ("logprobs", "prompt_logprobs")
@@ -56,6 +57,12 @@ class Line:
     @property
     def messages(self) -> list[dict[str, Any]] | None:
         return self.source.get("messages")
+
+    def tokens(self, tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]]:
+        """Its prompt as text and as tokens; chat templates write special tokens themselves. ValueError: a template or
+        the tokenizer refuses it."""
+        text = self.prompt if self.messages is None else tokenizer.chat(self.messages)
+        return text, tuple(tokenizer.encode(text, add_special_tokens=self.messages is None))
 
     def row(self, **result: Any) -> dict[str, Any]:
         return {"index": self.index, **self.source, **result, "request": self.request}

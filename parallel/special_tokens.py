@@ -1,5 +1,6 @@
 """The special tokens that a model directory names by their use (`eos_token`, `pad_token`, ...)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ _LIST = Kind("a list", lambda value: value if isinstance(value, list) else NO)
 def named_tokens(directory: str | Path) -> dict[str, str]:
     """The text of each token that is named, from `tokenizer_config.json` or, as old directories have it,
     `special_tokens_map.json`. Says nothing about files that are not there or hold something else."""
-    return {name: text for name, given in named_entries(directory).items() if (text := _text(given)) is not None}
+    return texts_of(named_entries(directory))
+
+
+def texts_of(entries: Mapping[str, Any]) -> dict[str, str]:
+    """Of tokens as `named_entries` has them."""
+    return {name: text for name, given in entries.items() if (text := _text(given)) is not None}
 
 
 def named_entries(directory: str | Path) -> dict[str, Any]:
@@ -54,6 +60,8 @@ def _look_up(tokenizer: dict[str, Any], text: str) -> int | None:
             return check(f"added_tokens[{nth}].id", entry.get("id") if isinstance(entry, dict) else entry, _ID)
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # of a Unigram model: [text, score], by their ids
+        return next((at for at, pair in enumerate(vocabulary) if isinstance(pair, list) and pair[:1] == [text]), None)
     found = vocabulary.get(text) if isinstance(vocabulary, dict) else None
     return check(f"model.vocab[{shown(text)}]", found, optional(_ID))
 

@@ -285,3 +285,17 @@ def test_further_choices_differ_by_their_seed_and_are_not_judged_again(monkeypat
     found = [params.choice(nth) for nth in range(3)]
     assert [one.seed for one in found] == [2**63 - 2, 2**63 - 1, -(2**63)] and params.seed == 2**63 - 2
     assert all((one.logit_bias, one.stop_token_ids) == ({3: 1.0}, (4,)) for one in found)
+
+
+def test_half_a_character_is_refused(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode at character 1"):
+        llm.generate("a\ud800")
+    assert not llm.under_way and llm.generate("a", GREEDY)[0].tokens
+
+
+def test_a_token_that_only_the_configuration_names_is_beyond_this_model(path: Path, tmp_path: Path) -> None:
+    """Which gives it the next id, as `transformers` does; it has no embedding."""
+    copy = Path(shutil.copytree(path, tmp_path / "copy"))
+    (copy / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    with pytest.raises(ValueError, match="outside of 0 to 319, the model's vocabulary"):
+        LLM(str(copy), device="cpu", kv_tokens=512).generate("a [PAD]", GREEDY)

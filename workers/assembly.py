@@ -69,8 +69,7 @@ def begin(
     engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
     engine.stats.native_kernels = int(executor.model.native)
     if executor.mesh.shard.rank == 0 and (drafter := speculate.drafter(limits, Target(executor, limits))):
-        engine.speculator = Speculator(drafter, speculate, engine.stats)
-        executor.likely, executor.hidden = drafter.likely, drafter.hidden
+        engine.speculate(Speculator(drafter, speculate, engine.stats))
     return engine
 
 

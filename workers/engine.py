@@ -72,6 +72,11 @@ class Engine:
         self._under_way: deque[tuple[StepPlan, Drawn]] = deque()
         self._planned = self._read_last = 0.0  # when a step was last planned, and read
 
+    def speculate(self, speculator: Speculator | None) -> None:
+        """From now on it drafts; None: nobody does."""
+        self.speculator, drafter = speculator, speculator.drafter if speculator else None
+        self.executor.likely, self.executor.hidden = (drafter.likely, drafter.hidden) if drafter else (0, False)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._under_way)

@@ -68,8 +68,7 @@ class Executor:
         if self.mesh.shard.size > 1:
             self.mesh.broadcast(self._plans.encode(plan))
         with computing(self.model.native):
-            hidden = self._forward(plan)
-            logits = None if hidden is None else self._logits(hidden)
+            hidden, logits = self._forward(plan)
             if logits is None:
                 return Drawn(plan, Rows(self._nothing), [], None)
             drawn = draw(logits, plan, self.likely, hidden if self.hidden else None)
@@ -86,9 +85,7 @@ class Executor:
                 return
             plan = self._plans.decode(values)
             with computing(self.model.native):
-                hidden = self._forward(plan)
-                if hidden is not None:
-                    self._logits(hidden)
+                self._forward(plan)
 
     def stop(self) -> None:
         """There will be no more steps; send the followers home."""
@@ -96,13 +93,13 @@ class Executor:
         if self.mesh.shard.size > 1:
             self.mesh.broadcast([self.STOP])
 
-    def _forward(self, plan: StepPlan) -> Tensor | None:
-        """Final hidden states of the wanted rows, [R, hidden]; None if there are none."""
+    def _forward(self, plan: StepPlan) -> tuple[Tensor | None, Tensor | None]:
+        """Final hidden states of the wanted rows [R, hidden], and on rank 0 their logits [R, vocab]."""
         if not plan.tokens:
             self.forward.idle()
-            return None
+            return None, None
         hidden = self.forward.run(plan, self._known(plan.tokens))
-        return hidden if plan.rows else None
+        return hidden, self._logits(hidden) if plan.rows else None
 
     def _logits(self, hidden: Tensor) -> Tensor | None:
         gathered = self.mesh.gather(self.model.logits(hidden))

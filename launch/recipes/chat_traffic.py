@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from stepladder.launch.recipes.chat_material import THINGS, Library, record
+from stepladder.workers.text.tokenizer import Tokenizer
 
 ASKED = (
     "What does {name} of Python's module {module} do?",
@@ -35,6 +36,13 @@ def messages(kind: str, count: int, seed: int, library: Library) -> list[str]:
             break
         made[message] = None
     raise ValueError(f"kinds: there are only {len(made)} different requests of {kind} here; {count} are wanted")
+
+
+def prompts(tokenizer: Tokenizer, kind: str, count: int, seed: int, library: Library) -> Iterator[tuple[int, ...]]:
+    """The same as a model's chats of one turn, in tokens."""
+    for message in messages(kind, count, seed, library):
+        text = tokenizer.chat([{"role": "user", "content": message}])
+        yield tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _prose(library: Library, draw: random.Random) -> Iterator[str]:

@@ -14,7 +14,7 @@ from stepladder.cluster.monitor import open_monitor
 from stepladder.launch.json_files import write_json
 from stepladder.launch.prompts import Options, read_lines
 from stepladder.launch.recipes.chat_material import Library
-from stepladder.launch.recipes.chat_traffic import KINDS, messages
+from stepladder.launch.recipes.chat_traffic import KINDS, prompts
 from stepladder.launch.recipes.convert import Source
 from stepladder.launch.recipes.training import TrainMonitor
 from stepladder.launch.typed_config import check_counts
@@ -115,14 +115,13 @@ def requests(recipe: HeadRecipe, llm: LLM) -> Iterator[Request]:
         temperature = recipe.temperatures[number % len(recipe.temperatures)]
         room = llm.engine.config.max_model_len - recipe.tokens
         params = SamplingParams(max_tokens=recipe.tokens, temperature=temperature, seed=recipe.seed + number)
-        yield Request(id=str(number), prompt=tuple(prompt[-room:]), params=params)
+        yield Request(id=str(number), prompt=prompt[-room:], params=params)
 
 
 def written(llm: LLM, asked: list[Request]) -> list[Lesson]:
     """What the target answers, in the order of the requests, under a progress bar."""
     capture, engine = Capture(), llm.engine
-    engine.speculator = Speculator(capture, SpeculateConfig(k=1))  # which is never asked for a token
-    engine.executor.hidden = True
+    engine.speculate(Speculator(capture, SpeculateConfig(k=1)))  # which is never asked for a token
     for request in asked:
         engine.add(request)
     with tqdm(total=len(asked), unit="answer") as bar:
@@ -132,18 +131,15 @@ def written(llm: LLM, asked: list[Request]) -> list[Lesson]:
     return [capture.lessons[request.id] for request in asked]
 
 
-def _prompts(recipe: HeadRecipe, llm: LLM) -> Iterator[list[int]]:
+def _prompts(recipe: HeadRecipe, llm: LLM) -> Iterator[tuple[int, ...]]:
     for file in recipe.prompts:
         for line in read_lines(Path(file), Options(recipe.model.path, {}, {})):
-            text = line.prompt if line.messages is None else llm.tokenizer.chat(line.messages)
-            yield llm.tokenizer.encode(text, add_special_tokens=line.messages is None)
+            yield line.tokens(llm.tokenizer)[1]
     if recipe.prompts:
         return
     library = Library.read()
     for kind in recipe.kinds:
-        for message in messages(kind, -(-recipe.requests // len(recipe.kinds)), recipe.seed, library):
-            text = llm.tokenizer.chat([{"role": "user", "content": message}])
-            yield llm.tokenizer.encode(text, add_special_tokens=False)
+        yield from prompts(llm.tokenizer, kind, -(-recipe.requests // len(recipe.kinds)), recipe.seed, library)
 
 
 def _taught(teacher: Teacher, seen: Lessons, judged: Lessons, recipe: HeadRecipe, directory: Path) -> dict[str, Any]:

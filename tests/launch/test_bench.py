@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.bench.serve.load import Case, apply
@@ -19,8 +18,8 @@ from stepladder.launch.report import Report, Row, at_least, at_most, publish
 from stepladder.launch.streaming import Timing
 from tests.cluster.models import write_random
 from tests.cluster.serving import Server, serve
+from tests.composed import composed
 
-CONF = Path(__file__).parents[2] / "launch" / "conf"
 # of `vllm bench serve`, as it writes them (vllm/benchmarks/serve.py), with --percentile-metrics ttft,tpot,itl,e2el
 VLLM_KEYS = {
     "date", "backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency", "duration",
@@ -42,8 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def options(server: Server, run_dir: Path, *words: str) -> ServeBench:
     given = [f"base_url={server.url}", "api_key=k", f"run_dir={run_dir}", "prompts.input_tokens=20", *words]
-    with initialize_config_dir(str(CONF), version_base=None):
-        return suite_of(compose("bench", ["suite=serve", "prompts.output_tokens=8", *given]))[0]
+    return suite_of(composed("bench", "suite=serve", "prompts.output_tokens=8", *given))[0]
 
 
 def test_a_run_has_vllms_keys_and_they_agree(

@@ -11,13 +11,13 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from stepladder.cluster.config import Deployment
 from stepladder.launch import ctl, fetch, generate
 from stepladder.launch.bench.__main__ import SUITES, suite_of
 from stepladder.launch.serve import deployment_of
 from stepladder.launch.typed_config import build, plain
+from tests.composed import composed
 from tests.fresh import SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +70,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("words", runnable("launch.serve"))
 def test_launch_serve_makes_a_deployment(words: tuple[str, ...]) -> None:
-    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
-        deployment = deployment_of(compose("serve", list(words)))
+    deployment = deployment_of(composed("serve", *words))
     assert isinstance(deployment, Deployment)
     if "+secrets=env" in words:
         assert deployment.gateway.api_key == "secret"
@@ -79,21 +78,18 @@ def test_launch_serve_makes_a_deployment(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("words", runnable("launch.bench"))
 def test_launch_bench_makes_a_suite(words: tuple[str, ...]) -> None:
-    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
-        options, _ = suite_of(compose("bench", list(words)))
+    options, _ = suite_of(composed("bench", *words))
     assert options.name in SUITES
 
 
 @pytest.mark.parametrize("words", runnable("launch.generate"))
 def test_launch_generate_makes_a_configuration(words: tuple[str, ...]) -> None:
-    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
-        assert build(generate.GenerateConfig, plain(compose("generate", list(words)))).prompts
+    assert build(generate.GenerateConfig, plain(composed("generate", *words))).prompts
 
 
 @pytest.mark.parametrize("words", runnable("launch.fetch"))
 def test_launch_fetch_makes_a_configuration(words: tuple[str, ...]) -> None:
-    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
-        assert build(fetch.FetchConfig, plain(compose("fetch", list(words)))).model.path
+    assert build(fetch.FetchConfig, plain(composed("fetch", *words))).model.path
 
 
 @pytest.mark.parametrize("words", runnable("launch.ctl"))
@@ -152,8 +148,7 @@ def test_the_rayjob_holds_together() -> None:
 def test_the_rayjobs_workers_have_room_for_the_ranks() -> None:
     job = next(o for o in yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text()) if o["kind"] == "RayJob")["spec"]
     words = shlex.split(job["entrypoint"])[2:]
-    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
-        layout = deployment_of(compose("serve", words)).layout
+    layout = deployment_of(composed("serve", *words)).layout
     gpus = 0
     for group in job["rayClusterSpec"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +27,7 @@ from stepladder.parallel.checkpoint import load_weights, sharded_parameters
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
+from tests.composed import composed
 from tests.families import FAMILIES, write_family
 from tests.gguf_files import Q8_0, byte_level, write_checkpoint, write_gguf
 from tests.llama import write_llama
@@ -49,8 +49,7 @@ FEW_STEPS = [
 
 
 def recipe(*overrides: str) -> ConvertRecipe:
-    with initialize_config_dir(str(CONF), version_base=None):
-        return recipe_of(compose("train", ["recipe=convert", *overrides]))[0]
+    return recipe_of(composed("train", "recipe=convert", *overrides))[0]
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +362,11 @@ def test_text_is_read_from_files_lines_and_directories(text: Path, tmp_path: Pat
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', "a.jsonl, line 3 has no text in the field 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "a.jsonl, line 2 has no text in the field 'text'"),
         ("a.jsonl", b"[1\n", "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 200_000, "a.jsonl, line 2: nested too deeply"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' + b"[" * 200_000,
+            "a.jsonl, line 2 is nested too deeply; at most 100 levels",
+        ),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: not valid JSON: Exceeds the limit"),
         ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text: invalid start byte at byte 0; leave it out of data"),
         ("a.txt", b"  \n", "has no text to train on"),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,13 +18,13 @@ from stepladder.parallel.heads import heads_of
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
+from tests.composed import composed
 
 DEMO = Path(__file__).parents[2] / "launch" / "demo_model"
 
 
 def recipe(*overrides: str) -> DemoRecipe:
-    with initialize_config_dir(str(DEMO.with_name("conf")), version_base=None):
-        return recipe_of(compose("train", [*overrides]))[0]
+    return recipe_of(composed("train", *overrides))[0]
 
 
 def test_the_bundled_model_beats_primed_xz_on_held_out_documents() -> None:

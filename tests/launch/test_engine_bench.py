@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.bench.engine import attention, beside, products
@@ -27,6 +26,7 @@ from stepladder.launch.report import Report, publish
 from stepladder.launch.where import BUNDLED, CONF
 from stepladder.parallel.spec import ModelSpec
 from tests.cluster.models import write_random
+from tests.composed import composed
 
 # what llama-batched-bench of llama.cpp b11434 printed, all of it
 SAMPLE = """
@@ -67,8 +67,7 @@ def llama_cpp(tmp_path: Path) -> Path:
 
 
 def options(run_dir: Path, *words: str) -> Any:
-    with initialize_config_dir(CONF, version_base=None):
-        return suite_of(compose("bench", ["suite=engine", f"run_dir={run_dir}", "repeats=1", *words]))[0]
+    return suite_of(composed("bench", "suite=engine", f"run_dir={run_dir}", "repeats=1", *words))[0]
 
 
 @pytest.fixture(scope="module")

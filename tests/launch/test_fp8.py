@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.bench.fp8 import Apart, Difference, compare, report, run
@@ -19,8 +18,8 @@ from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from tests.cluster.models import write_random
+from tests.composed import composed
 
-CONF = Path(__file__).parents[2] / "launch" / "conf"
 TEXT = [
     Document("a", "def f(x):\n    return x + 1\n" * 9),
     Document("b", "é日 and more"),
@@ -94,13 +93,12 @@ def test_differences_by_hand() -> None:
 
 def test_a_run_takes_any_model_directory(model: Path, tmp_path: Path) -> None:
     words = ["model=path", f"model.path={model}", "model.name=tiny", "held_out_bytes=1", f"run_dir={tmp_path}"]
-    with initialize_config_dir(str(CONF), version_base=None):
-        options, suite = suite_of(compose("bench", ["suite=fp8", *words]))
-        assert suite is run
-        result = run(options)
-        assert {row.case for row in result.rows} == {"tiny plain", "tiny FP8"}
-        assert result.emulated and "wiring standard, lag 0" in result.emulated
-        assert all(row.value is not None for row in result.rows)
-        for word, sentence in (("held_out_bytes=0", "held_out_bytes is 0"), ("threads=0", "threads is 0")):
-            with pytest.raises(ValueError, match=sentence):
-                suite_of(compose("bench", ["suite=fp8", *words, word]))
+    options, suite = suite_of(composed("bench", "suite=fp8", *words))
+    assert suite is run
+    result = run(options)
+    assert {row.case for row in result.rows} == {"tiny plain", "tiny FP8"}
+    assert result.emulated and "wiring standard, lag 0" in result.emulated
+    assert all(row.value is not None for row in result.rows)
+    for word, sentence in (("held_out_bytes=0", "held_out_bytes is 0"), ("threads=0", "threads is 0")):
+        with pytest.raises(ValueError, match=sentence):
+            suite_of(composed("bench", "suite=fp8", *words, word))

@@ -156,6 +156,21 @@ def test_a_wrong_option_is_one_sentence(model: Path, tmp_path: Path, name: str, 
         generate(config(model, write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}]), sampling={name: value}))
 
 
+def test_half_a_character_that_a_template_writes_is_a_row_that_says_so(model: Path, tmp_path: Path) -> None:
+    """Of arguments that are JSON in a string the file's own characters tell nothing."""
+    path = Path(shutil.copytree(model, tmp_path / "model"))
+    config_file = path / "tokenizer_config.json"
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"chat_template": template}))
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]
+    lines = [{"messages": [{"role": "assistant", "tool_calls": calls}]}, {"prompt": "fine"}]
+    wanted = config(path, write_lines(tmp_path / "p.jsonl", lines))
+    assert generate(wanted) == 1
+    got = rows(wanted.output)
+    assert "not valid Unicode at character" in got[0]["error"] and got[1]["text"]
+
+
 def test_what_cannot_be_served_is_a_row_that_says_so(model: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": "x" * 2000},
@@ -183,7 +198,10 @@ def test_what_cannot_be_served_is_a_row_that_says_so(model: Path, tmp_path: Path
         ('{"prompt": "a", "logprobs": 1}', "line 2: logprobs is not supported here"),
         ('{"prompt": "\\ud800"}', "line 2: holds half a character"),
         ('{"prompt": null}', "line 2: give either prompt or messages"),
-        ('{"prompt": "a", "id": ' + "[" * 200_000 + "]" * 200_000 + "}", "line 2: nested too deeply"),
+        (
+            '{"prompt": "a", "id": ' + "[" * 200_000 + "]" * 200_000 + "}",
+            "line 2 is nested too deeply; at most 100 levels",
+        ),
         ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 2: not valid JSON: Exceeds the limit"),
         ('{"prompt": "a", "temperature": ' + "9" * 400 + "}", "line 2: temperature is"),
         ('{"prompt": "a", "seed": "a"}', "line 2: seed is 'a': expected `int`"),

@@ -4,28 +4,25 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from stepladder.cluster.config import Deployment
 from stepladder.launch.recipes.head import run
 from stepladder.launch.serve import check_here, deployment_of
 from stepladder.launch.train import recipe_of
-from stepladder.launch.where import IMPORTED_FROM as ROOT
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.speculation.head.files import read_head
+from tests.composed import composed
 from tests.llama import write_llama
 from tests.tokenizers_of import write_byte_level
 
 
 def recipe(*words: str) -> tuple:  # type: ignore[type-arg]
-    with initialize_config_dir(str(Path(ROOT) / "launch" / "conf"), version_base=None):
-        return recipe_of(compose("train", ["recipe=head", *words]))
+    return recipe_of(composed("train", "recipe=head", *words))
 
 
 def serving(model: Path, head: Path) -> Deployment:
-    with initialize_config_dir(str(Path(ROOT) / "launch" / "conf"), version_base=None):
-        words = ["model=path", f"model.path={model}", "model.name=m", "speculate=hybrid", f"speculate.model={head}"]
-        return deployment_of(compose("serve", words))
+    words = ["model=path", f"model.path={model}", "model.name=m", "speculate=hybrid", f"speculate.model={head}"]
+    return deployment_of(composed("serve", *words))
 
 
 def test_a_head_is_taught_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

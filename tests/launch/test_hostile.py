@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.bench.hostile import connections
@@ -28,6 +27,7 @@ from stepladder.launch.bench.hostile.starved import Starvation
 from stepladder.launch.bench.hostile.suite import AFTER, ATTACKED, FIRST, SECOND, Seen, report
 from tests.cluster.models import write_random
 from tests.cluster.serving import Server, serve
+from tests.composed import composed
 
 ROOT = Path(__file__).parents[2]
 TARGET = Target("org/tiny", 20_000)
@@ -159,8 +159,7 @@ def test_time_without_a_processor() -> None:
 
 
 def options(*words: str) -> HostileBench:
-    with initialize_config_dir(str(ROOT / "launch" / "conf"), version_base=None):
-        return suite_of(compose("bench", ["suite=hostile", "run_dir=/tmp/none", *words]))[0]
+    return suite_of(composed("bench", "suite=hostile", "run_dir=/tmp/none", *words))[0]
 
 
 def seen() -> Seen:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.bench.speculate.learning import Together
@@ -23,14 +22,13 @@ from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.drafter import Verified
 from stepladder.workers.speculation.drafters.ngram import NGram
 from stepladder.workers.speculation.drafters.recycling import Recycling
+from tests.composed import composed
 
-CONF = Path(__file__).parents[2] / "launch" / "conf"
 SMALL = ["model=demo", "threads=1", "warm=8", "requests=2", "tokens=12", "kinds=[code]", "batches=[1,2]", "fixed=[2]"]
 
 
 def options(run_dir: Path, *words: str) -> SpeculateBench:
-    with initialize_config_dir(str(CONF), version_base=None):
-        return suite_of(compose("bench", ["suite=speculate", f"run_dir={run_dir}", *words]))[0]
+    return suite_of(composed("bench", "suite=speculate", f"run_dir={run_dir}", *words))[0]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
 from ray.exceptions import GetTimeoutError
 
 from stepladder.launch.bench.__main__ import suite_of
@@ -22,8 +21,8 @@ from stepladder.launch.report import publish
 from stepladder.workers.actors import Sign
 from stepladder.workers.engine import EngineStats
 from stepladder.workers.engine_rank import EngineFigures
+from tests.composed import composed
 
-CONF = Path(__file__).parents[2] / "launch" / "conf"
 COUNTERS = {"engine-0": {"generation_tokens": 0, "running": 0, "waiting": 0}}
 KILL, STOP = "SIGKILL rank 1", "SIGSTOP rank 1"
 
@@ -195,6 +194,5 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, given: dict[s
 
 def test_the_options_defaults_are_those_of_the_file(tmp_path: Path) -> None:
     """What differs from them is what somebody gave."""
-    with initialize_config_dir(str(CONF), version_base=None):
-        config, _ = suite_of(compose("bench", ["suite=failures", f"run_dir={tmp_path}"]))
+    config, _ = suite_of(composed("bench", "suite=failures", f"run_dir={tmp_path}"))
     assert config == options(tmp_path)

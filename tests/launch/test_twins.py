@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import stepladder.launch.recipes.twins
 from stepladder import LLM, SamplingParams
@@ -14,9 +13,9 @@ from stepladder.launch.recipes.twins import TwinsRecipe, run
 from stepladder.launch.recipes.twins_report import losses, report_of
 from stepladder.launch.train import recipe_of
 from stepladder.parallel.spec import ModelSpec
+from tests.composed import composed
 from tests.tokenizers_of import write_byte_level
 
-CONF = Path(__file__).parents[2] / "launch" / "conf"
 SMALL = [
     "model.hidden_size=32",
     "model.head_dim=8",
@@ -32,8 +31,7 @@ SMALL = [
 
 
 def recipe(*overrides: str) -> TwinsRecipe:
-    with initialize_config_dir(str(CONF), version_base=None):
-        return recipe_of(compose("train", ["recipe=twins", *overrides]))[0]
+    return recipe_of(composed("train", "recipe=twins", *overrides))[0]
 
 
 @pytest.fixture(scope="module")

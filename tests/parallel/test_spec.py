@@ -200,6 +200,8 @@ def test_eos_ids_come_from_the_generation_config_where_it_names_them(copy: Path)
         ({"eos_token": "a"}, {"added_tokens": [{"id": 5, "content": "a"}]}, (5,)),
         ({"eos_token": "a"}, {"added_tokens": [{"id": 10**6, "content": "a"}]}, (5,)),
         ({"eos_token": None}, {"model": {"vocab": [["a", -1.0]]}}, (5,)),
+        ({"eos_token": "b"}, {"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}, (5, 1)),
+        ({"eos_token": "b"}, {"model": {"type": "Unigram", "vocab": [["a", -1.0], 5, ["c"]]}}, (5,)),
         ([], {}, (5,)),
     ],
 )

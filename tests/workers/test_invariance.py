@@ -19,7 +19,6 @@ from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.executor import Executor
 from stepladder.workers.limits import SchedulerConfig
-from tests.decoding import logits_of
 from tests.llama import write_llama
 
 COUNT, LENGTH, WATCHED = 16, 24, 7
@@ -58,7 +57,7 @@ class Watching:
         self.executor, self.seed, self.logits = executor, seed, {}
 
     def submit(self, plan: Any) -> Any:
-        logits = logits_of(self.executor, plan)
+        _, logits = self.executor._forward(plan)
         for sample in plan.samples:
             if sample.params.seed == self.seed:
                 self.logits[sample.position] = logits[sample.row].clone()

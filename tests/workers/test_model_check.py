@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from stepladder import LLM
 from stepladder.launch.serve import check_here, deployment_of
-from stepladder.launch.where import CONF
 from stepladder.parallel.checkpoint import check_weights, sharded_parameters
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.shards import Shard
@@ -23,6 +21,7 @@ from stepladder.workers.config import EngineConfig
 from stepladder.workers.memory import available
 from stepladder.workers.model_check import check_memory, check_model, recommended_params
 from tests.cluster.models import write_random
+from tests.composed import composed
 
 HUGE = "1" + "0" * 400
 NUMBERS = ["null", '"1024"', "1024.5", "-1", "0", "true", HUGE, "NaN", "Infinity", "[1]", "{}"]
@@ -296,9 +295,7 @@ def test_ranks_of_one_machine_count_together(copy: Path) -> None:
 
 def test_the_driver_asks_before_anything_is_started(copy: Path) -> None:
     def ask(path: Path | str, *words: str) -> None:
-        with initialize_config_dir(CONF, version_base=None):
-            options = [f"model={{path: '{path}', name: m}}", *words]
-            check_here(deployment_of(compose("serve", options)))
+        check_here(deployment_of(composed("serve", f"model={{path: '{path}', name: m}}", *words)))
 
     ask(copy)
     ask(copy / "nowhere")  # other machines may have it

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from stepladder.workers.core import Sequence
 
-__all__ = ["Draft", "Drafter", "Verified", "agreeing"]
+__all__ = ["Draft", "Drafter", "OpenDraft", "Verified", "agreeing"]
 
 
 class Draft(NamedTuple):
@@ -21,6 +21,28 @@ class Draft(NamedTuple):
     tokens: list[int]
     confidence: list[float]
     version: int = 0
+
+
+class OpenDraft:
+    """A draft under way: it ends where all of it would be right with less than a probability.
+
+    Args:
+        most: tokens that it may have. threshold: that probability. version: of the drafter.
+    """
+
+    def __init__(self, most: int, threshold: float, version: int = 0) -> None:
+        self.made, self.most, self.threshold = Draft([], [], version), most, threshold
+        self._chance = 1.0
+
+    def take(self, token: int, sure: float) -> bool:
+        """Go on with a token that is right with probability `sure` if all before it are. False: the draft has ended,
+        with it or before it."""
+        self._chance *= sure
+        if self._chance < self.threshold or len(self.made.tokens) >= self.most:
+            return False
+        self.made.tokens.append(token)
+        self.made.confidence.append(sure)
+        return len(self.made.tokens) < self.most
 
 
 class Verified(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from stepladder.parallel.special_tokens import named_entries, named_tokens
+from stepladder.parallel.special_tokens import named_entries, texts_of
 from stepladder.parallel.typed_json import (
     LONG_TEXT,
     TEXT,
@@ -61,10 +61,10 @@ class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         self.fast = read_tokenizer(Path(directory) / "tokenizer.json")
         self._config = _tokenizer_config(Path(directory) / "tokenizer_config.json")
-        add_configured(self.fast, self._config, named_entries(directory))
+        add_configured(self.fast, self._config, entries := named_entries(directory))
         self._chat_templates = _chat_templates(Path(directory), self._config)
         self._templates: dict[str, ChatTemplate] = {}
-        self._named = named_tokens(directory)
+        self._named = texts_of(entries)
         self._added = self.fast.get_added_tokens_decoder()
         self._special = {token for token, entry in self._added.items() if entry.special}
 

@@ -7,7 +7,7 @@ from stepladder.launch.recipes.chat_traffic import KINDS
 from stepladder.launch.typed_config import check_counts
 from stepladder.workers.speculation.config import COUPLED, OFF, REJECTION, SpeculateConfig
 from stepladder.workers.speculation.kinds import KINDS as DRAFTERS
-from stepladder.workers.speculation.kinds import WITH_WEIGHTS
+from stepladder.workers.speculation.kinds import WITH_HEAD
 
 MODEL = "model"  # the drafter that is a model itself
 LONGEST = 256  # tokens of a prompt
@@ -74,7 +74,7 @@ class SpeculateBench:
 
     def speculate(self, drafter: str = OFF, k: int | None = None) -> SpeculateConfig:
         """Raises ValueError if the number of tokens or the threshold cannot be."""
-        model = self.draft_model if drafter == MODEL else self.draft_head if drafter in WITH_WEIGHTS else None
+        model = self.draft_model if drafter == MODEL else self.draft_head if drafter in WITH_HEAD else None
         return SpeculateConfig(kind=drafter, k=k, rule=self.rule, threshold=self.threshold, model=model)
 
     @property

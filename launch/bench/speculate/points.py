@@ -13,7 +13,7 @@ from stepladder.launch.bench.speculate.options import LONGEST, SpeculateBench
 from stepladder.launch.bench.speculate.turns import Side, take_turns
 from stepladder.launch.bench.speculate.watched import Watched
 from stepladder.launch.recipes.chat_material import Library
-from stepladder.launch.recipes.chat_traffic import messages
+from stepladder.launch.recipes.chat_traffic import prompts
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
 from stepladder.workers.speculation.drafter import Drafter
@@ -104,13 +104,11 @@ class Requests(NamedTuple):
         """Answers end where the model ends them."""
         largest = max(config.batches)
         settling, measured = max(SETTLED, largest), max(config.requests, largest)
-        asked = messages(kind, config.warm + settling + measured, config.seed, library)
         made = []
-        for number, message in enumerate(asked):
-            text = llm.tokenizer.chat([{"role": "user", "content": message}])
-            prompt = tuple(llm.tokenizer.encode(text, add_special_tokens=False)[-LONGEST:])
+        asked = prompts(llm.tokenizer, kind, config.warm + settling + measured, config.seed, library)
+        for number, prompt in enumerate(asked):
             params = SamplingParams(max_tokens=config.tokens, temperature=temperature, seed=number)
-            made.append(Request(id=str(number), prompt=prompt, params=params))
+            made.append(Request(id=str(number), prompt=prompt[-LONGEST:], params=params))
         return cls(made[: config.warm], made[config.warm : -measured], made[-measured:])
 
 

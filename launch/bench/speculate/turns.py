@@ -33,13 +33,11 @@ class Side:
 
     def serve(self, engine: Engine, requests: Seq[Request]) -> Served:
         """Serve a batch alone, with none of its prompts known."""
-        engine.speculator, executor = self.speculator, engine.executor
-        if self.speculator:
-            executor.likely, executor.hidden = self.speculator.drafter.likely, self.speculator.drafter.hidden
+        engine.speculate(self.speculator)
         try:
             return serve(engine, requests)
         finally:
-            engine.speculator, executor.likely, executor.hidden = None, 0, False
+            engine.speculate(None)
 
 
 def serve(engine: Engine, requests: Seq[Request]) -> Served:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stepladder import LLM
 from stepladder.kernels.noise import gumbel
 from stepladder.parallel.checkpoint import fingerprints
-from stepladder.parallel.mesh import Mesh, SingleRank
+from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.assembly import whole_executor
 from stepladder.workers.core import Request, SamplingParams, Sequence
@@ -24,6 +24,7 @@ from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.drafter import Verified, agreeing
 from stepladder.workers.speculation.drafters.head import Cell, Foreseen, HeadDrafter
 from stepladder.workers.speculation.drafters.hybrid import Hybrid
+from stepladder.workers.speculation.drafters.lookup import Guess
 from stepladder.workers.speculation.drafters.suffix import Suffix
 from stepladder.workers.speculation.head.files import Head, Manifest, read_head, write_head
 from stepladder.workers.speculation.head.lessons import Capture, Lessons
@@ -33,29 +34,15 @@ from stepladder.workers.speculation.head.vocabulary import TargetVocabulary, mos
 from tests.llama import write_llama
 from tests.ranks import run_ranks
 from tests.tokenizers_of import write_byte_level
-from tests.workers.speculation.test_coupled import LIMITS, Fickle, Texts, requests, serve
+from tests.workers.speculation.serving import LIMITS, Texts, requests, serve
+from tests.workers.speculation.test_coupled import Fickle
 
 VOCAB, HIDDEN, DRAFTED = 101, 32, 60
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("head"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def executor(directory: Path) -> Executor:
-    return whole_executor(ModelSpec.load(directory), str(directory), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)
-
-
-@pytest.fixture(scope="module")
 def target(directory: Path) -> TargetVocabulary:
     return TargetVocabulary(ModelSpec.load(directory), directory)
-
-
-@pytest.fixture(scope="module")
-def plain(executor: Executor) -> Texts:
-    return serve(executor, requests())[0]
 
 
 def random_head(directory: Path, seed: int = 0) -> Head:
@@ -202,8 +189,6 @@ class Scripted(Suffix):
         self.calibration.rates = [sure] * len(self.calibration.rates)
 
     def guess(self, state: Any, context: list[int], most: int) -> Any:
-        from stepladder.workers.speculation.drafters.lookup import Guess
-
         self.asked.append(context[-1])
         return [Guess(token, 0) for token in self.found.get(context[-1], [])[:most]]
 

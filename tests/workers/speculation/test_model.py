@@ -9,16 +9,12 @@ from stepladder.parallel.mesh import SingleRank
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.assembly import begin, whole_executor
 from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.executor import Executor
 from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.drafters.model import ModelDrafter
 from stepladder.workers.text.tokenizer import Tokenizer
 from tests.llama import write_llama
-from tests.workers.speculation.test_coupled import LIMITS, requests, serve
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("target"), seed=3)
+from tests.workers.speculation.serving import LIMITS, Texts, requests, serve
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +29,22 @@ def drafter(path: Path, threshold: float = 0.0, **limits: int) -> ModelDrafter:
 
 
 @pytest.mark.parametrize("max_step_tokens", [8, 64])
-def test_a_model_that_drafts_for_itself_is_always_right(target: Path, max_step_tokens: int) -> None:
+def test_a_model_that_drafts_for_itself_is_always_right(
+    executor: Executor, plain: Texts, directory: Path, max_step_tokens: int
+) -> None:
     """Greedy and sampled: the noise is the same. With eight tokens a step, prompts come in parts."""
-    executor = whole_executor(ModelSpec.load(target), str(target), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)
-    plain = serve(executor, requests())[0]
-    texts, engine = serve(executor, requests(), made := drafter(target, max_step_tokens=max_step_tokens), 4)
+    texts, engine = serve(executor, requests(), made := drafter(directory, max_step_tokens=max_step_tokens), 4)
     assert texts == plain and engine.stats.draft_tokens > 50
     free = [  # a drafter bars nothing, and does not see where a text ends
         replace(r, params=replace(r.params, ignore_eos=True, stop_token_ids=(), min_tokens=0, logit_bias={}))
         for r in requests()
     ]
-    _, engine = serve(executor, free, drafter(target, max_step_tokens=max_step_tokens), 4)
+    _, engine = serve(executor, free, drafter(directory, max_step_tokens=max_step_tokens), 4)
     assert engine.stats.accepted_tokens == engine.stats.draft_tokens > 50
     assert not made.states and made.blocks.num_free == LIMITS.num_blocks, "whoever has left leaves nothing"
 
 
-def test_another_model_changes_no_text(target: Path, other: Path) -> None:
-    executor = whole_executor(ModelSpec.load(target), str(target), SingleRank(), LIMITS.num_blocks, LIMITS.block_size)
-    plain = serve(executor, requests())[0]
+def test_another_model_changes_no_text(executor: Executor, plain: Texts, other: Path) -> None:
     for threshold, limits in ((0.0, {}), (0.3, {}), (0.0, {"num_blocks": 18})):
         texts, engine = serve(executor, requests(), drafter(other, threshold, **limits), 5)
         assert texts == plain and 0 < engine.stats.accepted_tokens < engine.stats.draft_tokens
@@ -58,9 +52,9 @@ def test_another_model_changes_no_text(target: Path, other: Path) -> None:
     assert texts == plain and engine.stats.preemptions
 
 
-def test_another_vocabulary_is_refused(target: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_refused(directory: Path, tmp_path: Path) -> None:
     path = write_llama(tmp_path, vocab_size=99)
-    executor = whole_executor(ModelSpec.load(target), str(target), SingleRank())
+    executor = whole_executor(ModelSpec.load(directory), str(directory), SingleRank())
     speculate = SpeculateConfig(kind="model", model=str(path))
     with pytest.raises(ValueError, match=r"speculate.model has 99 tokens, the model that it drafts for 101; it must"):
         begin(executor, EngineConfig(), KvConfig(), 4096, Tokenizer, speculate)  # type: ignore[arg-type]

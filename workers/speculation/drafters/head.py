@@ -9,7 +9,7 @@ from torch import Tensor
 from stepladder.kernels.cpu.native import Projection, computing
 from stepladder.kernels.transfer import upload
 from stepladder.workers.core import Sample, Sequence
-from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
+from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified, agreeing
 from stepladder.workers.speculation.drafters.calibration import Calibration
 from stepladder.workers.speculation.head.files import Head
 from stepladder.workers.speculation.head.net import seen
@@ -91,26 +91,17 @@ class HeadDrafter(Drafter):
         self._guesses: dict[str, list[tuple[int, Foreseen]]] = {}  # by request: with their places in the last draft
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        drafts = [Draft([], [], self.version) for _ in sequences]
-        chances = [1.0] * len(sequences)
-        going = [i for i, limit in enumerate(most) if limit > 0 and self.knows(sequences[i])]
-        if not going:
-            return drafts
+        drafts = [OpenDraft(limit, self.threshold, self.version) for limit in most]
+        going = [(s, d) for s, d in zip(sequences, drafts, strict=True) if d.most > 0 and self.knows(s)]
         with computing(self.cell.native):
-            state = self.begin([sequences[i] for i in going])
-            while going:
-                last = [(drafts[i].tokens or sequences[i].tokens)[-1] for i in going]
-                state, kept = self.cell.step(state, upload(last, state.device)), []
-                ends = [(sequences[i], drafts[i].tokens) for i in going]
-                for place, (i, (token, sure, _)) in enumerate(zip(going, self.foresee(state, ends), strict=True)):
-                    chances[i] *= sure
-                    if chances[i] >= self.threshold:
-                        drafts[i].tokens.append(token)
-                        drafts[i].confidence.append(sure)
-                        if len(drafts[i].tokens) < most[i]:
-                            kept.append(place)
-                going, state = [going[place] for place in kept], state[kept]
-        return drafts
+            state = self.begin([sequence for sequence, _ in going]) if going else None
+            while state is not None and going:
+                last = [(draft.made.tokens or sequence.tokens)[-1] for sequence, draft in going]
+                state = self.cell.step(state, upload(last, state.device))
+                found = self.foresee(state, [(sequence, draft.made.tokens) for sequence, draft in going])
+                kept = [i for i, (_, draft) in enumerate(going) if draft.take(found[i].token, found[i].sure)]
+                going, state = [going[i] for i in kept], state[kept]
+        return [draft.made for draft in drafts]
 
     def knows(self, sequence: Sequence) -> bool:
         """Whether the hidden state that its last token was drawn from is known."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from stepladder.kernels.cpu.native import computing
 from stepladder.kernels.transfer import upload
 from stepladder.workers.core import Sequence
-from stepladder.workers.speculation.drafter import Draft, Drafter, Verified
+from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified
 from stepladder.workers.speculation.drafters.head import Foreseen, HeadDrafter
 from stepladder.workers.speculation.drafters.lookup import Guess, Lookup, State
 
@@ -22,21 +22,23 @@ class _Open:
     """A draft under way.
 
     Attributes:
-        most: tokens that it may have. known: what the lookup keeps of the sequence. chain: what it found for the tokens
-            from place `at` of the draft on. state: the head's, which has read `read` tokens: the sequence's last one,
-            then those of the draft; None if it knows nothing of this sequence. chance: of all that is drafted.
+        known: what the lookup keeps of the sequence. chain: what it found for the tokens from place `at` of the draft
+            on. state: the head's, which has read `read` tokens: the sequence's last one, then those of the draft; None
+            if it knows nothing of this sequence.
     """
 
     sequence: Sequence
-    draft: Draft
-    most: int
+    draft: OpenDraft
     known: State
     chain: list[Guess]
     state: Tensor | None
     at: int = 0
     read: int = 0
-    chance: float = 1.0
-    is_over: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those drafted so far."""
+        return self.draft.made.tokens
 
     @property
     def known_state(self) -> Tensor:
@@ -45,7 +47,7 @@ class _Open:
 
     @property
     def next_unread(self) -> int:
-        return self.draft.tokens[self.read - 1] if self.read else self.sequence.tokens[-1]
+        return self.tokens[self.read - 1] if self.read else self.sequence.tokens[-1]
 
 
 class Hybrid(Drafter):
@@ -62,20 +64,17 @@ class Hybrid(Drafter):
         self.lookup, self.head, self.version = lookup, head, head.version
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        drafts = [Draft([], [], self.version) for _ in sequences]
+        drafts = [OpenDraft(limit, self.head.threshold, self.version) for limit in most]
+        pairs = zip(sequences, drafts, strict=True)
         with computing(self.head.cell.native):
-            able = [i for i, limit in enumerate(most) if limit > 0 and not sequences[i].is_drawing]
-            going = [self._begin(sequences[i], drafts[i], most[i]) for i in able]
+            going = [self._begin(s, draft) for s, draft in pairs if draft.most > 0 and not s.is_drawing]
             while going:
-                guesses = [self._guess(each) for each in going]
-                asked = [
-                    e for e, guess in zip(going, guesses, strict=True) if guess.sure < SURE and e.state is not None
-                ]
-                foreseen = {id(each): found for each, found in zip(asked, self._foresee(asked), strict=True)}
-                for each, guess in zip(going, guesses, strict=True):
-                    self._take(each, max(guess, foreseen.get(id(each), guess), key=lambda found: found.sure))
-                going = [each for each in going if not each.is_over]
-        return drafts
+                found = [self._guess(each) for each in going]
+                asked = [i for i, each in enumerate(going) if found[i].sure < SURE and each.state is not None]
+                for i, foreseen in zip(asked, self._foresee([going[i] for i in asked]), strict=True):
+                    found[i] = max(found[i], foreseen, key=lambda one: one.sure)
+                going = [each for each, one in zip(going, found, strict=True) if self._take(each, one)]
+        return [draft.made for draft in drafts]
 
     def observe(self, verified: list[Verified]) -> None:
         self.lookup.observe(verified)
@@ -85,19 +84,19 @@ class Hybrid(Drafter):
         self.lookup.forget(sequence)
         self.head.forget(sequence)
 
-    def _begin(self, sequence: Sequence, draft: Draft, most: int) -> _Open:
+    def _begin(self, sequence: Sequence, draft: OpenDraft) -> _Open:
         known = self.lookup.follow(sequence)
-        known.guesses = self.lookup.guess(known, sequence.tokens[-known.own.depth :], most)
+        known.guesses = self.lookup.guess(known, sequence.tokens[-known.own.depth :], draft.most)
         state = self.head.begin([sequence])[0] if self.head.knows(sequence) else None
-        return _Open(sequence, draft, most, known, known.guesses, state)
+        return _Open(sequence, draft, known, known.guesses, state)
 
     def _guess(self, each: _Open) -> Foreseen:
         """What is looked up for the next token, as long as the draft has followed what was found, without looking
         again."""
-        place, depth = len(each.draft.tokens), each.known.own.depth
+        place, depth = len(each.tokens), each.known.own.depth
         if place > each.at and place - each.at >= len(each.chain):
-            context = [*each.sequence.tokens[-depth:], *each.draft.tokens][-depth:]
-            each.chain, each.at = self.lookup.guess(each.known, context, each.most - place), place
+            context = [*each.sequence.tokens[-depth:], *each.tokens][-depth:]
+            each.chain, each.at = self.lookup.guess(each.known, context, each.draft.most - place), place
         if not each.chain:
             return Foreseen(-1, 0.0)
         token, kind = each.chain[place - each.at]
@@ -108,23 +107,18 @@ class Hybrid(Drafter):
         if not asked:
             return []
         behind = asked
-        while behind := [each for each in behind if each.read <= len(each.draft.tokens)]:
+        while behind := [each for each in behind if each.read <= len(each.tokens)]:
             states = torch.stack([each.known_state for each in behind])
             states = self.head.cell.step(states, upload([each.next_unread for each in behind], states.device))
             for each, state in zip(behind, states, strict=True):
                 each.state, each.read = state, each.read + 1
         states = torch.stack([each.known_state for each in asked])
-        return self.head.foresee(states, [(each.sequence, each.draft.tokens) for each in asked])
+        return self.head.foresee(states, [(each.sequence, each.tokens) for each in asked])
 
-    def _take(self, each: _Open, found: Foreseen) -> None:
-        """Go on with it, or end the draft."""
-        each.chance *= found.sure
-        each.is_over = each.chance < self.head.threshold or not found.sure
-        if each.is_over:
-            return
-        place = len(each.draft.tokens)
+    @staticmethod
+    def _take(each: _Open, found: Foreseen) -> bool:
+        """Whether the draft goes on behind it."""
+        place = len(each.tokens)
         if place - each.at < len(each.chain) and each.chain[place - each.at].token != found.token:
             each.chain, each.at = [], place  # it leaves what was found
-        each.draft.tokens.append(found.token)
-        each.draft.confidence.append(found.sure)
-        each.is_over = len(each.draft.tokens) == each.most
+        return found.sure > 0 and each.draft.take(found.token, found.sure)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from stepladder.workers.core import Sequence
 from stepladder.workers.params import check
-from stepladder.workers.speculation.drafter import Draft, Drafter, Verified
+from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified
 from stepladder.workers.speculation.drafters.calibration import Calibration
 from stepladder.workers.speculation.drafters.occurrences import Occurrences
 
@@ -90,16 +90,10 @@ class Lookup(Drafter):
         if most <= 0 or sequence.is_drawing:
             return Draft([], [], self.version)
         state = self.follow(sequence)
-        state.guesses = self.guess(state, sequence.tokens[-state.own.depth :], most)
-        tokens: list[int] = []
-        confidence: list[float] = []
-        product = 1.0
-        for at, (token, kind) in enumerate(state.guesses):
-            rate = self.calibration.rates[kind]
-            product *= rate
-            if product < self.threshold:
-                state.guesses = state.guesses[: at + 1]
+        guesses = self.guess(state, sequence.tokens[-state.own.depth :], most)
+        draft = OpenDraft(most, self.threshold, self.version)
+        for token, kind in guesses:
+            if not draft.take(token, self.calibration.rates[kind]):
                 break
-            tokens.append(token)
-            confidence.append(rate)
-        return Draft(tokens, confidence, self.version)
+        state.guesses = guesses[: len(draft.made.tokens) + 1]
+        return draft.made

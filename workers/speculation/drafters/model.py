@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from stepladder.workers.blocks import BlockManager
 from stepladder.workers.core import Sample, Sequence, StepPlan
 from stepladder.workers.limits import SchedulerConfig
-from stepladder.workers.speculation.drafter import Draft, Drafter, Verified
+from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified
 
 __all__ = ["ModelDrafter", "Runner"]
 
@@ -57,25 +57,19 @@ class ModelDrafter(Drafter):
         self.states: dict[str, _State] = {}
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        drafts = [Draft([], [], self.version) for _ in sequences]
-        chances = [1.0] * len(sequences)
+        under_way = [OpenDraft(limit, self.threshold, self.version) for limit in most]
+        drafts = [each.made for each in under_way]
         going = [i for i, (sequence, limit) in enumerate(zip(sequences, most, strict=True)) if limit > 0]
-        for place in range(max(most, default=0)):
+        while going:
             step, budget = list[_Part](), self.limits.max_step_tokens
             for i in going:
-                pending = self._pending(sequences[i], drafts[i].tokens) if place < most[i] else []
+                pending = self._pending(sequences[i], drafts[i].tokens)
                 if part := pending[:budget]:
                     step.append(_Part(i, part, len(part) == len(pending)))
                     budget -= len(part)
             if not step:
                 break
-            going = []
-            for i, token, sure in self._run(sequences, drafts, step):
-                chances[i] *= sure
-                if chances[i] >= self.threshold:
-                    drafts[i].tokens.append(token)
-                    drafts[i].confidence.append(sure)
-                    going.append(i)
+            going = [i for i, token, sure in self._run(sequences, drafts, step) if under_way[i].take(token, sure)]
         return drafts
 
     def observe(self, verified: list[Verified]) -> None:

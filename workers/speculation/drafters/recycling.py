@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 
 from stepladder.workers.core import Sequence
 from stepladder.workers.params import check
-from stepladder.workers.speculation.drafter import Draft, Drafter, Verified
+from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified
 from stepladder.workers.speculation.drafters.calibration import Calibration
 
 __all__ = ["Recycling"]
@@ -57,13 +57,7 @@ class Recycling(Drafter):
                 self.calibration.learn(token, self.successors[token] == successor)
 
     def _chain(self, token: int, most: int) -> Draft:
-        draft = Draft([], [], self.version)
-        product = 1.0
-        while len(draft.tokens) < most and (successor := self.successors[token]) != UNKNOWN:
-            product *= self.calibration.rates[token]
-            if product < self.threshold:
-                break
-            draft.tokens.append(successor)
-            draft.confidence.append(self.calibration.rates[token])
+        draft = OpenDraft(most, self.threshold, self.version)
+        while (successor := self.successors[token]) != UNKNOWN and draft.take(successor, self.calibration.rates[token]):
             token = successor
-        return draft
+        return draft.made
