@@ -10,6 +10,7 @@ OFF = "off"
 AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
 RULES = (AUTO, COUPLED, REJECTION)
 LONGEST = 32  # tokens of a draft
+FREE, COSTLY = 0.05, 0.25  # thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class SpeculateConfig:
         rule: `coupled` gives exactly plain decoding's text whoever drafts; `rejection` keeps only its distribution, and
             accepts more of what is sampled; `auto` is coupled where the text must be the same: greedy, with a seed, or
             going on after a replay.
-        threshold: a drafter stops where it is less sure than this of its next token.
+        threshold: a draft ends where all of it would be right with less than this probability; null takes 0.05 where a
+            further token costs nothing to draft, since goodput cuts drafts anyway, and 0.25 where weights are read for it.
         memory: tokens of what this engine has written that `suffix` and `hybrid` remember, some 60 bytes each.
         model: of `model`, a directory with the same tokenizer; of `head` and `hybrid`, one that `launch.train
             recipe=head` has made for this model.
@@ -37,7 +39,7 @@ class SpeculateConfig:
     k: int | None = None
     max_k: int = 8
     rule: str = AUTO
-    threshold: float = 0.25
+    threshold: float | None = None
     memory: int = 1 << 18
     model: str | None = None
 
@@ -49,7 +51,7 @@ class SpeculateConfig:
         for name, value in (("k", self.k), ("max_k", self.max_k)):
             if value is not None and not 1 <= value <= LONGEST:
                 raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
         if (self.kind in WITH_WEIGHTS) != (self.model is not None):
             raise ValueError(
@@ -61,7 +63,8 @@ class SpeculateConfig:
 
     def drafter(self, limits: SchedulerConfig, target: Target) -> Drafter | None:
         """Who drafts for an engine with these limits; ValueError if its directory is unusable."""
-        seat = Seat(self.threshold, self.memory, self.model, limits, target)
+        free, costly = (FREE, COSTLY) if self.threshold is None else (self.threshold, self.threshold)
+        seat = Seat(free, costly, self.memory, self.model, limits, target)
         return KINDS[self.kind](seat) if self.is_on else None
 
     @property

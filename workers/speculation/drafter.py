@@ -32,13 +32,13 @@ class OpenDraft:
 
     def __init__(self, most: int, threshold: float, version: int = 0) -> None:
         self.made, self.most, self.threshold = Draft([], [], version), most, threshold
-        self._chance = 1.0
+        self.chance = 1.0  # that all of it is right
 
     def take(self, token: int, sure: float) -> bool:
         """Go on with a token that is right with probability `sure` if all before it are. False: the draft has ended,
         with it or before it."""
-        self._chance *= sure
-        if self._chance < self.threshold or len(self.made.tokens) >= self.most:
+        self.chance *= sure
+        if self.chance < self.threshold or len(self.made.tokens) >= self.most:
             return False
         self.made.tokens.append(token)
         self.made.confidence.append(sure)

@@ -5,33 +5,40 @@ that the best n tokens of all drafts together are simply the n likeliest; what i
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from stepladder.workers.speculation.step_time import StepTime
 
 GAIN = 1.02  # drafting must promise so much more than not drafting
 
 
-def best_lengths(
-    chances: Sequence[Sequence[float]], tokens: int, context: int, step_time: StepTime, draft_seconds: float = 0.0
-) -> list[int]:
+class Choice(NamedTuple):
+    """lengths: tokens of each draft that are worth verifying. gain: expected tokens per second over those of a step
+    without drafts; what drafting itself takes is spent by then, and not counted."""
+
+    lengths: list[int]
+    gain: float
+
+
+def best_lengths(chances: Sequence[Sequence[float]], tokens: int, context: int, step_time: StepTime) -> Choice:
     """How many tokens of each draft the next step should verify.
 
     Args:
         chances: of each draft that its first, first two, ... tokens are accepted.
         tokens, context: of the step without drafts; each of the drafts' sequences has one of these tokens.
-        draft_seconds: what drafting costs, if it is done at all.
     """
     ranked = sorted(((chance, i) for i, each in enumerate(chances) for chance in each), key=lambda pair: -pair[0])
     plain = step_time(tokens, context)
     if not ranked or not plain:
-        return [len(each) for each in chances]  # nothing is known yet: find out
-    best, most, gained = 0, GAIN * len(chances) / plain, float(len(chances))
+        return Choice([len(each) for each in chances], 1.0)  # nothing is known yet: find out
+    rate = len(chances) / plain
+    best, most, gained = 0, GAIN * rate, float(len(chances))
     for count, (chance, _) in enumerate(ranked, 1):
         gained += chance
-        goodput = gained / (step_time(tokens + count, context) + draft_seconds)
+        goodput = gained / step_time(tokens + count, context)
         if goodput > most:
             best, most = count, goodput
     lengths = [0] * len(chances)
     for _, index in ranked[:best]:
         lengths[index] += 1
-    return lengths
+    return Choice(lengths, most / rate if best else 1.0)

@@ -18,7 +18,8 @@ TRIAL = 8  # steps of a trial: the lengths that it tries, one after the other
 REST = 32  # steps without drafts after one that has not paid; twice as many each time, up to the longest
 LONGEST_REST = 1024
 LOOK = 64  # steps between two that try another length while drafting pays
-KEPT = 0.9
+KEPT = 0.95  # of what drafting has given and cost, at each step that asks for drafts
+JUDGED = 16  # such steps before drafting may be given up
 SHOWN = 3  # places of a draft whose acceptance is told
 
 
@@ -50,7 +51,7 @@ class Speculator:
         self.drafter, self.config, self.stats = drafter, config, stats or SpeculationStats()
         self.step_time, self.acceptance = StepTime(), Acceptance()
         self._proposed: dict[str, Draft] = {}
-        self._draft_seconds = 0.0  # of proposing, lately
+        self._asked, self._worth = 0, 0.0  # steps that asked since the last rest; what they gave beyond their cost, lately
         self._trial, self._rest, self._next_rest, self._since_look = TRIAL * 2, 0, REST, 0
         self._rests_at = 0  # sequences that decoded when the rest began
 
@@ -69,8 +70,8 @@ class Speculator:
         drafts = self.drafter.propose(wanted, most)
         seconds = perf_counter() - began
         self.stats.draft_seconds += seconds
-        self._draft_seconds = self._draft_seconds * KEPT + seconds * (1 - KEPT)
-        for sequence, draft, length in zip(wanted, drafts, self._lengths(wanted, drafts, decoding), strict=True):
+        lengths = self._lengths(wanted, drafts, decoding, seconds)
+        for sequence, draft, length in zip(wanted, drafts, lengths, strict=True):
             if length:
                 sequence.draft = tuple(draft.tokens[:length])
                 self._proposed[sequence.request.id] = draft
@@ -114,8 +115,10 @@ class Speculator:
             return request.seeded or bool(request.output)
         return self.config.rule != REJECTION or not request.params.temperature
 
-    def _lengths(self, wanted: list[Sequence], drafts: list[Draft], decoding: list[Sequence]) -> list[int]:
-        """How many tokens of each draft are verified."""
+    def _lengths(
+        self, wanted: list[Sequence], drafts: list[Draft], decoding: list[Sequence], seconds: float
+    ) -> list[int]:
+        """How many tokens of each draft are verified. seconds: that drafting has taken."""
         whole = [len(draft.tokens) for draft in drafts]
         if self.config.k:
             return whole
@@ -125,19 +128,28 @@ class Speculator:
         chances = [self.acceptance.of(s.request.id, d.confidence) for s, d in zip(wanted, drafts, strict=True)]
         others: list[list[float]] = [[]] * (len(decoding) - len(wanted))
         context = sum(len(s.tokens) for s in decoding)
-        lengths = best_lengths([*chances, *others], len(decoding), context, self.step_time, self._draft_seconds)
-        return self._explored(lengths[: len(wanted)], whole, len(decoding))
+        lengths, gain = best_lengths([*chances, *others], len(decoding), context, self.step_time)
+        plain = self.step_time(len(decoding), context)
+        self._judge(gain - 1 - seconds / plain if plain else 0.0, len(decoding))
+        return self._explored(lengths[: len(wanted)], whole)
 
-    def _explored(self, lengths: list[int], whole: list[int], decoding: int) -> list[int]:
-        """Rest if nothing is worth it; and now and then verify all, so that what it takes stays known."""
+    def _judge(self, worth: float, decoding: int) -> None:
+        """Rest if what drafts have given lately is less than what it took to make them. worth: of this step, in steps
+        without drafts."""
+        self._asked += 1
+        self._worth += (worth - self._worth) * max(1 - KEPT, 1 / self._asked)
+        if self._asked < JUDGED:
+            return
+        if self._worth > 0:
+            self._next_rest = REST
+            return
+        self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
+        self._asked, self._rests_at = 0, decoding
+
+    def _explored(self, lengths: list[int], whole: list[int]) -> list[int]:
+        """Now and then verify all, so that what it takes stays known."""
         self._since_look += 1
-        if not any(lengths):
-            if any(whole):
-                self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
-                self._rests_at = decoding
-            return lengths
-        self._next_rest = REST
-        if self._since_look < LOOK:
+        if not any(lengths) or self._since_look < LOOK:
             return lengths
         self._since_look = 0
         return whole

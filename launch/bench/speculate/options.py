@@ -49,7 +49,7 @@ class SpeculateBench:
     warm: int = 200
     requests: int = 64
     tokens: int = 88
-    threshold: float = SpeculateConfig.threshold
+    threshold: float | None = None
     spread: str = "first"
     seed: int = 0
     threads: int | None = None

@@ -80,7 +80,7 @@ def test_no_fixed_length_would_be_five_percent_better(batch: int, alpha: float) 
         expected = sum(1 + sum(chances[:length]) for length in lengths)
         return expected / stairs(batch + sum(lengths), 500 * batch)
 
-    chosen = goodput(best_lengths([chances] * batch, batch, 500 * batch, learned))
+    chosen = goodput(best_lengths([chances] * batch, batch, 500 * batch, learned).lengths)
     assert chosen >= 0.95 * max(goodput([k] * batch) for k in range(9))
 
 
@@ -89,10 +89,11 @@ def test_who_is_surer_gets_more() -> None:
     for tokens in range(1, 20):
         for _ in range(5):
             learned.observe(tokens, 0, 1.0 + 0.05 * tokens)
-    lengths = best_lengths([[0.9, 0.8, 0.7], [0.1, 0.01], [], [0.5, 0.04]], 4, 0, learned)
+    lengths, gain = best_lengths([[0.9, 0.8, 0.7], [0.1, 0.01], [], [0.5, 0.04]], 4, 0, learned)
     assert lengths == [3, 0, 0, 1], "five tokens a second are a quarter of one in the time that a row takes"
-    assert best_lengths([[0.9]], 1, 0, learned, draft_seconds=10.0) == [0], "drafting costs more than it gives"
-    assert best_lengths([], 0, 0, learned) == []
+    assert gain == pytest.approx((4 + 0.9 + 0.8 + 0.7 + 0.5) / 4 * learned(4) / learned(8))
+    assert best_lengths([[0.05]], 1, 0, learned) == ([0], 1.0), "less than a row takes"
+    assert best_lengths([], 0, 0, learned) == ([], 1.0)
 
 
 def test_a_hiccup_of_the_machine_is_forgotten_at_once() -> None:

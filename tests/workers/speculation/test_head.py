@@ -184,7 +184,7 @@ class Scripted(Suffix):
     """Finds what it is told to."""
 
     def __init__(self, found: dict[int, list[int]], sure: float) -> None:
-        super().__init__(0, 0.0)
+        super().__init__(0, 0.05)
         self.found, self.asked = found, list[int]()
         self.calibration.rates = [sure] * len(self.calibration.rates)
 
@@ -213,8 +213,8 @@ class Steady(HeadDrafter):
         ({3: [50, 51, 52, 53]}, 0.9, 0.8, [50, 51, 52, 53], [], [3]),
         ({3: [50], 6: [60]}, 0.6, 0.7, [4, 5, 6, 7], [3, 4, 5, 6], [3, 4, 5, 6]),
         ({3: [50], 4: [60, 61]}, 0.7, 0.6, [50, 51, 52, 53], [3, 50, 51, 52], [3, 50, 51, 52]),
-        ({}, 0.9, 0.4, [4, 5], [3, 4, 5], [3, 4, 5]),
-        ({3: [50]}, 0.05, 0.05, [], [3], [3]),
+        ({}, 0.9, 0.4, [4, 5, 6], [3, 4, 5], [3, 4, 5, 6]),  # its third is likely enough, and asking for a fourth is not
+        ({3: [50]}, 0.04, 0.04, [], [3], [3]),
     ],
 )
 def test_at_each_place_the_more_confident_one(

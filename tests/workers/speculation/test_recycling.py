@@ -26,7 +26,7 @@ def test_the_newest_replaces_what_was_known() -> None:
 
 
 def test_it_learns_behind_which_tokens_the_next_is_foreseen() -> None:
-    drafter = Recycling(8)
+    drafter = Recycling(8, threshold=0.3)
     for number in range(20):
         drafter.observe([Verified(sequence([1, 2]), [], [2], [[2]])])
         drafter.observe([Verified(sequence([3, number % 8]), [], [number % 8], [[4]])])

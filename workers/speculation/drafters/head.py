@@ -84,7 +84,7 @@ class HeadDrafter(Drafter):
 
     hidden = True
 
-    def __init__(self, cell: Cell, threshold: float = 0.3) -> None:
+    def __init__(self, cell: Cell, threshold: float = 0.25) -> None:
         self.cell, self.threshold, self.version = cell, threshold, cell.version
         self.calibration = Calibration([(kind + 0.5) / KINDS for kind in range(KINDS)])
         self._states: dict[str, tuple[int, Tensor]] = {}  # by request: its length, and the state its last token is from

@@ -55,7 +55,7 @@ class Hybrid(Drafter):
     there. The head reads a draft no further than it is asked.
 
     Args:
-        lookup, head: the two; both are told everything. A draft ends at the head's threshold.
+        lookup, head: the two; both are told everything. Each drafts as far as its own threshold.
     """
 
     hidden = True
@@ -64,13 +64,13 @@ class Hybrid(Drafter):
         self.lookup, self.head, self.version = lookup, head, head.version
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        drafts = [OpenDraft(limit, self.head.threshold, self.version) for limit in most]
+        drafts = [OpenDraft(limit, self.lookup.threshold, self.version) for limit in most]
         pairs = zip(sequences, drafts, strict=True)
         with computing(self.head.cell.native):
             going = [self._begin(s, draft) for s, draft in pairs if draft.most > 0 and not s.is_drawing]
             while going:
                 found = [self._guess(each) for each in going]
-                asked = [i for i, each in enumerate(going) if found[i].sure < SURE and each.state is not None]
+                asked = [i for i, each in enumerate(going) if found[i].sure < SURE and self._asks(each)]
                 for i, foreseen in zip(asked, self._foresee([going[i] for i in asked]), strict=True):
                     found[i] = max(found[i], foreseen, key=lambda one: one.sure)
                 going = [each for each, one in zip(going, found, strict=True) if self._take(each, one)]
@@ -83,6 +83,10 @@ class Hybrid(Drafter):
     def forget(self, sequence: Sequence) -> None:
         self.lookup.forget(sequence)
         self.head.forget(sequence)
+
+    def _asks(self, each: _Open) -> bool:
+        """Whether the head's opinion is to be had, and worth its time."""
+        return each.state is not None and each.draft.chance >= self.head.threshold
 
     def _begin(self, sequence: Sequence, draft: OpenDraft) -> _Open:
         known = self.lookup.follow(sequence)

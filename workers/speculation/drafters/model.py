@@ -51,7 +51,7 @@ class ModelDrafter(Drafter):
         threshold: a draft ends where it would be right with less than this probability.
     """
 
-    def __init__(self, executor: Runner, limits: SchedulerConfig, threshold: float = 0.3) -> None:
+    def __init__(self, executor: Runner, limits: SchedulerConfig, threshold: float = 0.25) -> None:
         self.executor, self.limits, self.threshold = executor, limits, threshold
         self.blocks = BlockManager(limits.num_blocks, limits.block_size, caching=False)
         self.states: dict[str, _State] = {}

@@ -16,7 +16,7 @@ class NGram(Lookup):
         places: how many are compared, the latest with the same four tokens, or if there are none with the same `min_n`.
     """
 
-    def __init__(self, min_n: int = 1, max_n: int = 8, threshold: float = 0.3, places: int = 32) -> None:
+    def __init__(self, min_n: int = 1, max_n: int = 8, threshold: float = 0.05, places: int = 32) -> None:
         check(1 <= min_n <= max_n, f"n-grams from {min_n} to {max_n} tokens; the first is at least 1 and the least")
         check(places >= 1, f"an n-gram drafter compares {places} places; it must be at least 1")
         super().__init__(threshold, [(n + 1) / (n + 3) for n in range(max_n + 1)])

@@ -28,7 +28,7 @@ class Recycling(Drafter):
 
     likely = 1
 
-    def __init__(self, vocab_size: int, threshold: float = 0.3) -> None:
+    def __init__(self, vocab_size: int, threshold: float = 0.05) -> None:
         check(vocab_size > 0, f"a vocabulary of {vocab_size} tokens; it must have at least one")
         check(0 <= threshold <= 1, f"a drafter's threshold is {threshold}; it is a probability, from 0 to 1")
         self.threshold = threshold

@@ -7,7 +7,7 @@ from stepladder.workers.speculation.drafters.occurrences import END, Match, Occu
 
 __all__ = ["Suffix"]
 
-SIZES = (4, 2)
+SIZES = (4, 2, 1)
 PIECE = 128  # tokens of an output that come into the common memory at once, while it is being written
 AGREEING, SHARES = 3, 5  # how finely the kinds of guesses are told apart
 WEIGHT = 2  # of a place, for each token that it matches further back
@@ -29,7 +29,7 @@ class Suffix(Lookup):
         places: how many vote from either source, the latest.
     """
 
-    def __init__(self, memory: int = 1 << 18, threshold: float = 0.3, depth: int = 16, places: int = 16) -> None:
+    def __init__(self, memory: int = 1 << 18, threshold: float = 0.05, depth: int = 16, places: int = 32) -> None:
         check(memory >= 0, f"a suffix drafter remembers {memory} tokens; it must be 0 or more")
         check(depth >= max(SIZES), f"a suffix drafter compares {depth} tokens; it must be at least {max(SIZES)}")
         check(places >= 1, f"a suffix drafter asks {places} places; it must be at least 1")
