@@ -10,8 +10,10 @@ from stepladder.parallel.afd.control import MAX_MICRO_BATCHES
 from stepladder.parallel.afd.wire import WIRES
 from stepladder.workers.afd.micro_batches import SCHEDULES
 from stepladder.workers.config import EngineConfig, KvConfig
-from stepladder.workers.rank import ATTENTION, FFN, WHOLE
+from stepladder.workers.rank import ATTENTION, FFN, TRAINER, WHOLE
 from stepladder.workers.speculation.config import SpeculateConfig
+from stepladder.workers.speculation.kinds import WITH_HEAD
+from stepladder.workers.speculation.learning.config import LearnConfig
 from stepladder.workers.text.tool_calls import FORMATS
 
 WANDB_MODES = ("online", "offline", "disabled")
@@ -262,6 +264,7 @@ class Deployment:
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
+    train: LearnConfig = field(default_factory=LearnConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -278,6 +281,22 @@ class Deployment:
             )
         if self.layout.kind == "afd" and self.engine.lookahead:
             raise ValueError("engine.lookahead is 1, but with layout=afd steps are not queued ahead; set it to null")
+        self.speculate.check_taught(self.train.is_on)
+        if self.train.is_on and self.speculate.kind not in WITH_HEAD:
+            raise ValueError(
+                f"train.kind is online, but speculate.kind is {self.speculate.kind}; what learns is the head of "
+                f"{' or '.join(f'speculate={kind}' for kind in WITH_HEAD)}"
+            )
+
+    def groups(self) -> list[Group]:
+        """All groups of ranks, engines first, those that serving does not need last."""
+        trainers = [Group(TRAINER, TRAINER, self.train.ranks, needed=False)] if self.train.is_on else []
+        return [*self.layout.groups(), *trainers]
+
+    @property
+    def drafters(self) -> str:
+        """The folder of the drafter's versions; every node must see it."""
+        return f"{self.run_dir}/drafter"
 
 
 def check_endpoint(url: str) -> str:

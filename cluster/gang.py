@@ -111,9 +111,9 @@ class Gang:
         self.address = self.places[0].address
         return self.address is not None and self.alive()
 
-    def tell(self, notice: Notice) -> None:
-        """News for all of its ranks, without waiting for them, unless they have been told."""
-        if self._told.get(type(notice)) != notice:
+    def tell(self, notice: Notice, again: bool = False) -> None:
+        """News for all of its ranks, without waiting for them, unless they have been told; or again."""
+        if again or self._told.get(type(notice)) != notice:
             self._told[type(notice)] = notice
             for actor in self.ranks:
                 actor.tell.remote(notice)
@@ -195,6 +195,8 @@ class Gang:
             engine=self.deployment.engine,
             kv=self.deployment.kv,
             speculate=self.deployment.speculate,
+            train=self.deployment.train,
+            drafters=self.deployment.drafters,
             generation=self.generation,
             balance=self.deployment.layout.balance == "auto",
             role=self.plan.role,

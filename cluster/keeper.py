@@ -59,12 +59,12 @@ class Keeper:
             return None
         return PoolAddress(gang.generation, gang.address, gang.group, self.group.size)
 
-    def tell(self, notice: Notice) -> None:
-        """News for the ranks, if they serve and have not been told. From any thread."""
+    def tell(self, notice: Notice, again: bool = False) -> None:
+        """News for the ranks, if they serve and have not been told, or again. From any thread."""
         with self._telling:
             gang = self.gang  # before the endpoint, which another would not have yet
             if self.endpoint:
-                gang.tell(notice)
+                gang.tell(notice, again)
 
     def adopt(self) -> None:
         """After a restart of the controller: take the gang over if it is whole and ours, remove it if not."""

@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 LOG = logging.getLogger(__name__)
 CLOCKS = {  # what W&B plots each family of figures over; serving, training and drafters have clocks of their own
-    **dict.fromkeys(("serve/*", "engine/*", "afd/*", "ranks/*", "spec/*"), "serve/seconds"),
+    **dict.fromkeys(("serve/*", "engine/*", "afd/*", "ranks/*", "spec/*", "lease/*"), "serve/seconds"),
     **dict.fromkeys(("train/*", "held_out/*"), "train/step"),
     "drafter/*": "drafter/version",
 }
@@ -52,6 +52,11 @@ class Monitors:
         for monitor in self._monitors:
             monitor.log(row)
 
+    def log_version(self, number: int, folder: Path, scores: Mapping[str, float], aliases: Sequence[str]) -> None:
+        """A version of a drafter, with what it is called now. Never raises, as `log`."""
+        for monitor in self._monitors:
+            monitor.log_version(number, folder, scores, aliases)
+
     def close(self) -> None:
         for monitor in self._monitors:
             monitor.close()
@@ -78,6 +83,9 @@ class JsonlMonitor:
             if not self._failing:
                 LOG.error("%s cannot be written (%s); going on without", self._path, error.strerror or error)
             self._failing = True
+
+    def log_version(self, number: int, folder: Path, scores: Mapping[str, float], aliases: Sequence[str]) -> None:
+        """Rows are figures over time only; the version lies beside them."""
 
     def close(self) -> None:
         if self._file is not None:
@@ -127,6 +135,16 @@ class WandbMonitor:
             LOG.warning("W&B fails (%s); figures go to metrics.jsonl only from here", _one_line(error))
             self._run = None
 
+    def log_version(self, number: int, folder: Path, scores: Mapping[str, float], aliases: Sequence[str]) -> None:
+        """An artifact of the type "drafter", whose aliases are taken from those that had them. An offline run notes the
+        hashes of its files and where they lie, and copies nothing: there is no end to versions."""
+        if self._run is None:
+            return
+        try:
+            self._run.log_artifact(_artifact(self._run, number, folder, scores), aliases=[*aliases, f"number-{number}"])
+        except Exception as error:
+            LOG.warning("W&B does not take version %d of the drafter (%s)", number, _one_line(error))
+
     def close(self) -> None:
         """Finish the run; an upload that takes longer than 30 s is left to `wandb sync`."""
         if self._run is not None:
@@ -156,6 +174,20 @@ def _start(directory: Path, mode: str, project: str, name: str, config: Mapping[
     for names, clock in CLOCKS.items():
         run.define_metric(names, step_metric=clock)
     return run
+
+
+def _artifact(run: Any, number: int, folder: Path, scores: Mapping[str, float]) -> Any:
+    """Of the same name for all versions of a run."""
+    import wandb
+
+    artifact = wandb.Artifact(f"drafter-{run.id}", "drafter", metadata={"number": number, **scores})
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        if run.offline:
+            artifact.add_reference(path.as_uri(), path.name)
+        else:
+            artifact.add_file(str(path), skip_cache=True)
+    return artifact
 
 
 def _run_id(directory: Path) -> str:

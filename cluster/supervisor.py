@@ -17,11 +17,12 @@ from stepladder.cluster.config import Deployment
 from stepladder.cluster.gateway_handle import GatewayHandle
 from stepladder.cluster.journal import Journal
 from stepladder.cluster.keeper import Keeper
+from stepladder.cluster.learning import Learning
 from stepladder.cluster.monitor import Monitors
 from stepladder.cluster.ray_wait import Cancelled
 from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.figures import RankFigures, together
-from stepladder.workers.rank import ATTENTION, FFN, PoolNotice
+from stepladder.workers.rank import ATTENTION, FFN, TRAINER, PoolNotice
 from stepladder.workers.roles import ROLES
 from stepladder.workers.silence import Silence
 
@@ -66,12 +67,15 @@ class Supervisor:
         self._ending, self._wake = threading.Event(), threading.Event()
         self._logged = monotonic()
         self._driver = Silence(deployment.cluster.hang_seconds)  # a turn may take that long
-        groups = deployment.layout.groups()
+        groups = deployment.groups()
         self._keepers = [Keeper(deployment, group, journal, agreement, self._changed) for group in groups]
         self._needed = [keeper for keeper in self._keepers if keeper.group.needed]
         self._engines = [keeper for keeper in self._keepers if ROLES[keeper.group.role].takes_requests]
-        self._others = [keeper for keeper in self._keepers if keeper not in self._engines]
+        trainer = next((keeper for keeper in self._keepers if keeper.group.role == TRAINER), None)
+        self._others = [keeper for keeper in self._keepers if keeper not in (*self._engines, trainer)]
         self._pools = [keeper for keeper in self._others if keeper.group.role == FFN]
+        served = [*self._engines, *self._others]
+        self._learning = Learning(deployment, journal, served, trainer) if trainer else None
         self._gateway = GatewayHandle(deployment, "gateway-0", journal.get("gateway_life", 0), journal.get("port", 0))
         self._gateway.program = gateway
         self._gateway_starts, self._gateway_restarts = StartRetry("the gateway", worked=journal.get("served", False)), 0
@@ -95,7 +99,8 @@ class Supervisor:
 
         in_flight: HTTP requests being answered. draining: no more are admitted, by order. engines: by name,
         generation, whether it serves, restarts, the figures of rank 0 and how each rank's time was spent; pools: the
-        same of groups without an engine, if there are any. figures: the monitor's newest row.
+        same of groups without an engine, if there are any. figures: the monitor's newest row. drafter: which version is
+        live and what its trainer does, where one is taught.
         """
         engines, pools = (
             {keeper.name: _told_by(keeper) for keeper in keepers} for keepers in (self._engines, self._others)
@@ -104,6 +109,7 @@ class Supervisor:
         draining = self._journal.get("draining", False)
         more = {"in_flight": in_flight, "draining": draining, "engines": engines, "figures": self._figures}
         more |= {"pools": pools} if pools else {}
+        more |= {"drafter": self._learning.report()} if self._learning else {}
         return {"name": self.deployment.name, "model": self.deployment.model.name, **asdict(self.status()), **more}
 
     def drain(self, draining: bool) -> None:
@@ -111,6 +117,18 @@ class Supervisor:
         outlives a restart of controller or gateway."""
         self._journal.set(draining=draining)
         self._wake.set()
+
+    def drafter(self, order: str, version: int | None = None) -> dict[str, Any]:
+        """An order about the versions of a drafter that is taught; see `obey`. It is in the journal on return.
+
+        Raises:
+            ValueError: it cannot be done.
+        """
+        if self._learning is None:
+            raise ValueError("this deployment does not train a drafter; serve with train=online")
+        done = self._learning.order(order, version)
+        self._wake.set()
+        return done
 
     def heartbeat(self) -> Status:
         """The driver's sign of life, answered with the state of things."""
@@ -145,6 +163,9 @@ class Supervisor:
         if not self._gateway.alive():
             self._restart_gateway()
             self._tell(admit)
+        if self._learning:
+            self._learning.look()
+            self._learning.show(self._monitor)
         self._judge(admit)
         self._log()
 
@@ -287,7 +308,8 @@ class Supervisor:
         clock = round(time() - self._journal.get("began"), 1)  # goes on over a restart of the controller
         engines, others = ({k.name: k.gang.figures for k in ks} for ks in (self._engines, self._others))
         numbers = figures(engines, others, self._gateway.take_figures())
-        self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers}
+        learning = self._learning.figures() if self._learning else {}
+        self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers, **learning}
         self._monitor.log(self._figures)
 
 

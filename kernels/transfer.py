@@ -30,6 +30,11 @@ class Download:
             self._landed = torch.cuda.Event()
             self._landed.record(torch.cuda.current_stream(device))
 
+    @property
+    def landed(self) -> bool:
+        """Whether they are on the host, so that nobody waits for them."""
+        return self._landed is None or self._landed.query()
+
     def wait(self) -> list[Tensor]:
         """They are on the host; so is everything done that was queued on the device before them."""
         if self._landed:

@@ -1,4 +1,5 @@
-"""Look after a running deployment: `stepladder ctl status|logs|drain|resume|stop [name=...] [option=value]`.
+"""Look after a running deployment: `stepladder ctl status|logs|drain|resume|stop [name=...] [option=value]`, and
+`stepladder ctl drafter list|pin|rollback|pause|resume [version=...]`.
 
 It speaks to the Ray cluster of RAY_ADDRESS (host:port of its head; without it, the one on this machine). Exit codes:
 0 done, and for `status` ready; 1 no such deployment or cluster; 2 wrong usage; 3 `status`: it is not ready; 4 `drain`
@@ -19,10 +20,11 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stepladder.cluster.names import CONTROLLER, deployments, namespace
-from stepladder.launch.ctl_options import CtlOptions
+from stepladder.launch.ctl_drafter import DrafterOptions, in_short, told
+from stepladder.launch.ctl_options import CtlOptions, ShowOptions
 from stepladder.launch.logs import LogOptions, logs
 from stepladder.launch.ray_cluster import ATTACH_SECONDS, Head, attach, within
 from stepladder.launch.table import table
@@ -34,18 +36,6 @@ OK, ABSENT, USAGE, NOT_READY, LATE = 0, 1, 2, 3, 4
 CUT_OFF = 128 + signal.SIGPIPE
 SHUTDOWN_SECONDS = 5.0
 POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatusOptions(CtlOptions):
-    """format: table or json."""
-
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in ("table", "json"):
-            raise ValueError(f"format is {self.format!r}; it must be table or json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     kind, run = COMMANDS[given.command]
     try:
-        options: Any = build(kind, pairs(given.options), strict=False)
+        options: Any = build(kind, pairs(given.options, kind.bare), strict=False)
     except ValueError as error:
         print(f"stepladder: {given.command}: {error}", file=sys.stderr)
         return USAGE
@@ -91,7 +81,7 @@ def cut_off() -> int:
     return CUT_OFF
 
 
-def status(options: StatusOptions, name: str, controller: ActorHandle) -> int:
+def status(options: ShowOptions, name: str, controller: ActorHandle) -> int:
     report = answer(controller.report.remote(), name, options)
     print(json.dumps(report, indent=2) if options.format == "json" else describe(report))
     return OK if report["phase"] == "ready" else NOT_READY
@@ -132,12 +122,20 @@ def stop(options: WaitOptions, name: str, controller: ActorHandle) -> int:
     return _wait(left, options.seconds, f"{name} is gone")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, str, ActorHandle], int]]] = {
-    "status": (StatusOptions, status),
+def drafter(options: DrafterOptions, name: str, controller: ActorHandle) -> int:
+    """Show the versions of a drafter that is taught, or choose among them."""
+    done = answer(controller.drafter.remote(options.order, options.version), name, options)
+    print(json.dumps(done, indent=2) if options.format == "json" else told(done))
+    return OK
+
+
+COMMANDS: dict[str, tuple[type[CtlOptions], Callable[[Any, str, ActorHandle], int]]] = {
+    "status": (ShowOptions, status),
     "logs": (LogOptions, logs),
     "drain": (WaitOptions, drain),
     "resume": (CtlOptions, resume),
     "stop": (WaitOptions, stop),
+    "drafter": (DrafterOptions, drafter),
 }
 
 
@@ -181,10 +179,14 @@ def answer(reference: Any, name: str, options: CtlOptions) -> Any:
     """The controller's answer.
 
     Raises:
-        ConnectionError: it does not answer; Ray restarts it if it is dead.
+        ConnectionError: it does not answer; Ray restarts it if it is dead. ValueError: it cannot do that.
     """
     try:
         return ray.get(reference, timeout=options.patience)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise ValueError(str(error.cause)) from None
+        raise
     except (GetTimeoutError, RayActorError):
         raise ConnectionError(f"the controller of {name} does not answer; if it died, Ray restarts it soon") from None
 
@@ -206,6 +208,7 @@ def describe(report: dict[str, Any]) -> str:
             f"url       {report['url'] or 'not yet'}",
             f"requests  {', '.join([str(report['in_flight']) + ' in flight', *recent])}",
             f"restarts  {report['restarts']}",
+            *([f"drafter   {in_short(report['drafter'])}"] if "drafter" in report else []),
             *(f"\n{one}" for one in tables),
         ]
     )
@@ -281,8 +284,10 @@ def _head_answers(options: CtlOptions, call: Callable[[], T]) -> T:
     return within(options.patience, call, ConnectionError(sentence))
 
 
-def pairs(words: Sequence[str]) -> dict[str, str]:
-    """`option=value` words as a dictionary; ValueError for any other."""
+def pairs(words: Sequence[str], bare: str | None = None) -> dict[str, str]:
+    """`option=value` words as a dictionary, the first one perhaps a value of the option `bare`; ValueError for any
+    other."""
+    words = [f"{bare}={word}" if bare and not at and "=" not in word else word for at, word in enumerate(words)]
     for word in words:
         if "=" not in word:
             raise ValueError(f"{word!r} is not of the form option=value")

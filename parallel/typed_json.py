@@ -91,6 +91,16 @@ def record(**kinds: Kind) -> Kind:
     return Kind(f"an object with {' and '.join(kinds)}", take)
 
 
+def mapping(kind: Kind) -> Kind:
+    """An object whose values are all such, whatever its fields are called."""
+
+    def take(value: Any) -> Any:
+        taken = {name: kind.take(one) for name, one in value.items()} if isinstance(value, dict) else {"": NO}
+        return NO if NO in taken.values() else taken
+
+    return Kind(f"an object, each value of it {kind.wanted}", take)
+
+
 def typed(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str = "") -> dict[str, Any]:
     """`values` with the fields that `kinds` names in their right types; a field that is not there stays away.
 

@@ -18,7 +18,7 @@ ALLOWED = {  # top-level package -> where it may be imported
     "omegaconf": ("launch/",),
     "gguf": ("parallel/gguf/",),
     "wandb": ("cluster/monitor.py",),
-    "deepspeed": ("workers/training/trainer.py",),
+    "deepspeed": tuple(f"workers/training/{name}.py" for name in ("ranks", "sharded", "trainer")),
     "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine/"),
 }
 _DRAFTERS = ("calibration", "lookup", "ngram", "occurrences", "recycling", "suffix")

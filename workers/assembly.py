@@ -5,7 +5,8 @@ An engine comes to be in two steps, since the ranks of a group agree on the size
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -54,12 +55,14 @@ def begin(
     kv_tokens: int,
     tokenizer: Callable[[], Tokenizer],
     speculate: SpeculateConfig = NO_SPECULATION,
+    target: "Target | None" = None,
 ) -> Engine:
     """Make the cache of `kv_tokens`, on every rank of the group alike, and the engine, which rank 0 runs.
 
     Args:
         tokenizer: the model's; asked for when a request first needs it.
         speculate: who drafts tokens, if somebody does.
+        target: what its drafter shares with whoever gives it other weights later; one that has none yet waits for them.
 
     Raises:
         ValueError: the limits contradict each other or the model.
@@ -68,23 +71,28 @@ def begin(
     executor.allocate(limits.num_blocks, limits.block_size)
     engine = Engine(limits, executor, Grammars(tokenizer, executor.model.spec.vocab_size))
     engine.stats.native_kernels = int(executor.model.native)
-    if executor.mesh.shard.rank == 0 and (drafter := speculate.drafter(limits, Target(executor, limits))):
-        engine.speculate(Speculator(drafter, speculate, engine.stats))
+    if executor.mesh.shard.rank == 0:
+        taught = target is not None
+        if drafter := speculate.drafter(limits, target or Target(executor), online=taught):
+            engine.speculate(Speculator(drafter, speculate, engine.stats))
     return engine
 
 
-@dataclass(frozen=True)
 class Target:
-    """What a drafter is given of the model that it drafts for, on rank 0 alone."""
+    """What a drafter is given of the model that it drafts for, on rank 0 alone.
 
-    executor: Executor
-    limits: SchedulerConfig
+    Args:
+        first: the directory of a head that counts as version 0, whatever it says.
+    """
+
+    def __init__(self, executor: Executor, first: str | None = None) -> None:
+        self.executor, self._first = executor, first
 
     @property
     def vocab_size(self) -> int:
         return self.executor.model.spec.vocab_size
 
-    def runner(self, path: str) -> Executor:
+    def runner(self, path: str, limits: SchedulerConfig) -> Executor:
         """With as much room as the engine has."""
         own = ModelSpec.load(path)
         if own.vocab_size != self.vocab_size:
@@ -93,14 +101,22 @@ class Target:
                 "have the same tokenizer"
             )
         mesh = SingleRank(self.executor.mesh.device)
-        return whole_executor(own, path, mesh, self.limits.num_blocks, self.limits.block_size)
+        return whole_executor(own, path, mesh, limits.num_blocks, limits.block_size)
 
     def head(self, path: str) -> Cell:
+        """From any thread."""
         model = self.executor.model
         assert model.directory is not None
         head = read_head(path, model.directory, model.spec)
-        shared = TargetVocabulary(model.spec, model.directory, self.executor.mesh.device)
-        return Cell(head, shared, model.native, sample_among)
+        if path == self._first:
+            head = replace(head, manifest=replace(head.manifest, version=0))
+        return Cell(head, self._vocabulary, model.native, sample_among)
+
+    @cached_property
+    def _vocabulary(self) -> TargetVocabulary:
+        model = self.executor.model
+        assert model.directory is not None
+        return TargetVocabulary(model.spec, model.directory, self.executor.mesh.device)
 
 
 def whole_executor(

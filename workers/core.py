@@ -40,6 +40,8 @@ class Request:
         output: tokens already generated elsewhere. A replay after a failure continues behind them.
         owner: who asks, under a seed of their own or none; nobody else's retry continues it.
         seeded: whoever asks has chosen the seed, and expects the same text each time.
+        domain: what its answer is learnt under; "" is the model's own name. learn: False: nothing of it is kept for
+            learning.
     """
 
     id: str
@@ -48,6 +50,13 @@ class Request:
     output: tuple[int, ...] = ()
     owner: str = ""
     seeded: bool = True
+    domain: str = ""
+    learn: bool = True
+
+    @property
+    def name(self) -> str:
+        """What whoever asks knows it as; what follows the last `#` of the id tells attempts apart."""
+        return self.id.rsplit("#", 1)[0]
 
     def __post_init__(self) -> None:
         check(len(self.prompt) > 0, "the prompt is empty; it must hold at least one token")

@@ -12,6 +12,7 @@ from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.sampler import Drawn
 from stepladder.workers.scheduler import Scheduler, SchedulerConfig
+from stepladder.workers.speculation.learning.capture import Capture
 from stepladder.workers.speculation.speculator import SpeculationStats, Speculator
 
 PREPARE_SECONDS = 0.01  # how long a step without other work waits for a constraint
@@ -58,6 +59,7 @@ class Engine:
     Attributes:
         grammars: what requests with structured_outputs need; without it they are refused.
         speculator: drafts tokens; without it every step draws one token of a sequence.
+        capture: is shown everything that is drawn, with hidden states. Set it between two steps.
     """
 
     config: SchedulerConfig
@@ -65,6 +67,7 @@ class Engine:
     grammars: Grammars | None = None
     stats: EngineStats = field(default_factory=EngineStats)
     speculator: Speculator | None = None
+    capture: Capture | None = None
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -74,8 +77,7 @@ class Engine:
 
     def speculate(self, speculator: Speculator | None) -> None:
         """From now on it drafts; None: nobody does."""
-        self.speculator, drafter = speculator, speculator.drafter if speculator else None
-        self.executor.likely, self.executor.hidden = (drafter.likely, drafter.hidden) if drafter else (0, False)
+        self.speculator = speculator
 
     @property
     def has_work(self) -> bool:
@@ -112,6 +114,9 @@ class Engine:
         return outputs
 
     def _plan(self) -> StepPlan:
+        drafter = self.speculator.drafter if self.speculator else None
+        self.executor.likely = drafter.likely if drafter else 0
+        self.executor.hidden = self.capture is not None or (drafter is not None and drafter.hidden)
         if self.speculator:
             self.speculator.draft(self.scheduler.running)
         self._planned = perf_counter()
@@ -124,6 +129,8 @@ class Engine:
         if self.speculator:
             seconds = perf_counter() - max(self._planned, self._read_last)
             self.speculator.observe(plan, self.scheduler.verified, seconds)
+        if self.capture:
+            self.capture.observe(self.scheduler.verified)
         self._read_last = perf_counter()
         return outputs
 
@@ -132,6 +139,8 @@ class Engine:
         self.executor.submit(StepPlan())
         self.scheduler.check_integrity()
         self._look()
+        if self.capture:
+            self.capture.settle()
 
     def _constraint_of(self, request: Request) -> Future[Constraint] | None:
         params, config = request.params, self.config
@@ -152,6 +161,8 @@ class Engine:
         for sequence in self.scheduler.take_ended():
             if self.speculator:
                 self.speculator.forget(sequence)
+            if self.capture:
+                self.capture.forget(sequence)
         s, stats = self.scheduler, self.stats
         stats.preemptions = s.num_preemptions
         stats.running, stats.waiting = len(s.running), len(s.waiting) + len(s.preparing)

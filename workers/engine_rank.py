@@ -1,5 +1,6 @@
 """A rank of a group with an engine: it holds a slice of the model, and rank 0 serves requests."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,25 +11,37 @@ from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter
-from stepladder.workers.rank import Rank, RankConfig
+from stepladder.workers.rank import DrafterNotice, Notice, Rank, RankConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
 from stepladder.workers.sizing import check_kv, kv_size
+from stepladder.workers.speculation.learning.busy_word import BusyWord, word_name
+from stepladder.workers.speculation.learning.capture import Capture
+from stepladder.workers.speculation.learning.door import LessonDoor
+from stepladder.workers.speculation.learning.lessons import Captured
+from stepladder.workers.speculation.learning.ring import Ring, RingStats
 from stepladder.workers.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class EngineFigures(RankFigures):
-    """reduce_seconds, exposed_seconds: this rank's all-reduces, as far as they were measured. engine: on rank 0."""
+    """reduce_seconds, exposed_seconds: this rank's all-reduces, as far as they were measured. engine: on rank 0, and if
+    its drafter is taught: ring, of what waits to be learnt from; door, where that is given away; word, the name of what
+    tells whether it has work; refused, a version of the drafter that it could not take, and why."""
 
     reduce_seconds: float = counter(default=0.0)
     exposed_seconds: float = counter(default=0.0)
     engine: EngineStats | None = None
+    ring: RingStats | None = None
+    door: str | None = None
+    word: str | None = None
+    refused: tuple[int, str] | None = None
 
     def parts(self) -> Iterator[Any]:
         yield self
-        if self.engine:
-            yield self.engine
+        yield from (part for part in (self.engine, self.ring) if part)
 
 
 class EngineRank(Rank):
@@ -42,6 +55,7 @@ class EngineRank(Rank):
         super().__init__(config)
         self._engine: Engine | None = None
         self._channel: Channel | None = None
+        self._taught: _Taught | None = None
 
     @property
     def address(self) -> str | None:
@@ -60,24 +74,76 @@ class EngineRank(Rank):
     def _begin(self, kv_tokens: int) -> str | None:
         config = self.config
         tokenizer = partial(Tokenizer, config.directory)
-        engine = assembly.begin(self._executor, config.engine, config.kv, kv_tokens, tokenizer, config.speculate)
-        if self.config.shard.rank == 0:
-            self._engine, self._channel = engine, Channel(self.config.host, self.config.secret)
+        taught = _Taught(config, self._executor) if config.train.is_on and config.shard.rank == 0 else None
+        target = taught.target if taught else None
+        engine = assembly.begin(
+            self._executor, config.engine, config.kv, kv_tokens, tokenizer, config.speculate, target
+        )
+        if config.train.is_on:  # on every rank: they hand hidden states on together
+            engine.capture = Capture(taught.ring.put if taught else _nobody)
+        if config.shard.rank == 0:
+            self._engine, self._channel, self._taught = engine, Channel(config.host, config.secret), taught
         return self.address
+
+    def tell(self, notice: Notice) -> None:
+        if isinstance(notice, DrafterNotice) and self._taught and self._engine:
+            self._taught.take(notice, self._engine)
 
     def _run(self) -> None:
         if self._engine is None or self._channel is None:
             self._executor.follow()
             return
         limits = self.config.engine.queue_limits
-        self._serve(EngineServer(self._engine, self._channel, limits, clock=self._mesh.clock))
+        word = self._taught.word if self._taught else None
+        self._serve(EngineServer(self._engine, self._channel, limits, clock=self._mesh.clock, busy=word))
         self._executor.stop()
         self._channel.close()
+        if self._taught:
+            self._taught.close()
 
     def _serve(self, server: EngineServer) -> None:
         server.run(lambda: self._stopping)
 
     def stats(self) -> EngineFigures:
-        meter = self._mesh.meter
+        meter, taught = self._mesh.meter, self._taught
         stats = self._engine.stats if self._engine else None
-        return EngineFigures(self._mesh.clock.split(), meter.total, meter.exposed, stats)
+        figures = EngineFigures(self._mesh.clock.split(), meter.total, meter.exposed, stats)
+        if taught:
+            figures.ring, figures.door, figures.word = taught.ring.stats, taught.door.address, taught.word_name
+            figures.refused = taught.refused
+        return figures
+
+
+class _Taught:
+    """What an engine has whose drafter is taught by others: where its answers wait, and how other weights come."""
+
+    def __init__(self, config: RankConfig, executor: Executor) -> None:
+        self._first = config.speculate.model
+        self.target = assembly.Target(executor, self._first)
+        self.ring = Ring(int(config.train.ring_mb * (1 << 20)))
+        self.door = LessonDoor(self.ring, config.host, config.secret)
+        self.word_name = word_name(config.prefix, config.secret)
+        self.word = BusyWord(self.word_name)
+        self.refused: tuple[int, str] | None = None
+
+    def take(self, notice: DrafterNotice, engine: Engine) -> None:
+        """Read a version beside the one in use; the engine swaps before its next step. Not in the engine's thread."""
+        assert engine.speculator
+        directory = notice.directory or self._first
+        try:
+            cell = self.target.head(directory) if directory else None
+            if notice.version and cell and cell.version != notice.version:
+                raise ValueError(f"{directory} holds version {cell.version} of the drafter, not {notice.version}")
+        except ValueError as error:
+            log.error("version %d of the drafter is not taken: %s", notice.version, error)
+            self.refused = notice.version, str(error)
+        else:
+            engine.speculator.staged.append(cell)
+
+    def close(self) -> None:
+        self.door.close()
+        self.word.close()
+
+
+def _nobody(captured: Captured) -> None:
+    """Ranks other than 0 draw nothing, so that nothing comes."""

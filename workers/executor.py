@@ -25,8 +25,8 @@ class Executor:
         forward: the model. mesh: this rank's group. `allocate` comes before the first step.
 
     Attributes:
-        likely: how many of the likeliest tokens of each drawn row a drafter wants to be told. hidden: whether it wants
-            its hidden state.
+        likely: how many of the likeliest tokens of each drawn row somebody wants to be told. hidden: whether somebody
+            wants its hidden state.
     """
 
     STOP = -1  # as the only integer of a broadcast: leave the loop

@@ -23,8 +23,10 @@ from stepladder.workers.model_check import check_memory
 from stepladder.workers.sizing import fitting
 from stepladder.workers.source.resolve import resolve
 from stepladder.workers.speculation.config import SpeculateConfig
+from stepladder.workers.speculation.learning.config import LearnConfig
+from stepladder.workers.speculation.learning.lease import LeaseNotice
 
-WHOLE, ATTENTION, FFN = "whole", "attention", "ffn"
+WHOLE, ATTENTION, FFN, TRAINER = "whole", "attention", "ffn", "trainer"
 
 
 class PoolAddress(NamedTuple):
@@ -42,7 +44,30 @@ class PoolNotice(NamedTuple):
     pool: PoolAddress | None
 
 
-Notice = PoolNotice  # what a running rank can be told; one type per kind of news
+class DrafterNotice(NamedTuple):
+    """Engines are told: the version of the drafter to use, and where it lies; 0, what they began with."""
+
+    version: int
+    directory: str | None
+
+
+class TeachNotice(NamedTuple):
+    """A trainer is told.
+
+    Attributes:
+        live: the version that engines shall have; 0: what they began with. None: it has not been told yet.
+        keep: versions that stay on the disk.
+        doors: where engines give away what they captured. words: names of their words in shared memory.
+    """
+
+    live: int | None = None
+    keep: tuple[int, ...] = ()
+    doors: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+Notice = PoolNotice | DrafterNotice | TeachNotice | LeaseNotice
+"""What a running rank can be told; one type per kind of news."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +84,7 @@ class RankConfig:
         collective_seconds: how long a collective may take before the group counts as broken.
         balance: FFNs make up for what attention splits unevenly.
         role: what the group is for; a key of `ROLES`.
+        drafters: the folder of a drafter's versions, for engines and trainers alike.
     """
 
     model: str
@@ -78,6 +104,8 @@ class RankConfig:
     afd: AfdConfig = field(default_factory=AfdConfig)
     cache: str = CACHE
     speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
+    train: LearnConfig = field(default_factory=LearnConfig)
+    drafters: str = ""
 
     @property
     def directory(self) -> str:

@@ -2,9 +2,11 @@
 
 from stepladder.workers.afd.ranks import AttentionRank, FeedForwardRank
 from stepladder.workers.engine_rank import EngineRank
-from stepladder.workers.rank import ATTENTION, FFN, WHOLE, Rank, RankConfig
+from stepladder.workers.rank import ATTENTION, FFN, TRAINER, WHOLE, Rank, RankConfig
+from stepladder.workers.trainer_rank import TrainerRank
 
 ROLES: dict[str, type[Rank]] = {WHOLE: EngineRank, ATTENTION: AttentionRank, FFN: FeedForwardRank}
+ROLES[TRAINER] = TrainerRank
 
 
 def rank_of(config: RankConfig) -> Rank:

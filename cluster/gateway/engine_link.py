@@ -13,11 +13,11 @@ import zmq.asyncio
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.errors import BadRequest, Overloaded
 from stepladder.workers.core import Output, Request
+from stepladder.workers.curve import authenticate
 from stepladder.workers.engine import EngineStats
 from stepladder.workers.server.messages import (
     Abort,
     Hello,
-    Keys,
     Submit,
     Update,
     decode_update,
@@ -76,8 +76,7 @@ class EngineLink:
         self._socket.setsockopt(zmq.IDENTITY, f"{gateway}-{endpoint.generation}".encode())
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.set_hwm(10_000)
-        self._socket.curve_serverkey = Keys.of("engine", secret).public
-        self._socket.curve_publickey, self._socket.curve_secretkey = Keys.of("gateway", secret)
+        authenticate(self._socket, secret, role="gateway", server="engine")
         self._socket.connect(endpoint.address)
 
     async def hello(self) -> None:

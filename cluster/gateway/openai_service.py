@@ -223,7 +223,7 @@ class OpenAIService:
                 params, index = first.choice(nth), len(choices)
                 request = Request(
                     id=f"{http.id}-{index}", prompt=prompt, params=params, owner=owner,
-                    seeded="seed" in body.model_fields_set,
+                    seeded="seed" in body.model_fields_set, domain=body.metadata.domain, learn=body.metadata.learn,
                 )  # fmt: skip
                 text, parser = TextStream.of(self.tokenizer, params, prompt), tools.parser() if tools else None
                 choices.append(Choice(index, request, text, tools=parser))

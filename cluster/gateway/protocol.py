@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from stepladder.cluster.gateway.metadata import Labels, labels
 from stepladder.cluster.gateway.strict_json import (
     ANYTHING,
     Body,
@@ -47,7 +48,6 @@ _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
@@ -89,11 +89,15 @@ class StreamOptions(Body):
 
 
 class Generating(Structured):
-    """What both generating endpoints share. timeout: seconds after which nobody waits for the answer any longer."""
+    """What both generating endpoints share. timeout: seconds after which nobody waits for the answer any longer.
+    metadata: OpenAI's; `Labels` says what they mean here."""
 
     model: str
     n: int = Field(1, ge=1, le=MAX_N)
     timeout: float | None = Field(None, gt=0, le=86400)
+    metadata: Annotated[Labels, PlainValidator(labels, json_schema_input_type=dict[str, str | bool])] = Field(
+        default_factory=Labels
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -25,7 +25,8 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.typed_json import read_object
 from stepladder.workers.source.resolve import resolve
-from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
+from stepladder.workers.training.ranks import Ranks, training_ranks
+from stepladder.workers.training.trainer import Trainer
 
 CONVERTED = {
     "standard": "ladder",

@@ -25,7 +25,8 @@ from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
+from stepladder.workers.training.ranks import Ranks, training_ranks
+from stepladder.workers.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import time
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from stepladder.launch.typed_config import check_counts
 from stepladder.parallel.checkpoint import fingerprints
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.source.resolve import resolve
-from stepladder.workers.speculation.config import SpeculateConfig
-from stepladder.workers.speculation.head.files import Head, Manifest, write_head
-from stepladder.workers.speculation.head.lessons import Capture, Lesson, Lessons
+from stepladder.workers.speculation.head.files import Head, Manifest, Window, write_head
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import Judged, Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary, most_frequent
-from stepladder.workers.speculation.speculator import Speculator
+from stepladder.workers.speculation.learning.capture import Capture
+from stepladder.workers.speculation.learning.lessons import Captured, Lesson, Lessons, number_of
+from stepladder.workers.speculation.learning.objectives import named
 
 LOG_EVERY = 10  # steps
 DEPTH = 4  # places of a draft that are judged
@@ -45,7 +46,7 @@ class HeadRecipe:
         tokens: of an answer, at most. temperatures: of sampling, in turns. together: requests that are served at once.
         held_out: every so many answers one is not learnt from but judged.
         drafted: tokens of the vocabulary that the head drafts. inner: size of its cell.
-        steps, batch, rate, depth: of learning, as `Teacher` has them; without steps the head is a linear fit.
+        steps, batch, rate, depth, objective: of learning, as `Teacher` has them; without steps a head is a linear fit.
         seed: of prompts, sampling and learning.
     """
 
@@ -67,10 +68,12 @@ class HeadRecipe:
     batch: int
     rate: float
     depth: int
+    objective: str
     seed: int
 
     def __post_init__(self) -> None:
         check_counts(self, "threads", "requests", "tokens", "together", "drafted", "inner", "batch", "depth")
+        named(self.objective)
         if self.held_out < 2:
             raise ValueError(f"held_out is {self.held_out}; it must be 2 or more: every so many answers one is judged")
         if self.steps < 0 or self.rate <= 0:
@@ -98,10 +101,12 @@ def run(recipe: HeadRecipe) -> None:
     tokens = most_frequent([lesson.tokens.tolist() for lesson in seen], recipe.drafted, spec.vocab_size)
     torch.manual_seed(recipe.seed)
     net = RecurrentHead(spec.hidden_size, recipe.inner)
-    teacher = Teacher(net, target, tokens, recipe.depth, recipe.rate, recipe.seed)
+    teacher = Teacher(net, target, tokens, recipe.depth, recipe.objective)
     figures = _taught(teacher, Lessons.of(seen, recipe.depth), judged, recipe, directory)
     figures |= {"answers": len(answers), "tokens": sum(len(lesson.tokens) for lesson in answers)}
     manifest = Manifest(spec.hidden_size, recipe.inner, 1, fingerprints(source), figures)
+    manifest = replace(manifest, window=Window(figures["answers"], figures["tokens"]), made=round(time(), 3))
+    manifest = replace(manifest, scores={"overlap": figures["taught"]["overlap"][0]})
     write_head(Head(net, tokens, manifest), directory / "head")
     write_json(directory / "head.json", figures)
     for name in ("fit", "taught"):
@@ -120,15 +125,20 @@ def requests(recipe: HeadRecipe, llm: LLM) -> Iterator[Request]:
 
 def written(llm: LLM, asked: list[Request]) -> list[Lesson]:
     """What the target answers, in the order of the requests, under a progress bar."""
-    capture, engine = Capture(), llm.engine
-    engine.speculate(Speculator(capture, SpeculateConfig(k=1)))  # which is never asked for a token
+    written, engine = dict[int, Lesson](), llm.engine
+
+    def keep(captured: Captured) -> None:
+        written[captured.request] = captured.lesson
+
+    engine.capture = Capture(keep, max(request.params.max_tokens for request in asked))  # each in one piece
     for request in asked:
         engine.add(request)
     with tqdm(total=len(asked), unit="answer") as bar:
         while engine.has_work:
             engine.step()
-            bar.update(len(capture.lessons) - bar.n)
-    return [capture.lessons[request.id] for request in asked]
+            bar.update(len(written) - bar.n)
+    engine.capture.settle()
+    return [written[number_of(request)] for request in asked]
 
 
 def _prompts(recipe: HeadRecipe, llm: LLM) -> Iterator[tuple[int, ...]]:
@@ -157,7 +167,7 @@ def _taught(teacher: Teacher, seen: Lessons, judged: Lessons, recipe: HeadRecipe
 
         teacher.fit(seen)
         fit = teacher.judge(judged, DEPTH)
-        teacher.teach(seen, recipe.steps, recipe.batch, told)
+        teacher.teach(seen, recipe.steps, recipe.batch, told, recipe.rate, recipe.seed)
     taught = teacher.judge(judged, DEPTH)
     rows.log({f"held_out/overlap_{place}": value for place, value in enumerate(taught.overlap, 1)})
     rows.close()

@@ -23,8 +23,9 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.text.tokenizer import read_tokenizer
 from stepladder.workers.training.evaluate import bits_per_byte
+from stepladder.workers.training.ranks import Ranks
 from stepladder.workers.training.train_config import TrainConfig
-from stepladder.workers.training.trainer import Ranks, Trainer
+from stepladder.workers.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,9 @@ from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import CHOICES, ModelSpec
 from stepladder.workers.text.tokenizer import read_tokenizer
+from stepladder.workers.training.ranks import Ranks, training_ranks
 from stepladder.workers.training.train_config import TrainConfig
-from stepladder.workers.training.trainer import Ranks, Trainer, text_hash, training_ranks
+from stepladder.workers.training.trainer import Trainer, text_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from stepladder.workers.scheduler import SchedulerConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
 from stepladder.workers.server.queue_limits import QueueLimits
+from stepladder.workers.speculation.learning.busy_word import BusyWord
 
 SECRET = "known to both sides"
 PROMPT = tuple(range(20))
@@ -34,6 +35,7 @@ class Served:
         name: str = "engine-0",
         max_queued_tokens: int = 1 << 16,
         idle_seconds: float = 0.05,
+        busy: BusyWord | None = None,
         **queue: Any,
     ) -> None:
         spec = ModelSpec.load(model)
@@ -45,7 +47,7 @@ class Served:
         self.endpoint = Endpoint(name, 1, self.channel.address)
         self._stopping, self._gates = False, list[threading.Event]()
         limits = QueueLimits(tokens=max_queued_tokens, **queue)
-        self.service = EngineServer(self.engine, self.channel, limits, idle_seconds)
+        self.service = EngineServer(self.engine, self.channel, limits, idle_seconds, busy=busy)
         self._thread = threading.Thread(target=self.service.run, args=(lambda: self._stopping,), daemon=True)
         self._thread.start()
 

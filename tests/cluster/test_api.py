@@ -14,9 +14,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import AutoTokenizer
 
 from stepladder import LLM, SamplingParams
+from stepladder.workers.speculation.learning.capture import Capture
+from stepladder.workers.speculation.learning.lessons import Captured
 from stepladder.workers.text.stream import TextStream
 from tests.cluster.models import CYCLE
-from tests.cluster.serving import Server, serve, strict
+from tests.cluster.serving import Server, eventually, serve, strict
 
 pytestmark = pytest.mark.timeout(60)
 GREEDY: dict[str, Any] = {"model": "org/tiny", "temperature": 0}
@@ -238,10 +240,48 @@ def test_routes_are_described(server: Server) -> None:
     schemas = document["components"]["schemas"]
     assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ChatRequest")
     assert {"messages", "temperature", "timeout"} <= schemas["ChatRequest"]["properties"].keys()
+    for kind in ("ChatRequest", "CompletionRequest"):
+        assert schemas[kind]["properties"]["metadata"]["type"] == "object"
     for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)):
         assert name in schemas, "every reference leads somewhere"
     for path in ("/health", "/ready"):
         assert httpx.get(server.url + path).headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("metadata", "domain"),
+    [
+        ({"domain": "tables", "learn": "true", "mine": "x" * 512}, "tables"),
+        ({"domain": "d" * 64, "learn": True}, "d" * 64),
+        ({str(n) * 64: "é\n" for n in range(1, 10)} | {"": ""}, ""),
+        ({}, ""),
+        (None, ""),
+        ({"domain": "tables", "learn": "false"}, None),
+        ({"learn": False}, None),
+    ],
+    ids=str,
+)
+def test_metadata_say_what_is_learnt(
+    server: Server, path: str, metadata: dict[str, Any] | None, domain: str | None, stream: bool
+) -> None:
+    """Of all choices, as what the engine captures says; None: nothing is."""
+    captured, engine = list[Captured](), server.backend.engine
+    body: dict[str, Any] = {"model": "org/tiny", "max_tokens": 6, "n": 2, "seed": 1, "metadata": metadata}
+    body |= {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": ["hi", "ho"]}
+    engine.capture = Capture(captured.append)
+    try:
+        if stream:
+            assert {one["index"] for chunk in server.events(path, body) for one in chunk["choices"]}
+        else:
+            assert server.post(path, body).status_code == 200
+        eventually(lambda: not server.running)
+    finally:
+        engine.capture = None
+    choices = 2 if "chat" in path else 4
+    assert [one.domain for one in captured] == ([] if domain is None else [domain] * choices)
+    assert len({one.request for one in captured}) == len(captured)
 
 
 def test_head_is_answered_as_get_without_a_body(server: Server) -> None:

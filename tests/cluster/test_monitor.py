@@ -2,9 +2,11 @@
 
 import json
 import resource
+import struct
 from pathlib import Path
 
 import pytest
+from wandb.proto import wandb_internal_pb2
 
 from stepladder.cluster.monitor import JsonlMonitor, Monitors, WandbMonitor, open_monitor
 
@@ -88,3 +90,53 @@ def test_a_full_disk_loses_rows_and_no_more(tmp_path: Path, caplog: pytest.LogCa
     rows = read(tmp_path / "metrics.jsonl")
     assert 1 <= len(rows) <= 2 and rows == [*ROWS[:1] * (len(rows) - 1), ROWS[1]]
     assert len([line for line in caplog.messages if "metrics.jsonl cannot be written" in line]) == 1
+
+
+def version(tmp_path: Path) -> Path:
+    folder = tmp_path / "drafter" / "7"
+    folder.mkdir(parents=True)
+    (folder / "drafter.json").write_text("{}")
+    (folder / "drafter.safetensors").write_bytes(bytes(100_000))
+    return folder
+
+
+def logged(tmp_path: Path) -> list[wandb_internal_pb2.ArtifactRecord]:
+    """The artifacts in what `wandb sync` would send: records of LevelDB's log format behind a header of 7 bytes."""
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content, at, found = run.read_bytes(), 7, []
+    while at + 7 <= len(content):
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        assert kind == 1 and at + 7 + size < 32768, "whole, and all in the first block"
+        record = wandb_internal_pb2.Record.FromString(content[at + 7 : at + 7 + size])
+        at += 7 + size
+        if record.WhichOneof("record_type") == "artifact":
+            found.append(record.artifact)
+    return found
+
+
+def test_a_version_of_a_drafter_is_an_artifact(tmp_path: Path) -> None:
+    """Offline by its files' hashes, not by copies: there is no end to versions."""
+    folder = version(tmp_path)
+    monitor = open_monitor(tmp_path, "offline", "stepladder", "test", {})
+    monitor.log_version(7, folder, {"overlap": 0.64}, ["live"])
+    monitor.log_version(7, folder, {"overlap": 0.64}, ["previous"])
+    monitor.log({"drafter/version": 7, "drafter/acceptance": 0.5})
+    monitor.close()
+    first, second = logged(tmp_path)
+    assert first.type == "drafter" and set(first.aliases) == {"latest", "live", "number-7"}
+    assert set(second.aliases) == {"latest", "previous", "number-7"} and second.digest == first.digest
+    assert second.name == first.name and json.loads(first.metadata) == {"number": 7, "overlap": 0.64}
+    entries = {entry.path: (entry.ref, entry.size) for entry in first.manifest.contents}
+    assert entries == {path.name: (path.as_uri(), path.stat().st_size) for path in folder.iterdir()}
+    assert sum(path.stat().st_size for path in tmp_path.glob("wandb/**/*") if path.is_file()) < 100_000
+    assert read(tmp_path / "metrics.jsonl") == [{"drafter/version": 7, "drafter/acceptance": 0.5}]
+
+
+def test_a_version_that_is_gone_or_not_wanted_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = open_monitor(tmp_path, "offline", "stepladder", "test", {})
+    monitor.log_version(7, tmp_path / "gone", {}, ["live"])
+    assert "W&B does not take version 7 of the drafter" in caplog.text
+    monitor.log(ROWS[0])
+    monitor.close()
+    monitor.log_version(7, tmp_path / "gone", {}, ["live"])
+    assert read(tmp_path / "metrics.jsonl") == ROWS[:1], "the rest goes on"

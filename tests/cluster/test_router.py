@@ -13,6 +13,8 @@ from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig
 from stepladder.cluster.gateway.errors import BadRequest, Overloaded, Unavailable
 from stepladder.cluster.gateway.router import Router
 from stepladder.workers.core import Request
+from stepladder.workers.speculation.learning.capture import Capture
+from stepladder.workers.speculation.learning.lessons import Captured, number_of
 from tests.cluster.engines import (
     LENGTH,
     PROMPT,
@@ -51,6 +53,30 @@ def test_a_lost_engine_is_replaced_in_the_middle(random_model: Path, expected: l
         assert 0 < second.engine.stats.generation_tokens < LENGTH, "the second engine went on, it did not start again"
         assert starts(outputs) == [outputs[0].start], "of the attempt that gave the first token, and once"
         await router.close()
+
+    with served(random_model, "engine-0", "engine-1") as engines:
+        within(scene(*engines))
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_replay_is_learnt_from_as_its_request_says(random_model: Path, learn: bool) -> None:
+    """Under the same domain and number wherever it is served; or nowhere."""
+    captured: tuple[list[Captured], list[Captured]] = ([], [])
+
+    async def scene(first: Served, second: Served) -> None:
+        for engine, kept in zip((first, second), captured, strict=True):
+            engine.engine.capture = Capture(kept.append)
+        router, outputs = await routed(first), []
+        first.hold(after=10)
+        async for output in router.generate(replace(request(), domain="tables", learn=learn)):
+            outputs.append(output)
+            if len(outputs) == 10:
+                await router.update([second.endpoint])
+        await router.close()
+        first.engine.abort(first.engine.scheduler.running[0].request.id)
+        found = [(one.domain, one.request, one.lesson.tokens.tolist()) for one in (*captured[0], *captured[1])]
+        domain, number, tokens = "tables", number_of(request()), tokens_of(outputs)
+        assert found == ([(domain, number, tokens[:10]), (domain, number, tokens[10:])] if learn else [])
 
     with served(random_model, "engine-0", "engine-1") as engines:
         within(scene(*engines))

@@ -7,6 +7,7 @@ import pytest
 
 from stepladder.cluster.endpoint import Endpoint
 from stepladder.cluster.gateway.router import WORTH
+from stepladder.workers.speculation.learning.busy_word import BusyWord, BusyWords
 from tests.cluster.engines import (
     LENGTH,
     Served,
@@ -95,3 +96,27 @@ def test_nobody_waits_for_long_for_an_engine_that_says_nothing(
 
     with served(random_model) as (engine,):
         within(scene(engine))
+
+
+def test_an_engine_shows_who_trains_beside_it_what_it_has(random_model: Path, tmp_path: Path) -> None:
+    """Two places and three requests; then nothing any more."""
+
+    async def scene(engine: Served, words: BusyWords) -> None:
+        router = await routed(engine)
+        assert words.read() == (0, 0, 0.0)
+        go = engine.hold(after=10)
+        answers = [asyncio.create_task(collect(router, f"r{i}")) for i in range(3)]
+        while words.read()[:2] != (3, 1):
+            await asyncio.sleep(0.01)
+        go.set()
+        await asyncio.gather(*answers)
+        while words.read().requests:
+            await asyncio.sleep(0.01)
+        await router.close()
+
+    word, words = BusyWord("word", tmp_path), BusyWords(tmp_path)
+    words.look_at(["word"])
+    with served(random_model, busy=word) as (engine,):
+        within(scene(engine, words))
+    word.close()
+    words.close()

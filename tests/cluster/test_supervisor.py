@@ -302,10 +302,16 @@ def test_figures_of_the_pool_and_of_each_attention_rank() -> None:
             *("preemptions", "running", "waiting", "prefix_cache_queries", "prefix_cache_hits", "step_tokens"),
             *("drafts", "draft_tokens", "accepted_tokens", "draft_length", "draft_seconds"),
         )
-    }
+    } | {f"afd/engine-{index}/drafter_version" for index in range(2)}
     assert {key: value for key, value in clocks.items() if "ffn" in key} == {
         "ranks/ffn/0/busy_seconds": 2.0,
         "ranks/ffn/0/waiting_seconds": 1.0,
         "ranks/ffn/0/idle_seconds": 0.5,
     }
     assert len(clocks) == 9
+
+
+def test_a_deployment_without_training_has_no_drafter(turns: Turns) -> None:
+    with pytest.raises(ValueError, match="this deployment does not train a drafter; serve with train=online"):
+        turns.supervisor.drafter("list")
+    assert "drafter" not in turns.supervisor.report()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from stepladder.cluster.config import Deployment
+from stepladder.cluster.config import Deployment, Group
 from stepladder.cluster.gateway.metrics import Metrics
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.generate import GenerateConfig
@@ -59,6 +59,14 @@ def test_every_way_to_speculate(name: str) -> None:
     assert sorted({*KINDS, "off"}) == choices("speculate")
 
 
+def test_a_drafter_that_learns() -> None:
+    """It needs no directory then, and brings a group of its own, which serving does not need."""
+    deployment = deployment_of(compose("serve", ["speculate=hybrid", "train=online", "train.ranks=2"]))
+    *engines, trainer = deployment.groups()
+    assert engines == deployment.layout.groups() and trainer == Group("trainer", "trainer", 2, needed=False)
+    assert deployment_of(compose("serve", ["speculate=suffix"])).groups() == engines
+
+
 @pytest.mark.parametrize("name", choices("cluster"))
 def test_a_cluster_of_gpus_has_sizes_for_gpus(name: str) -> None:
     """And what is given on the command line stands."""
@@ -76,7 +84,7 @@ def test_a_cluster_of_gpus_has_sizes_for_gpus(name: str) -> None:
 
 def test_there_is_no_group_that_nobody_composes() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups == {*GROUPS, "speculate", "secrets", "suite", "recipe"}
+    assert groups == {*GROUPS, "speculate", "train", "secrets", "suite", "recipe"}
 
 
 @pytest.mark.parametrize("name", choices("secrets"))
@@ -148,6 +156,12 @@ def test_generate_takes_every_model_and_every_sampling_parameter(model: str) -> 
         (["cluster.device=tpu"], "cluster.device is 'tpu'; it must be 'cpu' or 'cuda'"),
         (["cluster.strategy=RANDOM"], "cluster.strategy is 'RANDOM'; it must be one of Ray's placement strategies"),
         (["monitor.wandb=on"], "monitor.wandb is"),
+        (["train=online"], "train.kind is online, but speculate.kind is off; what learns is the head of"),
+        (["train.kind=yes"], "train.kind is 'yes'; it must be off or online"),
+        (["train.ring_mb=0"], "train.ring_mb is 0"),
+        (["train.max_tpot_loss=1"], "train.max_tpot_loss is 1"),
+        (["train.objective=mse"], "mse"),
+        (["speculate=hybrid"], "the kinds model, head, hybrid need a directory"),
         (["run_dir=runs"], "run_dir is 'runs'; it must be absolute"),
         (["~name"], "name"),
     ],

@@ -116,3 +116,9 @@ def test_lines_without_a_time_stay_behind_the_one_before() -> None:
     assert [line.split()[-1] for _, line in merge(one, two, key=lambda dated: dated[0])] == [
         "first", "traceback", "second", "third",
     ]  # fmt: skip
+
+
+def test_a_report_shows_the_drafter_where_one_is_taught() -> None:
+    drafter = {"live": 7, "previous": 6, "pinned": None, "paused": False, "behind": [], "acceptance": {6: 0.5, 7: 0.61}}
+    assert "drafter   version 7 is live, previous 6, acceptance 0.61" in ctl.describe(REPORT | {"drafter": drafter})
+    assert "drafter" not in ctl.describe(REPORT)

@@ -37,6 +37,8 @@ def test_a_head_is_taught_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
     figures = json.loads((tmp_path / "run" / "head.json").read_text())
     assert figures == head.manifest.figures and figures["answers"] == 13 and figures["tokens"] <= 13 * 12
     assert len(head.tokens) == 50 and head.net.inner == 16 and head.manifest.version == 1
+    assert head.manifest.scores == {"overlap": figures["taught"]["overlap"][0]} and len(head.manifest.sha256) == 64
+    assert (head.manifest.window.requests, head.manifest.window.tokens) == (13, figures["tokens"])
     assert {name: len(figures[when][name]) for when in ("fit", "taught") for name in ("overlap", "same")} == {
         "overlap": 4, "same": 4,
     }  # fmt: skip
@@ -63,6 +65,7 @@ def test_a_head_is_taught_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
         (["kinds=[poetry]"], "kinds has 'poetry'; it takes prose, rewriting, code, tables"),
         (["kinds=[]"], "there is nothing to learn from; give prompts"),
         (["drafted=0"], "drafted is 0"),
+        (["objective=mse"], "there is no objective 'mse'; there are forward_kl"),
     ],
 )
 def test_options_that_cannot_be(words: list[str], sentence: str) -> None:

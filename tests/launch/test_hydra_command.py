@@ -13,7 +13,7 @@ from stepladder.launch.where import IMPORTED_FROM as ROOT
 
 MANUAL = (ROOT / "docs" / "operating.md").read_text()
 GROUPS = {
-    "serve": {"model", "cluster", "layout", "speculate", "monitor", "+secrets"},
+    "serve": {"model", "cluster", "layout", "speculate", "train", "monitor", "+secrets"},
     "train": {"recipe"},
     "bench": {"suite"},
     "generate": {"model", "speculate"},

@@ -9,10 +9,15 @@ from stepladder.workers.server.orphans import Orphans
 
 
 def request(
-    request_id: str = "chat-0#1.7", prompt: tuple[int, ...] = (1, 2), owner: str = "me", **params: Any
+    request_id: str = "chat-0#1.7",
+    prompt: tuple[int, ...] = (1, 2),
+    owner: str = "me",
+    domain: str = "",
+    learn: bool = True,
+    **params: Any,
 ) -> Request:
-    params = {"seed": 5, "stop": ("x",), **params}
-    return Request(id=request_id, prompt=prompt, params=SamplingParams(**params), owner=owner)
+    sampling = SamplingParams(**{"seed": 5, "stop": ("x",), **params})
+    return Request(id=request_id, prompt=prompt, params=sampling, owner=owner, domain=domain, learn=learn)
 
 
 def test_a_retry_takes_over_what_went_on() -> None:
@@ -36,6 +41,8 @@ def test_a_retry_takes_over_what_went_on() -> None:
         {"stop": ()},
         {"logit_bias": {1: 2.0}},
         {"request_id": "chat-1#1"},
+        {"domain": "another"},
+        {"learn": False},
         {"owner": "somebody else, or I with a seed of my own"},
     ],
 )

@@ -19,10 +19,12 @@ from stepladder.parallel.checkpoint import sharded_parameters
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
 from stepladder.parallel.spec import ModelSpec
+from stepladder.workers.training.ranks import Ranks, training_ranks
+from stepladder.workers.training.sharded import MODEL_STATES
 from stepladder.workers.training.sliced_loss import LOSS_ROWS, sliced_cross_entropy
 from stepladder.workers.training.text_windows import TextWindows
 from stepladder.workers.training.train_config import TrainConfig
-from stepladder.workers.training.trainer import MODEL_STATES, Ranks, Trainer, training_ranks
+from stepladder.workers.training.trainer import Trainer
 from stepladder.workers.training.training_context import TiledSequences
 
 SPEC = ModelSpec(

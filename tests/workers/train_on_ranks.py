@@ -8,7 +8,8 @@ from deepspeed.runtime.zero.muon import original_muon
 
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
-from stepladder.workers.training.trainer import Ranks, Trainer, training_ranks
+from stepladder.workers.training.ranks import Ranks, training_ranks
+from stepladder.workers.training.trainer import Trainer
 from tests.workers.test_trainer import ADAMW, CONFIG, SPEC, STREAM
 
 CONFIGS = {"muon": CONFIG, "adamw": ADAMW}

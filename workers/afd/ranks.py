@@ -17,7 +17,7 @@ from stepladder.workers.assembly import fill
 from stepladder.workers.engine_rank import EngineFigures, EngineRank
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter, gauge, limit
-from stepladder.workers.rank import Notice, Rank
+from stepladder.workers.rank import Notice, PoolNotice, Rank
 from stepladder.workers.server.engine_server import EngineServer
 
 UNBOUNDED = 1 << 40  # tokens of KV cache that an FFN rank has room for: it needs none
@@ -55,7 +55,10 @@ class AttentionRank(EngineRank):
         return cast(PoolForward, self._executor.forward)
 
     def tell(self, notice: Notice) -> None:
-        self._forward.member.meet(notice.pool)
+        if isinstance(notice, PoolNotice):
+            self._forward.member.meet(notice.pool)
+        else:
+            super().tell(notice)
 
     def stats(self) -> AttentionFigures:
         forward, common = self._forward, super().stats()

@@ -1,17 +1,15 @@
 """The engine's end of the wire to the gateways: a ZeroMQ ROUTER that admits only holders of the deployment's secret."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import msgspec
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from stepladder.workers.core import Output
+from stepladder.workers.curve import CurveServer
 from stepladder.workers.engine import EngineStats
 from stepladder.workers.server.messages import (
     Hello,
-    Keys,
     Refusal,
     ToEngine,
     Unreadable,
@@ -41,19 +39,8 @@ class Channel:
     """
 
     def __init__(self, host: str, secret: str) -> None:
-        self._context = zmq.Context()
-        admitted = Keys.of("gateway", secret).public
-        self._authenticator = ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        provider = SimpleNamespace(callback=lambda _, key: key == admitted)
-        self._authenticator.configure_curve_callback(credentials_provider=provider)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set_hwm(QUEUE)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a gateway that is gone must fail, not vanish
-        self._socket.curve_server = True
-        self._socket.curve_publickey, self._socket.curve_secretkey = Keys.of("engine", secret)
-        self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._server = CurveServer(host, secret, role="engine", admitted="gateway", queue=QUEUE, linger=1000)
+        self._socket, self.address = self._server.socket, self._server.address
         self._gateways: dict[bytes, _Session] = {}
 
     @property
@@ -98,8 +85,7 @@ class Channel:
         self._gateways.pop(gateway, None)
 
     def close(self) -> None:
-        self._authenticator.stop()
-        self._context.destroy(linger=1000)
+        self._server.close()
 
     def _accept(self, gateway: bytes, body: bytes) -> ToEngine | Unreadable | None:
         try:

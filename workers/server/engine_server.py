@@ -14,6 +14,7 @@ from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.messages import Abort, Hello, Refusal, Submit, Unreadable
 from stepladder.workers.server.orphans import Orphans
 from stepladder.workers.server.queue_limits import Queue, QueueLimits
+from stepladder.workers.speculation.learning.busy_word import BusyWord
 
 
 class _Client(NamedTuple):
@@ -35,6 +36,7 @@ class EngineServer:
         idle_seconds: how often an engine gives a sign of life, to its followers (when idle) and to the gateways.
         orphan_seconds: how long a request runs on whose gateway was lost.
         clock: of this rank.
+        busy: told at once when there is work, so that training beside this engine makes way.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class EngineServer:
         idle_seconds: float = 1.0,
         orphan_seconds: float = 60.0,
         clock: Clock | None = None,
+        busy: BusyWord | None = None,
     ) -> None:
-        self._engine, self._channel, self._clock = engine, channel, clock or Clock()
+        self._engine, self._channel, self._clock, self._busy = engine, channel, clock or Clock(), busy
         self._queue, self._idle_seconds = Queue(limits or QueueLimits()), idle_seconds
         self._clients: dict[str, _Client] = {}  # by the engine's request id
         self._mail: defaultdict[bytes, list[Output]] = defaultdict(list)
@@ -63,11 +66,18 @@ class EngineServer:
             else:
                 with self._clock.idle:
                     self._take(timeout=self._idle_seconds)
+            self._show()
             if self._engine.has_work:
                 self._sort(self._step())
+                self._show()
             self._give()
             if not self._engine.has_work:  # at once, so that nobody waits for this engine
                 self._engine.heartbeat()
+
+    def _show(self) -> None:
+        if self._busy:
+            scheduler, waiting = self._engine.scheduler, len(self._engine.scheduler.waiting)
+            self._busy.set(len(scheduler.running) + waiting or self._engine.has_work, waiting)
 
     def _step(self) -> list[Output]:
         """One step, which says how fast they go if others wait for a place in it."""

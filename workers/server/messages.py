@@ -3,12 +3,9 @@
 Every message carries a number that counts up by one per direction and peer, so that a lost one is noticed.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import msgspec
-import zmq
-from zmq.utils import z85
 
 from stepladder.workers.core import Output, Request
 from stepladder.workers.engine import EngineStats
@@ -88,17 +85,3 @@ def decode_to_engine(body: bytes) -> ToEngine | Unreadable:
             case ["submit", int(number), {"id": str(name)}, *_]:
                 return Unreadable(number, name, f"the engine cannot read this request: {error}")
         raise
-
-
-class Keys(NamedTuple):
-    """A CURVE key pair, Z85."""
-
-    public: bytes
-    secret: bytes
-
-    @staticmethod
-    def of(role: str, deployment_secret: str) -> "Keys":
-        """The key pair of a role ("engine", "gateway"); whoever knows the deployment's secret has both pairs."""
-        digest = hashlib.blake2b(deployment_secret.encode(), digest_size=32, person=role.encode()).digest()
-        secret = z85.encode(digest)
-        return Keys(zmq.curve_public(secret), secret)

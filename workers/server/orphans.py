@@ -16,20 +16,20 @@ class Orphan:
     finish_reason: FinishReason | None = None
 
     def answers(self, request: Request) -> bool:
-        """Whether `request` is a retry of this one: the same name, owner, prompt and sampling parameters.
+        """Whether `request` is a retry of this one: the same name, owner, labels, prompt and sampling parameters.
 
         A retry may bring another seed, since a client that names none gets a random one each time; one that names a
         seed is another owner.
         """
         mine, seed = self.request, request.params.seed
-        same_name = (name_of(mine.id), mine.owner) == (name_of(request.id), request.owner)
-        same = same_name and mine.prompt == request.prompt and replace(mine.params, seed=seed) == request.params
+        same = _who(mine) == _who(request) and mine.prompt == request.prompt
+        same = same and replace(mine.params, seed=seed) == request.params
         return same and len(self.tokens) >= len(request.output)
 
 
 @dataclass
 class Orphans:
-    """The name that the client knows a request under is its id up to the last `#`; what follows tells attempts apart.
+    """By the names that clients know requests under.
 
     Args:
         seconds: how long a request waits for its client to come back.
@@ -40,7 +40,7 @@ class Orphans:
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(map(name_of, self._by_id)))
+        return list(dict.fromkeys(orphan.request.name for orphan in self._by_id.values()))
 
     def take_in(self, request: Request, tokens: list[int]) -> None:
         self._by_id[request.id] = Orphan(request, tokens, monotonic() + self.seconds)
@@ -65,5 +65,5 @@ class Orphans:
         return [self._by_id.pop(request_id).request for request_id in gone]
 
 
-def name_of(request_id: str) -> str:
-    return request_id.rsplit("#", 1)[0]
+def _who(request: Request) -> tuple[str, str, str, bool]:
+    return request.name, request.owner, request.domain, request.learn

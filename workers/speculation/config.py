@@ -1,10 +1,11 @@
 """Options of speculative decoding."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Drafter
-from stepladder.workers.speculation.kinds import KINDS, WITH_WEIGHTS, Seat, Target
+from stepladder.workers.speculation.kinds import KINDS, WITH_HEAD, WITH_WEIGHTS, Seat, Target
 
 OFF = "off"
 AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
@@ -29,10 +30,10 @@ class SpeculateConfig:
             accepts more of what is sampled; `auto` is coupled where the text must be the same: greedy, with a seed, or
             going on after a replay.
         threshold: a draft ends where all of it would be right with less than this probability; null takes 0.05 where a
-            further token costs nothing to draft, since goodput cuts drafts anyway, and 0.25 where weights are read for it.
-        memory: tokens of what this engine has written that `suffix` and `hybrid` remember, some 60 bytes each.
+            further token costs nothing to draft, since goodput cuts drafts anyway, and 0.25 where weights are read.
+        memory: tokens of what this engine has written that `suffix` and `hybrid` remember, some 55 bytes each.
         model: of `model`, a directory with the same tokenizer; of `head` and `hybrid`, one that `launch.train
-            recipe=head` has made for this model.
+            recipe=head` has made for this model, or null where they are taught online.
     """
 
     kind: str = OFF
@@ -53,19 +54,34 @@ class SpeculateConfig:
                 raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
-        if (self.kind in WITH_WEIGHTS) != (self.model is not None):
-            raise ValueError(
-                f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kinds "
-                f"{', '.join(WITH_WEIGHTS)} need a directory, and no other takes one"
-            )
+        if self.model is not None and self.kind not in WITH_WEIGHTS:
+            self._refuse_model()
+        if self.model is None and self.kind in WITH_WEIGHTS and self.kind not in WITH_HEAD:
+            self._refuse_model()
         if self.memory < 0:
             raise ValueError(f"speculate.memory is {self.memory}; it must be 0 or more")
 
-    def drafter(self, limits: SchedulerConfig, target: Target) -> Drafter | None:
-        """Who drafts for an engine with these limits; ValueError if its directory is unusable."""
+    def check_taught(self, online: bool = False) -> None:
+        """Raises ValueError if its drafter has no weights, and nobody teaches it online."""
+        if self.kind in WITH_HEAD and self.model is None and not online:
+            self._refuse_model()
+
+    def drafter(self, limits: SchedulerConfig, target: Target, online: bool = False) -> Drafter | None:
+        """Who drafts for an engine with these limits; ValueError if its directory is unusable.
+
+        Args:
+            online: it is taught while it drafts, and may have no weights yet.
+        """
+        self.check_taught(online)
         free, costly = (FREE, COSTLY) if self.threshold is None else (self.threshold, self.threshold)
         seat = Seat(free, costly, self.memory, self.model, limits, target)
         return KINDS[self.kind](seat) if self.is_on else None
+
+    def _refuse_model(self) -> NoReturn:
+        raise ValueError(
+            f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kinds {', '.join(WITH_WEIGHTS)} "
+            "need a directory, and no other takes one (head and hybrid need none with train=online)"
+        )
 
     @property
     def is_on(self) -> bool:

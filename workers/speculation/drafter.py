@@ -81,12 +81,15 @@ class Drafter(ABC):
     Attributes:
         likely: how many of the likeliest tokens per row it wants to be told (`Verified.likely`).
         hidden: whether it wants to be told hidden states (`Verified.hidden`).
-        version: of its weights, if it has some that change.
+        version: of its weights, if it has some that change; 0 before it has any.
+        guesses, right: tokens that these weights foresaw where their place was reached, and how many of these came.
     """
 
     likely: int = 0
     hidden: bool = False
     version: int = 0
+    guesses: int = 0
+    right: int = 0
 
     @abstractmethod
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
@@ -100,3 +103,8 @@ class Drafter(ABC):
     @abstractmethod
     def forget(self, sequence: Sequence) -> None:
         """It has ended or was aborted; one that was never seen is no error."""
+
+    def swap(self, weights: Any) -> None:
+        """Draft with other weights from now on, between two steps; of those drafters that have some that change. None:
+        with none."""
+        raise AssertionError(f"{type(self).__name__} has no weights that change")

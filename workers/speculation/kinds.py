@@ -15,8 +15,8 @@ __all__ = ["KINDS", "WITH_HEAD", "WITH_WEIGHTS", "Runner", "Seat", "Target"]
 
 class Seat(NamedTuple):
     """What a drafter is made for. threshold: the confidence where it stops; costly: the same where a further token
-    takes time. memory: tokens that it may remember. model: a directory, if it has weights. limits: of the engine.
-    target: what it drafts for."""
+    takes time. memory: tokens that it may remember. model: a directory, if it has weights from the beginning. limits:
+    of the engine. target: what it drafts for."""
 
     threshold: float
     costly: float
@@ -32,7 +32,7 @@ class Target(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def runner(self, path: str) -> Runner:
+    def runner(self, path: str, limits: SchedulerConfig) -> Runner:
         """What runs another model of the same tokenizer, with a cache. ValueError: it is unusable."""
 
     def head(self, path: str) -> Any:
@@ -42,7 +42,7 @@ class Target(Protocol):
 def _head(seat: Seat) -> Any:
     from stepladder.workers.speculation.drafters.head import HeadDrafter  # torch, which reading options needs not
 
-    return HeadDrafter(seat.target.head(seat.model or ""), seat.costly)
+    return HeadDrafter(seat.target.head(seat.model) if seat.model else None, seat.costly)
 
 
 def _hybrid(seat: Seat) -> Drafter:
@@ -55,7 +55,7 @@ KINDS: dict[str, Callable[[Seat], Drafter]] = {
     "ngram": lambda seat: NGram(threshold=seat.threshold),
     "suffix": lambda seat: Suffix(seat.memory, seat.threshold),
     "recycling": lambda seat: Recycling(seat.target.vocab_size, threshold=seat.threshold),
-    "model": lambda seat: ModelDrafter(seat.target.runner(seat.model or ""), seat.limits, seat.costly),
+    "model": lambda seat: ModelDrafter(seat.target.runner(seat.model or "", seat.limits), seat.limits, seat.costly),
     "head": _head,
     "hybrid": _hybrid,
 }

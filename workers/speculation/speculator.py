@@ -3,11 +3,13 @@
 While drafting does not pay it is left alone, and tried again now and then, ever more rarely.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 from stepladder.workers.core import Request, Sequence, StepPlan
-from stepladder.workers.figures import counter, gauge
+from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.speculation.acceptance import Acceptance
 from stepladder.workers.speculation.config import AUTO, REJECTION, SpeculateConfig
 from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
@@ -26,8 +28,9 @@ SHOWN = 3  # places of a draft whose acceptance is told
 @dataclass
 class SpeculationStats:
     """drafts: given to a step. draft_tokens, accepted_tokens: theirs. accepted_at: of these, by place in the draft.
-    draft_length: of the last step's drafts, on average; 0 while drafting does not pay. speculation: all of this, to a
-    person."""
+    draft_length: of the last step's drafts, on average; 0 while drafting does not pay. drafter_guesses, drafter_right:
+    tokens that weights of this version foresaw where their place was reached, and how many of these came. speculation:
+    all of this, to a person."""
 
     drafts: int = counter("spec_decode_num_drafts", "Drafts verified.")
     draft_tokens: int = counter("spec_decode_num_draft_tokens", "Drafted tokens verified.")
@@ -37,6 +40,11 @@ class SpeculationStats:
         "spec_decode_draft_length", "Tokens of a draft in the last step, on average.", default=0.0, across="mean"
     )
     draft_seconds: float = counter(default=0.0)
+    drafter_version: int = gauge(
+        "spec_decode_drafter_version", "Of the drafter's weights; 0 without any.", across="none", each=True
+    )
+    drafter_guesses: int = limit()
+    drafter_right: int = limit()
     speculation: str = ""
 
 
@@ -45,19 +53,28 @@ class Speculator:
 
     Args:
         drafter: proposes. config: how many tokens are verified, and how. stats: where it counts.
+
+    Attributes:
+        staged: weights to draft with from the next step on, in a list; any thread may put them there.
     """
 
     def __init__(self, drafter: Drafter, config: SpeculateConfig, stats: SpeculationStats | None = None) -> None:
         self.drafter, self.config, self.stats = drafter, config, stats or SpeculationStats()
+        self.staged: deque[Any] = deque(maxlen=1)
         self.step_time, self.acceptance = StepTime(), Acceptance()
         self._proposed: dict[str, Draft] = {}
-        self._asked, self._worth = 0, 0.0  # steps that asked since the last rest; what they gave beyond their cost, lately
+        self._asked, self._worth = (
+            0,
+            0.0,
+        )  # steps that asked since the last rest; what that was worth lately
         self._trial, self._rest, self._next_rest, self._since_look = TRIAL * 2, 0, REST, 0
         self._rests_at = 0  # sequences that decoded when the rest began
 
     def draft(self, running: list[Sequence]) -> None:
         """Give drafts to those that decode."""
         self._proposed.clear()
+        while self.staged:
+            self._swap(self.staged.popleft())
         decoding = [s for s in running if s.num_pending == 1 and not s.is_drawing]
         wanted = [s for s in decoding if s.request.params.speculate]
         asks = bool(wanted) and not self._resting(len(decoding))
@@ -90,7 +107,22 @@ class Speculator:
             self.acceptance.observe(one.sequence.request.id, confidence, accepted)
             self._count(len(one.drafted), accepted)
         self.drafter.observe(verified)
+        self._tell_version()
         self.stats.speculation = self._told()
+
+    def _swap(self, weights: Any) -> None:
+        """Draft with other weights, and find out what they give."""
+        self.drafter.swap(weights)
+        self._tell_version()
+        self._rest, self._next_rest, self._asked, self._trial = 0, REST, 0, TRIAL
+
+    def _tell_version(self) -> None:
+        stats, drafter = self.stats, self.drafter
+        stats.drafter_version, stats.drafter_guesses, stats.drafter_right = (
+            drafter.version,
+            drafter.guesses,
+            drafter.right,
+        )
 
     def _told(self) -> str:
         stats, kind = self.stats, self.config.kind

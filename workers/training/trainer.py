@@ -10,17 +10,14 @@ where a partition is padded (stage_1_and_2.py, `get_flat_partition`).
 """
 
 import hashlib
-import logging
 import math
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +27,8 @@ from torch.optim import AdamW, Optimizer
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import Norm
-from stepladder.parallel.rendezvous import open_store
+from stepladder.workers.training.ranks import Ranks
+from stepladder.workers.training.sharded import Sharded
 from stepladder.workers.training.sliced_loss import sliced_cross_entropy
 from stepladder.workers.training.stacked import put_together, take_apart
 from stepladder.workers.training.text_windows import TextWindows
@@ -38,51 +36,6 @@ from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.training_context import TiledSequences
 
 Log = Callable[[dict[str, Any]], None]
-BUCKET = 5_000_000  # elements reduced at a time
-MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's name for the weights and what was saved beside them
-
-
-class Ranks(NamedTuple):
-    """The data-parallel ranks that train together; see `training_ranks`."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def mean(self, value: float) -> float:
-        """Over the ranks; each gives its own."""
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total) / self.size
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; all wait for it."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-
-@contextmanager
-def training_ranks() -> Iterator[Ranks]:
-    """Join the ranks that `torchrun` started, or be the only one: NCCL on CUDA, gloo on CPU.
-
-    DeepSpeed needs torch's default group and the rank in the environment. A lone rank meets itself at a free port.
-    """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed reads it once, when it is imported
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=open_store("127.0.0.1"), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        _leave()
 
 
 def text_hash(stream: Tensor) -> str:
@@ -114,7 +67,8 @@ class Trainer:
         self._taken = take_apart(model) if config.muon_lr is not None else []
         self.optimizer = _optimizer(model, config)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.engine = _engine(model, self.optimizer, config, ranks)
+        share = config.share(0, ranks.size)
+        self.engine = Sharded(model, self.optimizer, ranks, share, config.accumulate, config.clip)
         self.step, self.seconds = 0, 0.0
         self._saved: int | None = None
         self._text = text_hash(stream)
@@ -155,7 +109,7 @@ class Trainer:
             return
         tag = f"step{self.step}"
         state = {"step": self.step, "seconds": self.seconds, **self.settings}
-        self.engine.save_checkpoint(str(self.directory), tag=tag, client_state={"training": state}, save_latest=False)
+        self.engine.save_checkpoint(self.directory, tag, state)
         dist.barrier()
         if self.ranks.rank == 0:
             partial = self.directory / "latest.partial"
@@ -181,13 +135,12 @@ class Trainer:
         if not latest.exists():
             return
         tag = latest.read_text()
-        states = torch.load(self.directory / tag / MODEL_STATES, map_location="cpu", mmap=True, weights_only=False)
-        state = states["training"]
+        state = self.engine.saved_state(self.directory, tag)
         if others := ", ".join(_differences(state, self.settings)).replace("config.", "train."):
             raise ValueError(
                 f"{self.directory} was written with other settings ({others}); remove it or choose another run_dir"
             )
-        self.engine.load_checkpoint(str(self.directory), tag=tag)
+        self.engine.load_checkpoint(self.directory, tag)
         self.step, self.seconds = state["step"], state["seconds"]
         self._saved = self.step
 
@@ -200,7 +153,7 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             for micro in range(config.accumulate):
                 if micro:
-                    self.engine.step()  # DeepSpeed counts micro-batches in it; the last one's is the optimiser's step
+                    self.engine.step()
                 loss += self._micro_batch(stage, first + micro * share, share) / config.accumulate
             loss = self.ranks.mean(loss)
             if not math.isfinite(loss):
@@ -264,40 +217,3 @@ def _optimizer(model: Transformer, config: TrainConfig) -> Optimizer:
     ]
     optimizer: Optimizer = MuonWithAuxAdam(groups)
     return optimizer
-
-
-def _engine(model: Transformer, optimizer: Optimizer, config: TrainConfig, ranks: Ranks) -> Any:
-    """DeepSpeed around the model: ZeRO-1 in fp32. TextWindows are its samples."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # On CPU DeepSpeed would compile a C++ all-reduce for inference, for two minutes; training never calls it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    settings = {
-        "train_micro_batch_size_per_gpu": config.share(0, ranks.size),
-        "gradient_accumulation_steps": config.accumulate,
-        "gradient_clipping": config.clip or 0.0,
-        "steps_per_print": 10**12,
-        "zero_optimization": {
-            "stage": 1,
-            "overlap_comm": ranks.device.type == "cuda",
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
-
-
-def _leave() -> None:
-    """Leave the default group, which DeepSpeed knows by a name of its own once an engine has been made."""
-    import deepspeed
-
-    if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
-    if dist.is_initialized():
-        dist.destroy_process_group()

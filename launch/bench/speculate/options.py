@@ -70,7 +70,7 @@ class SpeculateBench:
         if self.spread not in ("first", "all", "none"):
             raise ValueError(f"spread is {self.spread!r}; it must be first, all or none")
         for drafter, k in [*((name, None) for name in self.drafters), *((self.drafters[0], k) for k in self.fixed)]:
-            self.speculate(drafter, k)
+            self.speculate(drafter, k).check_taught()
 
     def speculate(self, drafter: str = OFF, k: int | None = None) -> SpeculateConfig:
         """Raises ValueError if the number of tokens or the threshold cannot be."""

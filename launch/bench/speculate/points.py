@@ -16,6 +16,7 @@ from stepladder.launch.recipes.chat_material import Library
 from stepladder.launch.recipes.chat_traffic import prompts
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.engine import Engine
+from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Drafter
 from stepladder.workers.speculation.kinds import Runner, Target
 
@@ -87,7 +88,7 @@ class Loaded:
 
     def __init__(self, target: Target) -> None:
         self.vocab_size = target.vocab_size
-        self.runner: Callable[[str], Runner] = cache(target.runner)
+        self.runner: Callable[[str, SchedulerConfig], Runner] = cache(target.runner)
         self.head: Callable[[str], Any] = cache(target.head)
 
 

@@ -49,7 +49,7 @@ def run(config: SpeculateBench) -> Report:
     most = max(LEARNED, *config.batches)
     llm = LLM(config.model.path, "cpu", config.kv_tokens, cache=config.model.cache, threads=config.threads,
               max_sequences=most)  # fmt: skip
-    target = Loaded(Target(llm.engine.executor, llm.engine.config))
+    target = Loaded(Target(llm.engine.executor))
     points, speculators = list[Point](), list[Watched]()
     traffic = list(product(config.kinds, config.temperatures))
     with tqdm(total=len(traffic) * len(config.batches), unit="case") as bar:

@@ -10,6 +10,7 @@ from stepladder.workers.executor import Executor
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.drafter import Drafter
+from stepladder.workers.speculation.learning.capture import Capture
 from stepladder.workers.speculation.speculator import Speculator
 
 LIMITS = SchedulerConfig(
@@ -40,10 +41,16 @@ def requests() -> list[Request]:
 
 
 def serve(
-    executor: Executor, made: list[Request], drafter: Drafter | None = None, k: int | None = None, **limits: Any
+    executor: Executor,
+    made: list[Request],
+    drafter: Drafter | None = None,
+    k: int | None = None,
+    capture: Capture | None = None,
+    **limits: Any,
 ) -> tuple[Texts, Engine]:
     engine = Engine(replace(LIMITS, **limits), executor)
     engine.speculate(Speculator(drafter, SpeculateConfig(k=k, rule="coupled"), engine.stats) if drafter else None)
+    engine.capture = capture
     texts: Texts = {request.id: (list(request.output), "", [], []) for request in made}
     for request in made:
         engine.add(request)

@@ -13,8 +13,9 @@ class Score(NamedTuple):
     accepted: int
 
 
-def sequence(prompt: list[int], output: list[int] | None = None, name: str = "a") -> Sequence:
-    return Sequence(Request(id=name, prompt=tuple(prompt), params=SamplingParams(), output=tuple(output or ())))
+def sequence(prompt: list[int], output: list[int] | None = None, name: str = "a", learn: bool = True) -> Sequence:
+    params, written = SamplingParams(), tuple(output or ())
+    return Sequence(Request(id=name, prompt=tuple(prompt), params=params, output=written, learn=learn))
 
 
 def serve(

@@ -27,10 +27,10 @@ from stepladder.workers.speculation.drafters.hybrid import Hybrid
 from stepladder.workers.speculation.drafters.lookup import Guess
 from stepladder.workers.speculation.drafters.suffix import Suffix
 from stepladder.workers.speculation.head.files import Head, Manifest, read_head, write_head
-from stepladder.workers.speculation.head.lessons import Capture, Lessons
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary, most_frequent
+from stepladder.workers.speculation.learning.lessons import Lessons
 from tests.llama import write_llama
 from tests.ranks import run_ranks
 from tests.tokenizers_of import write_byte_level
@@ -213,7 +213,14 @@ class Steady(HeadDrafter):
         ({3: [50, 51, 52, 53]}, 0.9, 0.8, [50, 51, 52, 53], [], [3]),
         ({3: [50], 6: [60]}, 0.6, 0.7, [4, 5, 6, 7], [3, 4, 5, 6], [3, 4, 5, 6]),
         ({3: [50], 4: [60, 61]}, 0.7, 0.6, [50, 51, 52, 53], [3, 50, 51, 52], [3, 50, 51, 52]),
-        ({}, 0.9, 0.4, [4, 5, 6], [3, 4, 5], [3, 4, 5, 6]),  # its third is likely enough, and asking for a fourth is not
+        (
+            {},
+            0.9,
+            0.4,
+            [4, 5, 6],
+            [3, 4, 5],
+            [3, 4, 5, 6],
+        ),  # a third is likely enough, to ask for a fourth is not
         ({3: [50]}, 0.04, 0.04, [], [3], [3]),
     ],
 )
@@ -236,25 +243,6 @@ def test_at_each_place_the_more_confident_one(
     assert (made.tokens, head.read, lookup.asked) == (draft, read, asked)
     both.forget(sequence)
     assert both.propose([sequence], [4])[0].tokens == found.get(3, [])[: 4 if sure > 0.1 else 0]
-
-
-def test_lessons_are_what_was_written(executor: Executor, target: TargetVocabulary, plain: Texts) -> None:
-    capture = Capture()
-    texts, engine = serve(executor, requests(), capture, 3)
-    assert texts == plain and not engine.stats.drafts
-    assert {name: lesson.tokens.tolist() for name, lesson in capture.lessons.items()} == {
-        name: text[0] for name, text in plain.items()
-    }
-    written = list(capture.lessons.values())
-    lessons, rows, greedy = Lessons.of(written, 2), target.rows(torch.arange(VOCAB)), capture.lessons["0"]
-    assert greedy.states.dtype == torch.bfloat16 and greedy.states.shape == (len(greedy.tokens), HIDDEN)
-    same = ((greedy.states.float() @ rows.T).argmax(-1) == greedy.tokens).float().mean()
-    assert same > 0.9, "states are rounded to bf16"
-    for start in lessons.starts.tolist():
-        ends = torch.tensor([len(lesson.tokens) for lesson in written]).cumsum(0)
-        assert torch.searchsorted(ends, start, right=True) == torch.searchsorted(ends, start + 2, right=True)
-    with pytest.raises(ValueError, match="outputs of more than 99 tokens, and there are none"):
-        Lessons.of(written, 99)
 
 
 def reader() -> RecurrentHead:
@@ -284,11 +272,11 @@ def test_a_head_learns(target: TargetVocabulary) -> None:
     """A linear fit is a beginning, steps make it better; both are judged on other texts."""
     torch.manual_seed(0)
     seen, other = made_up(target, 3000, 1), made_up(target, 600, 2)
-    teacher = Teacher(RecurrentHead(HIDDEN, 64), target, torch.arange(VOCAB), rate=3e-3)
+    teacher = Teacher(RecurrentHead(HIDDEN, 64), target, torch.arange(VOCAB))
     untaught = teacher.judge(other)
     teacher.fit(seen)
     fit, losses = teacher.judge(other), list[float]()
-    teacher.teach(seen, 300, 128, losses.append)
+    teacher.teach(seen, 300, 128, losses.append, rate=3e-3)
     taught = teacher.judge(other)
     assert untaught.overlap[0] + 0.1 < fit.overlap[0] < taught.overlap[0] - 0.1
     assert taught.same[0] > fit.same[0] and sum(losses[-20:]) < sum(losses[:20])

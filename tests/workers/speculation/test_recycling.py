@@ -18,6 +18,16 @@ def test_a_chain_of_what_was_likeliest() -> None:
     assert [draft.tokens for draft in drafts] == [[6, 4], [1, 3], [7]], "rows behind rejected tokens count as well"
 
 
+def test_what_must_not_be_learnt_from_changes_nothing() -> None:
+    drafter = Recycling(8, threshold=0.0)
+    drafter.observe([Verified(sequence([1], [2], learn=False), [], [2], [[3]])])
+    assert drafter.propose([sequence([1])], [1])[0].tokens == []
+    drafter.observe([Verified(sequence([1], [2]), [], [2], [[3]])])
+    drafter.observe([Verified(sequence([1], [2], learn=False), [], [2], [[4]])])
+    assert drafter.propose([sequence([1])], [1])[0].tokens == [3]
+    assert drafter.calibration.rates[1] == Recycling(2).calibration.rates[1]
+
+
 def test_the_newest_replaces_what_was_known() -> None:
     drafter = Recycling(4, threshold=0.0)
     for likeliest in (2, 3):

@@ -28,6 +28,16 @@ def test_prompts_of_others_are_only_context() -> None:
     assert drafter.propose([sequence([9, 4, 5], name="c")], [4])[0].tokens == [6]
 
 
+def test_what_must_not_be_learnt_from_is_not_remembered() -> None:
+    """Its own text it may look up."""
+    drafter = Suffix(threshold=0.0)
+    secret = sequence([50, 1, 2, 3, 1], [2, 3] * PIECE, "secret", learn=False)
+    assert drafter.propose([secret], [1])[0].tokens == [2]
+    drafter.forget(secret)
+    assert drafter.propose([sequence([50, 1, 2])], [4])[0].tokens == [] and not drafter._remembered
+    assert drafter.memory and not drafter.memory.count
+
+
 def test_most_places_decide_and_their_share_is_what_it_is_sure_of() -> None:
     drafter = Suffix(threshold=0.0)
     for token in (3, 4, 3, 3):

@@ -1,6 +1,7 @@
 """A recurrent head on the target's last hidden state drafts, all sequences of a step together."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
@@ -79,23 +80,42 @@ class HeadDrafter(Drafter):
     A sequence has no draft until its last token was drawn by a step of this engine that told its hidden state.
 
     Args:
+        cell: None drafts nothing, until there is one.
         threshold: a draft ends where it would be right with less than this probability.
     """
 
     hidden = True
 
-    def __init__(self, cell: Cell, threshold: float = 0.25) -> None:
-        self.cell, self.threshold, self.version = cell, threshold, cell.version
+    def __init__(self, cell: Cell | None, threshold: float = 0.25) -> None:
+        self._cell, self.threshold, self.version = cell, threshold, cell.version if cell else 0
         self.calibration = Calibration([(kind + 0.5) / KINDS for kind in range(KINDS)])
         self._states: dict[str, tuple[int, Tensor]] = {}  # by request: its length, and the state its last token is from
         self._guesses: dict[str, list[tuple[int, Foreseen]]] = {}  # by request: with their places in the last draft
 
+    @property
+    def cell(self) -> Cell:
+        assert self._cell, "nobody is known before there is one"
+        return self._cell
+
+    @property
+    def native(self) -> bool:
+        """Whether native kernels compute it."""
+        return self._cell is not None and self._cell.native
+
+    def swap(self, weights: Cell | None) -> None:
+        """What is known of sequences stays, since it is the target's; how sure guesses are is learnt further."""
+        self._cell, self.version = weights, weights.version if weights else 0
+        self.guesses = self.right = 0
+        self._guesses.clear()
+
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         drafts = [OpenDraft(limit, self.threshold, self.version) for limit in most]
         going = [(s, d) for s, d in zip(sequences, drafts, strict=True) if d.most > 0 and self.knows(s)]
-        with computing(self.cell.native):
-            state = self.begin([sequence for sequence, _ in going]) if going else None
-            while state is not None and going:
+        if not going:
+            return [draft.made for draft in drafts]
+        with computing(self.native):
+            state = self.begin([sequence for sequence, _ in going])
+            while going:
                 last = [(draft.made.tokens or sequence.tokens)[-1] for sequence, draft in going]
                 state = self.cell.step(state, upload(last, state.device))
                 found = self.foresee(state, [(sequence, draft.made.tokens) for sequence, draft in going])
@@ -104,7 +124,9 @@ class HeadDrafter(Drafter):
         return [draft.made for draft in drafts]
 
     def knows(self, sequence: Sequence) -> bool:
-        """Whether the hidden state that its last token was drawn from is known."""
+        """Whether there is a cell, and the hidden state that its last token was drawn from."""
+        if self._cell is None:
+            return False
         known, _ = self._states.get(sequence.request.id, (-1, None))
         return known == len(sequence.tokens) and not sequence.is_drawing
 
@@ -138,12 +160,14 @@ class HeadDrafter(Drafter):
         self._states.pop(sequence.request.id, None)
         self._guesses.pop(sequence.request.id, None)
 
-    def _learn(self, guesses: Iterable[tuple[int, Foreseen]], each: Verified) -> None:
+    def _learn(self, guesses: Seq[tuple[int, Foreseen]], each: Verified) -> None:
         """From those that stood behind nothing but right tokens, drafted or not."""
         right = agreeing(each.drafted, each.tokens)
         for place, guess in guesses:
             if place <= right and place < len(each.tokens):
-                self.calibration.learn(guess.kind, guess.token == each.tokens[place])
+                came = guess.token == each.tokens[place]
+                self.calibration.learn(guess.kind, came)
+                self.guesses, self.right = self.guesses + 1, self.right + came
 
 
 def _native(weight: Tensor, gated: bool = False) -> Product:

@@ -9,7 +9,7 @@ from stepladder.kernels.cpu.native import computing
 from stepladder.kernels.transfer import upload
 from stepladder.workers.core import Sequence
 from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified
-from stepladder.workers.speculation.drafters.head import Foreseen, HeadDrafter
+from stepladder.workers.speculation.drafters.head import Cell, Foreseen, HeadDrafter
 from stepladder.workers.speculation.drafters.lookup import Guess, Lookup, State
 
 __all__ = ["Hybrid"]
@@ -63,10 +63,14 @@ class Hybrid(Drafter):
     def __init__(self, lookup: Lookup, head: HeadDrafter) -> None:
         self.lookup, self.head, self.version = lookup, head, head.version
 
+    def swap(self, weights: Cell | None) -> None:
+        self.head.swap(weights)
+        self._tell()
+
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         drafts = [OpenDraft(limit, self.lookup.threshold, self.version) for limit in most]
         pairs = zip(sequences, drafts, strict=True)
-        with computing(self.head.cell.native):
+        with computing(self.head.native):
             going = [self._begin(s, draft) for s, draft in pairs if draft.most > 0 and not s.is_drawing]
             while going:
                 found = [self._guess(each) for each in going]
@@ -79,6 +83,7 @@ class Hybrid(Drafter):
     def observe(self, verified: list[Verified]) -> None:
         self.lookup.observe(verified)
         self.head.observe(verified)
+        self._tell()
 
     def forget(self, sequence: Sequence) -> None:
         self.lookup.forget(sequence)
@@ -87,6 +92,11 @@ class Hybrid(Drafter):
     def _asks(self, each: _Open) -> bool:
         """Whether the head's opinion is to be had, and worth its time."""
         return each.state is not None and each.draft.chance >= self.head.threshold
+
+    def _tell(self) -> None:
+        """What is counted is the head's."""
+        head = self.head
+        self.version, self.guesses, self.right = head.version, head.guesses, head.right
 
     def _begin(self, sequence: Sequence, draft: OpenDraft) -> _Open:
         known = self.lookup.follow(sequence)

@@ -43,6 +43,8 @@ class Recycling(Drafter):
 
     def observe(self, verified: list[Verified]) -> None:
         for each in verified:
+            if not each.sequence.request.learn:
+                continue
             before = each.sequence.tokens[-1 - len(each.tokens)]
             self._learn([before, *each.tokens[:-1]], each.tokens)
             for token, likely in zip([before, *each.drafted], each.likely, strict=False):

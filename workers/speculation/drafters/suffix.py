@@ -16,7 +16,7 @@ WEIGHT = 2  # of a place, for each token that it matches further back
 class Suffix(Lookup):
     """Places where a sequence's last tokens stood before vote on the next one, those that match further back with more
     weight; those that named the token that was chosen vote on the one behind it. Places are found in the sequence's own
-    prompt and output, and in a memory of the outputs of all requests.
+    prompt and output, and in a memory of the outputs of all requests that may be learnt from.
 
     Confidence is learnt by how far back the matches reach, the share of the votes, and how many places agree (Oliaro et
     al. 2411.04975 take the share itself, in a tree with counts).
@@ -67,10 +67,10 @@ class Suffix(Lookup):
         self._remembered.pop(sequence.request.id, None)
 
     def _remember(self, sequence: Sequence, least: int) -> None:
-        """Take what is new of an output into the memory, if it is at least so much."""
+        """Take what is new of an output into the memory, if it is at least so much and may be kept."""
         stop = len(sequence.tokens) - sequence.is_drawing
         start = self._remembered.get(sequence.request.id, len(sequence.request.prompt))
-        if self.memory and stop - start >= least:
+        if self.memory and sequence.request.learn and stop - start >= least:
             first = max(0, start - self.depth)
             self.memory.add_document(sequence.tokens[first:stop], start - first)
             self._remembered[sequence.request.id] = stop

@@ -41,6 +41,10 @@ class RecurrentHead(nn.Module):
         """Of the tokens whose rows of the target's head are given: [N, hidden] -> [N, tokens]."""
         return (state * self.scale) @ rows.T
 
+    def is_finite(self) -> bool:
+        """Whether all of its weights are numbers."""
+        return all(bool(weight.isfinite().all()) for weight in self.state_dict().values())
+
 
 def seen(state: Tensor, embedded: Tensor) -> Tensor:
     """What the cell reads: [N, hidden] twice -> [N, 2 hidden]."""

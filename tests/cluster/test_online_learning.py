@@ -1,0 +1,129 @@
+"""A deployment whose drafter learns from what is answered: versions become live, texts stay plain decoding's."""
+
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import ray
+
+from stepladder import LLM, SamplingParams
+from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig, MonitorConfig
+from stepladder.cluster.controller import start_controller
+from stepladder.cluster.gateway.actor import GatewayActor
+from stepladder.cluster.names import namespace
+from stepladder.launch.private_ray import PrivateRay
+from stepladder.workers.config import EngineConfig, KvConfig
+from stepladder.workers.speculation.config import SpeculateConfig
+from stepladder.workers.speculation.learning.busy_word import FOLDER, PREFIX
+from stepladder.workers.speculation.learning.config import LearnConfig
+from tests.cluster.jobs import eventually
+
+DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo_model"
+TOKENS, STREAMS = 64, 4
+BEGINNINGS = ("<table>\n <tr>", "0x00 0x01", "Name | Age\n-----|----\n", "* item\n* item", "<ul>\n  <li>")
+
+
+def prompt(number: int) -> str:
+    return f"{BEGINNINGS[number % len(BEGINNINGS)]} {number}"
+
+
+@contextmanager
+def deployed(run_dir: Path) -> Iterator[tuple[Any, str]]:
+    wanted = Deployment(
+        name="learner",
+        run_dir=str(run_dir),
+        secret=secrets.token_hex(32),
+        model=ModelConfig(path=str(DEMO), name="demo"),
+        engine=EngineConfig(threads=1),
+        kv=KvConfig(tokens=8192),
+        speculate=SpeculateConfig(kind="hybrid"),
+        train=LearnConfig(kind="online", candidate_every=12, drafted=1024, inner=128),
+        cluster=ClusterConfig(hang_seconds=5),
+        monitor=MonitorConfig(wandb="disabled"),
+        detach=True,
+    )
+    controller = start_controller(wanted, GatewayActor)
+    try:
+        eventually(lambda: ray.get(controller.status.remote()).phase == "ready", seconds=90)
+        yield controller, ray.get(controller.status.remote()).url
+    finally:
+        controller.shut_down.remote()
+        eventually(lambda: not remains(), remains, seconds=60)
+
+
+def remains() -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in actors if a["namespace"] == namespace("learner") or a["name"].startswith("learner/")]
+
+
+class Traffic:
+    """Requests with a seed of their own each, some at once; texts by number."""
+
+    def __init__(self, url: str) -> None:
+        self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        self._numbers, self.texts = count(), dict[int, str]()
+
+    def ask(self, requests: int) -> None:
+        numbers = [next(self._numbers) for _ in range(requests)]
+        with ThreadPoolExecutor(STREAMS) as pool:
+            self.texts |= zip(numbers, pool.map(self._text, numbers), strict=True)
+
+    def _text(self, number: int) -> str:
+        answer = self._client.completions.create(
+            model="demo", prompt=prompt(number), max_tokens=TOKENS, temperature=1.0, top_p=1.0, seed=number
+        )
+        return answer.choices[0].text
+
+    def check(self) -> None:
+        """The texts are those of plain decoding."""
+        llm = LLM(str(DEMO), "cpu")
+        params = [SamplingParams(max_tokens=TOKENS, temperature=1.0, seed=number) for number in self.texts]
+        plain = llm.generate([prompt(number) for number in self.texts], params)
+        assert [one.text for one in plain] == list(self.texts.values())
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_it_learns_while_it_serves(cluster: PrivateRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Versions become live, engines draft with them, a killed trainer goes on from the live one, and what it leaves is
+    whole. No text changes, and nothing of it is left behind."""
+    with deployed(tmp_path) as (controller, url):
+        traffic = Traffic(url)
+
+        def report() -> dict[str, Any]:
+            found: dict[str, Any] = ray.get(controller.report.remote())
+            return found
+
+        def taken(above: int) -> bool:
+            """Whether a version above this one drafts in the engine, after some more requests."""
+            traffic.ask(8)
+            found = report()
+            engine = found["engines"]["engine-0"]
+            return (found["drafter"]["live"] or 0) > above and engine.get("drafter_version", 0) > above
+
+        eventually(lambda: taken(0), report, seconds=120)
+        first = report()["drafter"]["live"]
+        place = ray.get(ray.get_actor("learner/1/trainer/0").where.remote())
+        assert os.sched_getscheduler(place.pid) == os.SCHED_IDLE
+        os.kill(place.pid, signal.SIGKILL)
+        eventually(lambda: taken(first), report, seconds=120)
+        found = report()
+        lease = found["drafter"]["lease"]
+        over = sum(lease[f"lease_{how}"] for how in ("revoked", "expired", "returned", "lost"))
+        assert lease["lease_overrun_micro_batches"] <= over and found["phase"] == "ready", "one that was under way"
+        engine = found["engines"]["engine-0"]
+        assert engine["drafter_guesses"] > 0 and engine["captured_tokens"] > 0
+        with capsys.disabled():
+            print("\n".join(line for _, line in found["drafter"]["lines"]))
+        versions = tmp_path / "drafter"
+        assert {path.name for path in versions.glob("*.partial")} == set()
+    traffic.check()
+    assert not list(FOLDER.glob(f"{PREFIX}*"))

@@ -1,0 +1,1 @@
+"""The drafter keeps learning from live traffic: what is captured, and how it comes to whoever learns from it."""
