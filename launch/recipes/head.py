@@ -22,7 +22,7 @@ from stepladder.launch.typed_config import check_counts
 from stepladder.parallel.checkpoint import fingerprints
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.source.resolve import resolve
-from stepladder.workers.speculation.head.files import Head, Manifest, Window, write_head
+from stepladder.workers.speculation.head.files import DataWindow, Head, Manifest, write_head
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import Judged, Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary, most_frequent
@@ -105,7 +105,7 @@ def run(recipe: HeadRecipe) -> None:
     figures = _taught(teacher, Lessons.of(seen, recipe.depth), judged, recipe, directory)
     figures |= {"answers": len(answers), "tokens": sum(len(lesson.tokens) for lesson in answers)}
     manifest = Manifest(spec.hidden_size, recipe.inner, 1, fingerprints(source), figures)
-    manifest = replace(manifest, window=Window(figures["answers"], figures["tokens"]), made=round(time(), 3))
+    manifest = replace(manifest, window=DataWindow(figures["answers"], figures["tokens"]), made=round(time(), 3))
     manifest = replace(manifest, scores={"overlap": figures["taught"]["overlap"][0]})
     write_head(Head(net, tokens, manifest), directory / "head")
     write_json(directory / "head.json", figures)

@@ -174,6 +174,9 @@ def test_ctl_shows_the_deployment(job: Job, undisturbed: list[str], capsys: pyte
     assert report["engines"]["engine-0"]["steps"] > 0
     assert ctl.main(["status", "name=other"]) == ctl.ABSENT
     assert capsys.readouterr().err == "stepladder: there is no deployment named 'other'; this Ray cluster has tests\n"
+    assert ctl.main(["drafter", "list"]) == ctl.ABSENT
+    refused = "stepladder: this deployment does not train a drafter; serve with train=online\n"
+    assert capsys.readouterr().err == refused
 
 
 def test_ctl_prints_logs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A deployment whose drafter learns from what is answered: versions become live, texts stay plain decoding's."""
 
+import json
 import os
 import secrets
 import signal
@@ -19,6 +20,7 @@ from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig, Mo
 from stepladder.cluster.controller import start_controller
 from stepladder.cluster.gateway.actor import GatewayActor
 from stepladder.cluster.names import namespace
+from stepladder.launch import ctl
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.speculation.config import SpeculateConfig
@@ -62,6 +64,24 @@ def deployed(run_dir: Path) -> Iterator[tuple[Any, str]]:
 def remains() -> list[str]:
     actors = ray.util.list_named_actors(all_namespaces=True)
     return [a["name"] for a in actors if a["namespace"] == namespace("learner") or a["name"].startswith("learner/")]
+
+
+def ordered(capsys: pytest.CaptureFixture[str], live: int) -> None:
+    """A person has a say in it."""
+    capsys.readouterr()
+
+    def order(*words: str, code: int = ctl.OK) -> str:
+        assert ctl.main(["drafter", *words, "name=learner"]) == code
+        told = capsys.readouterr()
+        return told.out if code == ctl.OK else told.err
+
+    assert order("pin", f"version={live}") == f"pinned {live} by order; it stays live until learning is resumed\n"
+    assert f"version {live} is live" in (shown := order("list")) and f"{live} is pinned" in shown
+    (row,) = [one for one in json.loads(order("list", "format=json"))["versions"] if one["number"] == live]
+    assert row["bytes"] > 1e5 and row["scores"]["overlap"] > 0 and row["window"]["tokens"] > 0
+    assert order("rollback", code=ctl.ABSENT).startswith(f"stepladder: version {live} of the drafter is pinned")
+    assert "there is no version 10000 of the drafter" in order("pin", "version=10000", code=ctl.ABSENT)
+    assert order("pause").startswith("paused by order") and order("resume").startswith("resumed by order")
 
 
 class Traffic:
@@ -131,6 +151,7 @@ def test_it_learns_while_it_serves(cluster: PrivateRay, tmp_path: Path, capsys: 
         assert engine["drafter_guesses"] > 0 and engine["captured_tokens"] > 0
         with capsys.disabled():
             print("\n".join(line for _, line in found["drafter"]["lines"]))
+        ordered(capsys, found["drafter"]["live"])
         versions = tmp_path / "drafter"
         assert {path.name for path in versions.glob("*.partial")} == set()
     traffic.check()

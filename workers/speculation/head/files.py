@@ -29,7 +29,7 @@ from stepladder.parallel.typed_json import (
 )  # fmt: skip
 from stepladder.workers.speculation.head.net import RecurrentHead
 
-__all__ = ["MANIFEST", "WEIGHTS", "Head", "Manifest", "Window", "read_head", "read_manifest", "write_head"]
+__all__ = ["MANIFEST", "WEIGHTS", "DataWindow", "Head", "Manifest", "read_head", "read_manifest", "write_head"]
 
 MANIFEST, WEIGHTS, TOKENS = "drafter.json", "drafter.safetensors", "tokens"
 KIND = "recurrent"
@@ -37,7 +37,7 @@ MANY = 1 << 53
 
 
 @dataclass(frozen=True)
-class Window:
+class DataWindow:
     """What a head was taught with. requests, tokens: how much of it. domains: tokens by domain."""
 
     requests: int = 0
@@ -66,7 +66,7 @@ class Manifest:
     figures: dict[str, Any]
     kind: str = KIND
     parent: int = 0
-    window: Window = field(default_factory=Window)
+    window: DataWindow = field(default_factory=DataWindow)
     scores: dict[str, float] = field(default_factory=dict)
     made: float = 0.0
     sha256: str = field(default="", compare=False)
@@ -146,7 +146,7 @@ def read_manifest(home: Path) -> Manifest:
         FileNotFoundError: there is none. ValueError, TypeError: it is none.
     """
     values = typed(read_object(home / MANIFEST), FIELDS)
-    return Manifest(**values | {"window": Window(**values.get("window", {}))})
+    return Manifest(**values | {"window": DataWindow(**values.get("window", {}))})
 
 
 def _network(home: Path, manifest: Manifest) -> tuple[RecurrentHead, Tensor]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stepladder.parallel.checkpoint import fingerprints
-from stepladder.workers.speculation.head.files import Head, Manifest
+from stepladder.workers.speculation.head.files import DataWindow, Head, Manifest
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import BETAS, CLIP, Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
@@ -206,7 +206,9 @@ class Learner:
             "requests": len(scores), "tokens": self.replay.seen, "steps": self.steps, "domains": self.replay.domains,
             "overlap": Score.mean(scores), "live_overlap": Score.mean(live), **verdict._asdict(),
         }  # fmt: skip
-        manifest = Manifest(self.net.hidden, self.inner, 0, self._fingerprints, figures)
+        kept = self.replay.domains
+        data = DataWindow(self.replay.requests, sum(kept.values()), kept)
+        manifest = Manifest(self.net.hidden, self.inner, 0, self._fingerprints, figures, window=data)
         head = Head(judging.net.cpu(), judging.tokens.cpu(), manifest)
         return Candidate(
             head, [s.length for s in scores], [s.length for s in live], figures["overlap"], figures["live_overlap"],

@@ -66,7 +66,7 @@ class Replay:
                 self._window.move_to_end(each.request)
             else:
                 self.seen += len(lesson.tokens)
-                piece = _Piece(lesson, starts_of(lesson, self.depth, self.errors_only))
+                piece = _Piece(lesson, starts_of(lesson, self.depth, self.errors_only), each.request)
                 self._shelves.setdefault(each.domain, _Shelf()).add(piece)
                 self._newest.add(piece)
         self._make_room()
@@ -114,6 +114,11 @@ class Replay:
         return {domain: shelf.tokens for domain, shelf in self._shelves.items()}
 
     @property
+    def requests(self) -> int:
+        """Of which something can be learnt."""
+        return len({piece.request for shelf in self._shelves.values() for piece in shelf.pieces})
+
+    @property
     def places(self) -> int:
         """That can be learnt from."""
         return sum(shelf.places for shelf in self._shelves.values())
@@ -157,6 +162,7 @@ class Replay:
 class _Piece(NamedTuple):
     lesson: Lesson
     starts: Tensor
+    request: int
 
 
 class _Shelf:

@@ -21,9 +21,9 @@ from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.speculation.head.files import (
     MANIFEST,
     WEIGHTS,
+    DataWindow,
     Head,
     Manifest,
-    Window,
     read_head,
     read_manifest,
     write_head,
@@ -48,7 +48,7 @@ class VersionInfo(NamedTuple):
     number: int
     parent: int
     scores: dict[str, float]
-    window: Window
+    window: DataWindow
     bytes: int
     made: float
 
@@ -86,8 +86,7 @@ class Versions:
         made: list[Path] = []
         try:
             self._sweep()
-            number = self._take_number()
-            assert head.manifest.parent < number, "it was taught from a version that is not there yet"
+            number = self._take_number(above=head.manifest.parent)
             made = [partial := self.directory / f"{number}{PARTIAL}", self.folder(number)]
             write_head(replace(head, manifest=replace(head.manifest, version=number, made=self._clock())), partial)
             _on_disk(partial)
@@ -126,13 +125,13 @@ class Versions:
                 self.folder(number).rename(self.directory / f"{number}{GONE}")
         self._sweep()
 
-    def _take_number(self) -> int:
+    def _take_number(self, above: int) -> int:
         """One that nobody had or will have: whoever creates its file and then still has the highest one. A number that
         is given up is lost."""
         given = self.directory / GIVEN
         given.mkdir(parents=True, exist_ok=True)
         while True:
-            number = 1 + max([*_numbers(given), *self._folders()], default=0)
+            number = 1 + max([above, *_numbers(given), *self._folders()])
             with suppress(FileExistsError):
                 os.close(os.open(given / str(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
                 _on_disk(given)

@@ -91,6 +91,9 @@ def test_a_shift_is_learnt_and_the_gate_opens_for_what_is_better_only(make: Any,
     first = learner.candidate()
     assert first.passes and len(first.scores) == 32 and first.live == [0.0] * 32, "there was none"
     assert first.head.manifest.target and first.head.manifest.hidden == HIDDEN
+    window = first.head.manifest.window
+    assert window.requests > 100 and window.domains == learner.replay.domains
+    assert window.tokens == sum(window.domains.values()) > 0
     learner.compare_with(first.head)
     again = learner.candidate()
     assert again.scores == again.live == first.scores and not again.passes, "the same is not better"

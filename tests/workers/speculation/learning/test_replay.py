@@ -58,6 +58,7 @@ def test_the_oldest_of_the_largest_domain_go() -> None:
     replay.add([piece("old", request, range(20)) for request in (1, 2)])
     replay.add([piece("new", request, range(20)) for request in range(3, 10)])
     assert replay.domains == {"old": 40, "new": 60} and replay.seen == 180
+    assert replay.requests == 5, "two old ones and the newest three"
     assert {request for request, _ in drawn(replay, 2000)} == {1, 2, 7, 8, 9}
     replay.add([piece(f"domain {number}", 10 + number, range(10)) for number in range(60)])
     assert sum(replay.domains.values()) <= 100 and len(replay.domains) <= 10, "names of clients do not pile up"

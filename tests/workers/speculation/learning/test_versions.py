@@ -15,7 +15,7 @@ import torch
 
 from stepladder.parallel.checkpoint import fingerprints
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.speculation.head.files import Head, Manifest, Window, read_head
+from stepladder.workers.speculation.head.files import DataWindow, Head, Manifest, read_head
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.learning.versions import STALE_SECONDS, Versions
 from tests.llama import write_llama
@@ -32,7 +32,7 @@ def head(model: Path, seed: int = 0, parent: int = 0) -> Head:
     torch.manual_seed(seed)
     net = RecurrentHead(HIDDEN, INNER)
     torch.nn.init.normal_(net.down.weight)
-    window = Window(requests=12, tokens=900, domains={"code": 600, "prose": 300})
+    window = DataWindow(requests=12, tokens=900, domains={"code": 600, "prose": 300})
     manifest = Manifest(HIDDEN, INNER, 99, fingerprints(model), {}, parent=parent, window=window)
     return Head(net, torch.arange(0, 64, 2), replace(manifest, scores={"overlap": 0.5 + seed / 100}))
 
@@ -245,6 +245,8 @@ def test_prune_keeps_the_newest_and_the_named(model: Path, tmp_path: Path) -> No
     for number in (6, 5):
         shutil.rmtree(versions.folder(number))
     assert versions.publish(head(model)) == 7, "numbers go on though no version is left"
+    shutil.rmtree(tmp_path)
+    assert versions.publish(head(model, parent=7)) == 8, "nor anything else that would say how far they were"
 
 
 def _write(directory: Path, model: Path, seed: int, count: int, numbers: Any) -> None:
