@@ -26,7 +26,7 @@ class LearnConfig(LearnerConfig):
     ranks: int = 1
     threads: int = 1
     ring_mb: float = 64.0
-    candidate_every: int = 24
+    candidate_every: int = 40
     keep: int = 5
     max_tpot_loss: float = 0.05
 

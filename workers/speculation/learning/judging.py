@@ -13,7 +13,7 @@ from stepladder.workers.speculation.learning.replay import HeldOut, Replay
 
 __all__ = ["Judging", "Score", "Window"]
 
-LONGEST = 64  # tokens of a piece that is judged at once
+LONGEST = 32  # tokens of a piece that is judged at once: a tenth of a second on one thread for a model like SmolLM2
 
 Key = tuple[int, int]  # request, and which of its pieces
 

@@ -19,7 +19,7 @@ from stepladder.workers.speculation.head.files import DataWindow, Head, Manifest
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import BETAS, CLIP, Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
-from stepladder.workers.speculation.learning.gate import Verdict, paired_bootstrap
+from stepladder.workers.speculation.learning.gate import FEWEST, Verdict, paired_bootstrap
 from stepladder.workers.speculation.learning.judging import Judging, Score, Window
 from stepladder.workers.speculation.learning.learner_config import LearnerConfig
 from stepladder.workers.speculation.learning.lessons import Captured, Lessons
@@ -31,8 +31,7 @@ __all__ = ["Candidate", "Learner"]
 
 NET = "net."  # what its weights' names begin with inside of what DeepSpeed has
 PLACES_TO_FIT = 4  # times the hidden size: twice as many as there are unknowns for each output of the linear fit
-MOST_TO_FIT = 8192  # places
-LEAST_JUDGED = 4  # held-out requests, below which nothing can be said
+MOST_TO_FIT = 4096  # places
 
 
 class Candidate(NamedTuple):
@@ -114,8 +113,8 @@ class Learner:
 
     @property
     def can_judge(self) -> bool:
-        """On rank 0: whether there are held-out requests to judge by."""
-        return len(self.replay.window(LEAST_JUDGED)) >= LEAST_JUDGED
+        """On rank 0: whether there are held-out requests enough to judge by."""
+        return len(self.replay.window(FEWEST, self.config.judged_depth)) == FEWEST
 
     @property
     def places_to_fit(self) -> int:

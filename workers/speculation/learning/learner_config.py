@@ -40,7 +40,7 @@ class LearnerConfig:
     drafted: int = 4096
     batch: int = 128
     accumulate: int = 2
-    steps: int = 6
+    steps: int = 10
     every: int = 640
     zero_stage: int = 1
     precision: str = "fp32"

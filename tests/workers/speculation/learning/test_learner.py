@@ -77,6 +77,18 @@ def test_so_many_steps_for_so_many_tokens_and_none_without(make: Any, target: Ta
     assert worked_off(learner) == pytest.approx(12 * 3 * 20 / 160, abs=1), "of four requests one is held out"
 
 
+def test_it_can_be_judged_by_requests_long_enough_for_the_drafts_that_are_judged(
+    make: Any, target: TargetVocabulary
+) -> None:
+    learner = make(judged_depth=6)
+    learner.add(captured(target, range(0, 40, 4), way=1, tokens=6))
+    assert len(learner.replay.window(10)) == 10 and not learner.can_judge
+    learner.add(captured(target, range(100, 112, 4), way=1))
+    assert not learner.can_judge
+    learner.add(captured(target, range(112, 116, 4), way=1))
+    assert learner.can_judge
+
+
 def test_what_is_owed_is_bounded_by_what_is_held(make: Any, target: TargetVocabulary) -> None:
     learner = make(max_tokens=320)
     for first in range(0, 400, 40):  # nobody let it learn meanwhile
@@ -123,7 +135,7 @@ def test_scores_are_expected_accepted_tokens(make: Any, target: TargetVocabulary
     held = learner.replay.window(1)[0].lessons[0]
     net, tokens, everything = found.head.net.double(), found.head.tokens, target.rows(torch.arange(VOCAB)).double()
     lengths, overlaps = [], torch.zeros(3, dtype=torch.float64)
-    for piece in (range(64), range(64, 90)):
+    for piece in (range(32), range(32, 64), range(64, 90)):
         for start in piece[:-3]:
             state, chance, length = held.states[start][None].double(), 1.0, 0.0
             for place in range(3):

@@ -11,7 +11,7 @@ from stepladder.workers.speculation.learning.learner_config import LearnerConfig
 from stepladder.workers.speculation.learning.lessons import Captured, Lesson
 
 HIDDEN, VOCAB = 32, 101
-CONFIG = LearnerConfig(inner=48, drafted=80, batch=48, every=160, rate=3e-3, held_out=4)
+CONFIG = LearnerConfig(inner=48, drafted=80, batch=48, steps=6, every=160, rate=3e-3, held_out=4)
 
 
 def target_of(directory: Path) -> TargetVocabulary:
