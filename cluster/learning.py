@@ -41,7 +41,7 @@ class Learning:
         self._shown: dict[int, list[str]] = {}
         throttle = Throttle(deployment.train.max_tpot_loss)
         self._ledger = Ledger(TRAINER, deployment.train.ranks, throttle=throttle, first=int(time() * 1000))
-        self._told: dict[str, tuple[int | None, float]] = {}  # by engine: the version, and when
+        self._told: dict[str, tuple[int | None, float]] = {}  # by an engine's life: the version, and when
         self._touched = self.registry.live is not None  # engines have been given a version
 
     def look(self) -> None:
@@ -119,10 +119,11 @@ class Learning:
         self._touched |= live is not None
         if not self._touched:
             return
-        version, when = self._told.get(f"{keeper.name}/{keeper.gang.generation}", (-1, 0.0))
+        life = f"{keeper.name}/{keeper.gang.generation}"
+        version, when = self._told.get(life, (-1, 0.0))
         again = version == live and keeper.name in self.registry.behind() and monotonic() - when > AGAIN_SECONDS
         if version != live or again:
-            self._told[f"{keeper.name}/{keeper.gang.generation}"] = live, monotonic()
+            self._told[life] = live, monotonic()
             keeper.tell(DrafterNotice(live or 0, self._folder(live)), again)
 
     def _tell_trainer(self) -> None:

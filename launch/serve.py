@@ -74,8 +74,9 @@ def check_here(deployment: Deployment) -> None:
         model = check_model(directory, deployment.engine)
         deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
         has_native(deployment.engine.wanted_kernels, deployment.cluster.device, model.spec.dtype)
-        if deployment.speculate.kind in WITH_HEAD and Path(deployment.speculate.model or "").is_dir():
-            read_head(deployment.speculate.model or "", directory, model.spec)
+        head = deployment.speculate.model
+        if head and deployment.speculate.kind in WITH_HEAD and Path(head).is_dir():
+            read_head(head, directory, model.spec)
 
 
 def serve(deployment: Deployment) -> int:

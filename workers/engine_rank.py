@@ -18,7 +18,6 @@ from stepladder.workers.sizing import check_kv, kv_size
 from stepladder.workers.speculation.learning.busy_word import BusyWord, word_name
 from stepladder.workers.speculation.learning.capture import Capture
 from stepladder.workers.speculation.learning.door import LessonDoor
-from stepladder.workers.speculation.learning.lessons import Captured
 from stepladder.workers.speculation.learning.ring import Ring, RingStats
 from stepladder.workers.text.tokenizer import Tokenizer
 
@@ -79,8 +78,8 @@ class EngineRank(Rank):
         engine = assembly.begin(
             self._executor, config.engine, config.kv, kv_tokens, tokenizer, config.speculate, target
         )
-        if config.train.is_on:  # on every rank: they hand hidden states on together
-            engine.capture = Capture(taught.ring.put if taught else _nobody)
+        if taught:
+            engine.capture = Capture(taught.ring.put)
         if config.shard.rank == 0:
             self._engine, self._channel, self._taught = engine, Channel(config.host, config.secret), taught
         return self.address
@@ -143,7 +142,3 @@ class _Taught:
     def close(self) -> None:
         self.door.close()
         self.word.close()
-
-
-def _nobody(captured: Captured) -> None:
-    """Ranks other than 0 draw nothing, so that nothing comes."""

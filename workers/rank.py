@@ -26,6 +26,7 @@ from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.learning.config import LearnConfig
 from stepladder.workers.speculation.learning.lease import LeaseNotice
 
+UNBOUNDED = 1 << 40  # tokens of KV cache that a rank has room for which needs none
 WHOLE, ATTENTION, FFN, TRAINER = "whole", "attention", "ffn", "trainer"
 
 

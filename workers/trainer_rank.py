@@ -3,7 +3,7 @@ publishes what is better than the live version."""
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from pathlib import Path
@@ -14,11 +14,12 @@ import torch
 
 from stepladder.parallel.mesh import SingleRank
 from stepladder.workers.figures import RankFigures, counter, gauge
-from stepladder.workers.rank import Notice, Rank, RankConfig, TeachNotice
+from stepladder.workers.rank import UNBOUNDED, Notice, Rank, RankConfig, TeachNotice
 from stepladder.workers.speculation.head.files import Head, read_head
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
 from stepladder.workers.speculation.learning.busy_word import BusyWords
 from stepladder.workers.speculation.learning.door import LessonReader
+from stepladder.workers.speculation.learning.following import Following
 from stepladder.workers.speculation.learning.learner import Candidate, Learner
 from stepladder.workers.speculation.learning.lease import LeaseNotice, Use
 from stepladder.workers.speculation.learning.permit import Permit, least_over
@@ -29,7 +30,6 @@ __all__ = ["Published", "TrainerFigures", "TrainerRank"]
 
 log = logging.getLogger(__name__)
 
-UNBOUNDED = 1 << 40  # tokens of KV cache that it has room for: it needs none
 READ_TOKENS, READ_SECONDS = 8192, 0.5  # that are read at once, and how often
 PAUSE_SECONDS = 0.1  # between two looks for something to do
 SMOOTH = 0.9  # of the loss that is told
@@ -82,9 +82,9 @@ class TrainerRank(Rank):
         self._figures = TrainerFigures()
         self._notice = TeachNotice()
         self._leaving = ExitStack()
-        self._words = self._leaving.enter_context(_closing(BusyWords()))
-        self._reader = self._leaving.enter_context(_closing(LessonReader(config.secret)))
-        self._live = 0  # the version that candidates are compared with; 0: what serving began with, or nothing
+        self._words = self._leaving.enter_context(closing(BusyWords()))
+        self._reader = self._leaving.enter_context(closing(LessonReader(config.secret)))
+        self._following = Following()
         self._judging, self._considered, self._read_at = False, 0, 0.0
 
     @property
@@ -162,8 +162,9 @@ class TrainerRank(Rank):
 
     def _wanted(self) -> Order:
         learner, config = self._learner, self.config.train
-        if self._notice.live not in (None, self._live):
+        if self._following.news(live := self._notice.live):
             return Order.BEGIN
+        self._following.heed(live)
         if self._judging:
             return Order.JUDGE
         if learner.steps - self._considered >= config.candidate_every and learner.can_judge:
@@ -181,19 +182,20 @@ class TrainerRank(Rank):
             self._figures.learning_tokens += sum(len(one.lesson.tokens) for one in captured)
 
     def _begin_anew(self) -> None:
-        """From a version that was made live by others: after a restart, a rollback or by order."""
-        head = self._of(self._notice.live) if self.config.shard.rank == 0 else None
+        """From a version that was made live by others."""
+        head = self._of_live() if self.config.shard.rank == 0 else None
         self._judging = False
         if self._ranks.share(head is not None):
             self._learner.begin_with(head)
             self._considered = self._learner.steps
 
-    def _of(self, number: int | None) -> Head | None:
-        """The head of a version, or why not in the log."""
-        config, self._live = self.config, number or 0
+    def _of_live(self) -> Head | None:
+        """The live version's head, or why not in the log."""
+        config, following = self.config, self._following
+        following.heed(self._notice.live)
         try:
-            if number:
-                return self._versions.read(number, config.directory, self._spec)
+            if following.version:
+                return self._versions.read(following.version, config.directory, self._spec)
             return read_head(config.speculate.model, config.directory, self._spec) if config.speculate.model else None
         except ValueError as error:
             log.error("training goes on from what it has, without the live version: %s", error)
@@ -220,10 +222,10 @@ class TrainerRank(Rank):
         figures.overlap, figures.before = candidate.overlap[0], candidate.live_overlap[0]
         if not candidate.passes:
             figures.refused_candidates += 1
-            log.info("a candidate is not better than version %d: %s", self._live, candidate.verdict)
+            log.info("a candidate is not better than version %d: %s", self._following.version, candidate.verdict)
             return
         scores = {"overlap": figures.overlap, "before": figures.before}
-        manifest = replace(candidate.head.manifest, parent=self._live, scores=scores)
+        manifest = replace(candidate.head.manifest, parent=self._following.version, scores=scores)
         try:
             number = self._versions.publish(replace(candidate.head, manifest=manifest))
         except (OSError, ValueError) as error:
@@ -231,12 +233,6 @@ class TrainerRank(Rank):
             return
         log.info("published version %d: overlap %.3f, before %.3f", number, figures.overlap, figures.before)
         self._learner.compare_with(candidate.head)
-        self._live = number
+        self._following.published(number)
         figures.published = Published(number, scores)
         self._versions.prune({*self._notice.keep, number})
-
-
-def _closing(thing: Any) -> Any:
-    from contextlib import closing
-
-    return closing(thing)

@@ -12,9 +12,14 @@ import openai
 import psutil
 import ray
 import requests
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
+from stepladder.cluster.config import Deployment
+from stepladder.cluster.controller import start_controller
+from stepladder.cluster.gateway.actor import GatewayActor
+from stepladder.cluster.names import namespace
 from stepladder.launch.deployed import ready
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.launch.where import IMPORTED_FROM as ROOT
@@ -115,6 +120,25 @@ def submit(
     finally:
         job.stop()
         eventually(lambda: not job.remains(), job.remains)
+
+
+@contextmanager
+def controlled(wanted: Deployment) -> Iterator[tuple[ActorHandle, str]]:
+    """The controller of a detached deployment that is ready, and its URL; nothing of it is left at the end."""
+
+    def remains() -> list[str]:
+        """Actors; the controller has a namespace of its own, the others that of whoever started it."""
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        mine = namespace(wanted.name)
+        return [a["name"] for a in actors if a["namespace"] == mine or a["name"].startswith(f"{wanted.name}/")]
+
+    controller = start_controller(wanted, GatewayActor)
+    try:
+        eventually(lambda: ray.get(controller.status.remote()).phase == "ready", seconds=90)
+        yield controller, ray.get(controller.status.remote()).url
+    finally:
+        controller.shut_down.remote()
+        eventually(lambda: not remains(), remains, seconds=60)
 
 
 def eventually(holds: Callable[[], object], otherwise: Callable[[], object] = lambda: "", seconds: float = 40) -> None:

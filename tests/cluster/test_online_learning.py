@@ -4,9 +4,8 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ from typing import Any
 import openai
 import pytest
 import ray
+from ray.actor import ActorHandle
 
 from stepladder import LLM, SamplingParams
 from stepladder.cluster.config import ClusterConfig, Deployment, ModelConfig, MonitorConfig
-from stepladder.cluster.controller import start_controller
-from stepladder.cluster.gateway.actor import GatewayActor
-from stepladder.cluster.names import namespace
 from stepladder.launch import ctl
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.learning.busy_word import FOLDER, PREFIX
 from stepladder.workers.speculation.learning.config import LearnConfig
-from tests.cluster.jobs import eventually
+from tests.cluster.jobs import controlled, eventually
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo_model"
 TOKENS, STREAMS = 64, 4
@@ -37,8 +34,7 @@ def prompt(number: int) -> str:
     return f"{BEGINNINGS[number % len(BEGINNINGS)]} {number}"
 
 
-@contextmanager
-def deployed(run_dir: Path) -> Iterator[tuple[Any, str]]:
+def deployed(run_dir: Path) -> AbstractContextManager[tuple[ActorHandle, str]]:
     wanted = Deployment(
         name="learner",
         run_dir=str(run_dir),
@@ -52,18 +48,7 @@ def deployed(run_dir: Path) -> Iterator[tuple[Any, str]]:
         monitor=MonitorConfig(wandb="disabled"),
         detach=True,
     )
-    controller = start_controller(wanted, GatewayActor)
-    try:
-        eventually(lambda: ray.get(controller.status.remote()).phase == "ready", seconds=90)
-        yield controller, ray.get(controller.status.remote()).url
-    finally:
-        controller.shut_down.remote()
-        eventually(lambda: not remains(), remains, seconds=60)
-
-
-def remains() -> list[str]:
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return [a["name"] for a in actors if a["namespace"] == namespace("learner") or a["name"].startswith("learner/")]
+    return controlled(wanted)
 
 
 def ordered(capsys: pytest.CaptureFixture[str], live: int) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -17,6 +17,7 @@ import openai
 import psutil
 import pytest
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from stepladder.cluster.config import (
@@ -27,17 +28,14 @@ from stepladder.cluster.config import (
     ModelConfig,
     MonitorConfig,
 )
-from stepladder.cluster.controller import start_controller
-from stepladder.cluster.gateway.actor import GatewayActor
 from stepladder.cluster.monitor import JsonlMonitor
-from stepladder.cluster.names import namespace
 from stepladder.cluster.supervisor import Supervisor
 from stepladder.launch import ctl
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.rank import FFN
 from tests.cluster import test_supervisor as scripted
-from tests.cluster.jobs import eventually
+from tests.cluster.jobs import controlled, eventually
 from tests.cluster.test_supervisor import ROOM, ScriptedGang, Turns
 
 SPARE = Group("spare", FFN, 1, needed=False)
@@ -109,8 +107,7 @@ class Watch:
         self._thread.join(30)
 
 
-@contextmanager
-def deployed(model: Path, run_dir: Path) -> Iterator[tuple[ray.actor.ActorHandle, str]]:
+def deployed(model: Path, run_dir: Path) -> AbstractContextManager[tuple[ActorHandle, str]]:
     """The controller of a detached deployment with a spare group, and its URL."""
     wanted = Deployment(
         name="spare",
@@ -124,19 +121,7 @@ def deployed(model: Path, run_dir: Path) -> Iterator[tuple[ray.actor.ActorHandle
         monitor=MonitorConfig(wandb="disabled"),
         detach=True,
     )
-    controller = start_controller(wanted, GatewayActor)
-    try:
-        eventually(lambda: ray.get(controller.status.remote()).phase == "ready", seconds=90)
-        yield controller, ray.get(controller.status.remote()).url
-    finally:
-        controller.shut_down.remote()
-        eventually(lambda: not remains(), remains)
-
-
-def remains() -> list[str]:
-    """Actors of the deployment; the controller has a namespace of its own, the others that of whoever started it."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return [a["name"] for a in actors if a["namespace"] == namespace("spare") or a["name"].startswith("spare/")]
+    return controlled(wanted)
 
 
 ROUNDS = 2  # requests of a stream, one after the other, so that it is under way until the group is back

@@ -16,7 +16,7 @@ from stepladder.cluster.config import Deployment, Group
 from stepladder.cluster.gateway.metrics import Metrics
 from stepladder.launch.bench.__main__ import suite_of
 from stepladder.launch.generate import GenerateConfig
-from stepladder.launch.serve import deployment_of
+from stepladder.launch.serve import check_here, deployment_of
 from stepladder.launch.train import recipe_of
 from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.generation_defaults import GenerationDefaults
@@ -65,6 +65,7 @@ def test_a_drafter_that_learns() -> None:
     *engines, trainer = deployment.groups()
     assert engines == deployment.layout.groups() and trainer == Group("trainer", "trainer", 2, needed=False)
     assert deployment_of(compose("serve", ["speculate=suffix"])).groups() == engines
+    check_here(deployment)
 
 
 @pytest.mark.parametrize("name", choices("cluster"))

@@ -17,10 +17,8 @@ from stepladder.workers.assembly import fill
 from stepladder.workers.engine_rank import EngineFigures, EngineRank
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter, gauge, limit
-from stepladder.workers.rank import Notice, PoolNotice, Rank
+from stepladder.workers.rank import UNBOUNDED, Notice, PoolNotice, Rank
 from stepladder.workers.server.engine_server import EngineServer
-
-UNBOUNDED = 1 << 40  # tokens of KV cache that an FFN rank has room for: it needs none
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Options of speculative decoding."""
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Drafter
@@ -54,17 +53,19 @@ class SpeculateConfig:
                 raise ValueError(f"speculate.{name} is {value}; it must be from 1 to {LONGEST}")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"speculate.threshold is {self.threshold}; it must be from 0 to 1")
-        if self.model is not None and self.kind not in WITH_WEIGHTS:
-            self._refuse_model()
-        if self.model is None and self.kind in WITH_WEIGHTS and self.kind not in WITH_HEAD:
-            self._refuse_model()
+        self.check_taught(online=True)
         if self.memory < 0:
             raise ValueError(f"speculate.memory is {self.memory}; it must be 0 or more")
 
     def check_taught(self, online: bool = False) -> None:
-        """Raises ValueError if its drafter has no weights, and nobody teaches it online."""
-        if self.kind in WITH_HEAD and self.model is None and not online:
-            self._refuse_model()
+        """Raises ValueError if its drafter has no weights and nobody teaches it online, or has no use for any."""
+        needs = self.kind in WITH_WEIGHTS and not (online and self.kind in WITH_HEAD)
+        if (needs and self.model is None) or (self.model is not None and self.kind not in WITH_WEIGHTS):
+            raise ValueError(
+                f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kinds "
+                f"{', '.join(WITH_WEIGHTS)} need a directory, and no other takes one (head and hybrid need none with "
+                "train=online)"
+            )
 
     def drafter(self, limits: SchedulerConfig, target: Target, online: bool = False) -> Drafter | None:
         """Who drafts for an engine with these limits; ValueError if its directory is unusable.
@@ -76,12 +77,6 @@ class SpeculateConfig:
         free, costly = (FREE, COSTLY) if self.threshold is None else (self.threshold, self.threshold)
         seat = Seat(free, costly, self.memory, self.model, limits, target)
         return KINDS[self.kind](seat) if self.is_on else None
-
-    def _refuse_model(self) -> NoReturn:
-        raise ValueError(
-            f"speculate.kind is {self.kind}, and speculate.model is {self.model}; the kinds {', '.join(WITH_WEIGHTS)} "
-            "need a directory, and no other takes one (head and hybrid need none with train=online)"
-        )
 
     @property
     def is_on(self) -> bool:

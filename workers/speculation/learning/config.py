@@ -34,9 +34,7 @@ class LearnConfig(LearnerConfig):
         super().__post_init__()
         if self.kind not in (OFF, ONLINE):
             raise ValueError(f"train.kind is {self.kind!r}; it must be {OFF} or {ONLINE}")
-        for name in ("ranks", "threads", "candidate_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
+        self.check_counts(("ranks", "threads", "candidate_every", "keep"))
         if not self.ring_mb > 0:
             raise ValueError(f"train.ring_mb is {self.ring_mb}; it must be above 0")
         if not 0 < self.max_tpot_loss < 1:

@@ -1,6 +1,7 @@
 """How a head learns: the numbers of a learner, checked."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepladder.workers.speculation.learning import objectives
@@ -10,7 +11,10 @@ from stepladder.workers.training.sharded import STAGES
 __all__ = ["LearnerConfig"]
 
 RATE_BY_WIDTH = 0.25  # Adam's rate times the hidden size: 4.3e-4 at 576, 1e-3 at 256
-COUNTS = ("depth", "inner", "drafted", "batch", "accumulate", "steps", "every", "max_tokens", "newest")
+COUNTS = (
+    *("depth", "inner", "drafted", "batch", "accumulate", "steps", "every", "max_tokens", "newest"),
+    *("judged", "judged_depth"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,31 +59,25 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         objectives.named(self.objective)
-        counts = (
-            "depth",
-            "inner",
-            "drafted",
-            "batch",
-            "accumulate",
-            "steps",
-            "every",
-            "newest",
-            "judged",
-            "judged_depth",
-        )
-        for name in (*counts, "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        self.check_counts(COUNTS)
         if self.rate is not None and not 0 < self.rate < math.inf:
-            raise ValueError(f"rate is {self.rate}; it must be above 0, or null")
+            raise ValueError(f"train.rate is {self.rate}; it must be above 0, or null")
         if self.held_out < 2:
-            raise ValueError(f"held_out is {self.held_out}; it must be 2 or more: of so many requests one is judged by")
+            raise ValueError(
+                f"train.held_out is {self.held_out}; it must be 2 or more: of so many requests one is judged by"
+            )
         if self.zero_stage not in STAGES:
-            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 1, 2 or 3")
+            raise ValueError(f"train.zero_stage is {self.zero_stage}; it must be 1, 2 or 3")
         if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; it must be fp32 or bf16")
+            raise ValueError(f"train.precision is {self.precision!r}; it must be fp32 or bf16")
         if not 0 <= self.margin < math.inf:
-            raise ValueError(f"margin is {self.margin}; it must be 0 or more")
+            raise ValueError(f"train.margin is {self.margin}; it must be 0 or more")
+
+    def check_counts(self, names: Sequence[str]) -> None:
+        """Raises ValueError if one of these is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
 
     def rate_of(self, hidden: int) -> float:
         """Adam's, for a model of that width."""
