@@ -64,7 +64,7 @@ class Teacher:
         y = lessons.states[lessons.starts + 1]
         moments = (x.T @ x).double()
         ridge = RIDGE * moments.diagonal().mean()
-        found = torch.linalg.solve(moments + ridge * torch.eye(len(moments), dtype=torch.float64), (x.T @ y).double())
+        found = torch.linalg.solve(moments + ridge * torch.eye(len(moments)).to(moments), (x.T @ y).double())
         self.net.linear.weight.copy_(found.T)
 
     def loss(self, lessons: Lessons, starts: Tensor) -> Tensor:
