@@ -71,7 +71,7 @@ class Executor:
             hidden, logits = self._forward(plan)
             if logits is None:
                 return Drawn(plan, Rows(self._nothing), [], None)
-            drawn = draw(logits, plan, self.likely, hidden if self.hidden else None)
+            drawn = draw(logits, plan, self.likely, hidden if self.hidden else None, self.model.native)
         self._last_drawn = drawn.tokens
         return drawn
 

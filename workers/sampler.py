@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepladder.kernels.noise import gumbel, uniform
+from stepladder.kernels import noise
+from stepladder.kernels.noise import uniform
 from stepladder.kernels.transfer import Download, upload
 from stepladder.workers.core import Sample, StepPlan, StepResult
 from stepladder.workers.grammar.mask import masked
@@ -87,16 +88,17 @@ def _kept(draft: Sequence[int], drawn: list[int], flags: list[bool] | None = Non
 
 
 @torch.inference_mode()
-def draw(logits: Tensor, plan: StepPlan, likely: int = 0, hidden: Tensor | None = None) -> Drawn:
+def draw(logits: Tensor, plan: StepPlan, likely: int = 0, hidden: Tensor | None = None, native: bool = False) -> Drawn:
     """What a plan asks of its logits [rows, vocab]: tokens drawn, and log-probabilities where they are wanted.
 
     Args:
         likely: how many of the likeliest tokens a drafter wants to know for every row of a sample.
         hidden: what the logits were computed from [rows, hidden], if a drafter wants to know that.
+        native: draw with the kernels of CPU ranks; what is drawn is the same.
     """
     each = [one for sample in plan.samples for one in sample.each]
     own = _rows(logits, [one.row for one in each])
-    rows = _verify(own, each, plan.samples)
+    rows = _verify(own, each, plan.samples, native)
     if likely:
         rows = rows._replace(likely=own.topk(likely, dim=-1).indices)
     if hidden is not None:
@@ -124,28 +126,28 @@ def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
     return _sample(masked(_adjusted(logits, samples), samples), samples)
 
 
-def sample_among(logits: Tensor, samples: list[Sample], tokens: Tensor) -> Tensor:
+def sample_among(logits: Tensor, samples: list[Sample], tokens: Tensor, native: bool = False) -> Tensor:
     """Draw one of `tokens` [N] per row of their logits [R, N], with the noise that these tokens have in the whole
     vocabulary; without penalties and biases. int64 [R], on the device."""
-    return tokens[_sample(logits, samples, tokens)]
+    return tokens[_sample(logits, samples, tokens, native)]
 
 
-def _sample(logits: Tensor, samples: list[Sample], ids: Tensor | None = None) -> Tensor:
+def _sample(logits: Tensor, samples: list[Sample], ids: Tensor | None = None, native: bool = False) -> Tensor:
     """Columns, from logits that have been adjusted and masked. ids: tokens of the columns, if those are not all."""
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
-        return _draw(_scores(logits, samples), samples, ids)
+        return _draw(_scores(logits, samples), samples, ids, native)
     tokens = logits.argmax(-1)
     if drawn:
         at, those = upload(drawn, logits.device), [samples[i] for i in drawn]
-        tokens[at] = _draw(_scores(logits[at], those), those, ids)
+        tokens[at] = _draw(_scores(logits[at], those), those, ids, native)
     return tokens
 
 
-def _verify(logits: Tensor, each: list[Sample], drafted: list[Sample]) -> Rows:
+def _verify(logits: Tensor, each: list[Sample], drafted: list[Sample], native: bool) -> Rows:
     """The rows of all samples; where one is not coupled, a row draws what is to follow if its own draft is rejected."""
     logits = masked(_adjusted(logits, each), drafted)
-    tokens, loose = _sample(logits, each), _loose(drafted)
+    tokens, loose = _sample(logits, each, native=native), _loose(drafted)
     if not loose:
         return Rows(tokens)
     at, those = upload([row for row, _ in loose], logits.device), [each[row] for row, _ in loose]
@@ -153,7 +155,7 @@ def _verify(logits: Tensor, each: list[Sample], drafted: list[Sample]) -> Rows:
     accepted = torch.zeros_like(tokens, dtype=torch.bool)
     seeds, positions = _keys(those, logits)
     accepted[at] = verifier.accepted(scores, draft, uniform(seeds, positions))
-    tokens[at] = _draw(verifier.residual(scores, draft), those)
+    tokens[at] = _draw(verifier.residual(scores, draft), those, native=native)
     return Rows(tokens, accepted)
 
 
@@ -250,9 +252,9 @@ def _scores(logits: Tensor, samples: list[Sample]) -> Tensor:
     return _truncate(scores, [p.top_p if p.top_p < 1 else None for p in params], _outside_top_p)
 
 
-def _draw(scores: Tensor, samples: list[Sample], ids: Tensor | None = None) -> Tensor:
+def _draw(scores: Tensor, samples: list[Sample], ids: Tensor | None = None, native: bool = False) -> Tensor:
     """argmax(log p + Gumbel noise)."""
-    return (scores + gumbel(*_keys(samples, scores), scores.shape[-1] if ids is None else ids)).argmax(-1)
+    return noise.draw(scores, *_keys(samples, scores), ids, native)
 
 
 def _keys(samples: list[Sample], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,4 +84,9 @@ struct Batch {  // sequences [B]: rows first[b] to first[b + 1], at `positions` 
 // q [T, H, D] -> y [T, H, D]. A row sees its own position and those before it, or the last `window` of these if not 0.
 void attend(const float* q, const Pages& pages, const Batch& batch, Heads heads, int64_t window, float* y);
 
+// Draws from softmax(scores), scores [R, V] of `tokens` [V] or of the first V: the column of every row with the largest sum
+// of score and Gumbel noise, or -1 if a score is no number, or two come so close that how noise is rounded decides.
+void draw(const float* scores, const int64_t* tokens, int64_t R, int64_t V, const int64_t* seeds, const int64_t* positions,
+          int64_t* columns);
+
 }  // namespace stepladder

@@ -106,6 +106,15 @@ std::tuple<Tensor, Tensor> rope_table(const Tensor& positions, const Tensor& fre
   return {cos, sin};
 }
 
+std::tuple<Tensor, bool> draw_columns(const Tensor& scores, const OptionalTensor& tokens, const Tensor& seeds, const Tensor& positions) {
+  const int64_t R = scores.size(0), V = scores.size(1);
+  TORCH_CHECK(scores.dim() == 2 && seeds.numel() == R && positions.numel() == R && (!tokens || tokens->numel() == V));
+  Tensor columns = at::empty({R}, seeds.options());
+  draw(floats(scores), tokens ? integers(*tokens) : nullptr, R, V, integers(seeds), integers(positions), columns.data_ptr<int64_t>());
+  const int64_t* found = integers(columns);
+  return {columns, std::none_of(found, found + R, [](int64_t column) { return column < 0; })};
+}
+
 thread_local int taken = 0;
 
 // Of this thread alone; at::set_num_threads would tell those that are born meanwhile, too.
@@ -137,6 +146,7 @@ TORCH_LIBRARY(stepladder_cpu, m) {
   m.def("project(Tensor x, Tensor panels, int outputs, Tensor? bias, bool gated, Tensor? norm, float eps, bool layer, ScalarType dtype) -> Tensor");
   m.def("rotate_and_store(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, int heads, Tensor? q_norm, Tensor? k_norm, float eps, bool layer, bool interleaved, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
   m.def("attend(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor positions, Tensor tables, int window) -> Tensor");
+  m.def("draw(Tensor scores, Tensor? tokens, Tensor seeds, Tensor positions) -> (Tensor, bool)");
   m.def("rope_table(Tensor positions, Tensor frequencies, bool interleaved, float factor) -> (Tensor, Tensor)");
 }
 
@@ -145,6 +155,7 @@ TORCH_LIBRARY_IMPL(stepladder_cpu, CPU, m) {
   m.impl("project", project);
   m.impl("rotate_and_store", rotate_and_store);
   m.impl("attend", attend_pages);
+  m.impl("draw", draw_columns);
   m.impl("rope_table", rope_table);
 }
 

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stepladder.kernels.noise import _mix, gumbel
+from stepladder.kernels.cpu import native
+from stepladder.kernels.cpu.build import why_not
+from stepladder.kernels.host_noise import gumbel_of
+from stepladder.kernels.noise import _mix, draw, gumbel
 
 RARE = 1e-4  # the keys are fixed, so these tests cannot flicker; a good generator stays far above this
 
@@ -70,3 +73,45 @@ def test_a_key_has_the_same_noise_in_every_batch(keys: list[tuple[int, int]]) ->
         alone = gumbel(torch.tensor([seed]), torch.tensor([position]), 50)[0]
         assert torch.equal(batch[row], alone)
         assert torch.equal(gumbel(seeds, positions, 80)[row, :50], alone), "depends on the size of the vocabulary"
+
+
+@pytest.mark.skipif(why_not() is not None, reason="there are no native kernels here")
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 4096, 49153])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_native_kernels_draw_the_same(size: int, spread: float) -> None:
+    """Whether a vocabulary is flat or steep, whole or truncated, all of it or some tokens of it."""
+    dice = torch.Generator().manual_seed(size)
+    for truncated, some in ((False, False), (True, False), (False, True), (True, True)):
+        scores = torch.randn(9, size, generator=dice) * spread
+        scores -= scores.amax(-1, keepdim=True)
+        if truncated:
+            scores[torch.rand(9, size, generator=dice) > 0.2] = float("-inf")
+            scores[:, size // 2] = 0.0
+        seeds = torch.randint(-(2**62), 2**62, (9,), generator=dice)
+        positions = torch.randint(0, 10**6, (9,), generator=dice)
+        tokens = torch.randperm(2 * size, generator=dice)[:size] if some else None
+        expected = draw(scores, seeds, positions, tokens)
+        assert torch.equal(draw(scores, seeds, positions, tokens, native=True), expected)
+        assert (native.draw(scores, tokens, seeds, positions)[0] >= 0).float().mean() > 0.6, "it is clear mostly"
+        for row in range(9):
+            assert (
+                draw(scores[row : row + 1], seeds[row : row + 1], positions[row : row + 1], tokens, True)
+                == expected[row]
+            )
+
+
+@pytest.mark.skipif(why_not() is not None, reason="there are no native kernels here")
+def test_what_is_no_number_is_drawn_as_without_native_kernels() -> None:
+    scores, seeds, positions = torch.zeros(3, 40), torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    scores[1, 33] = float("nan")
+    scores[2] = float("-inf")
+    assert torch.equal(draw(scores, seeds, positions, native=True), draw(scores, seeds, positions))
+    assert torch.equal(
+        draw(scores[2:], seeds[2:], positions[2:], native=True), draw(scores[2:], seeds[2:], positions[2:])
+    )
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**20), st.lists(st.integers(0, 2**18), min_size=1, max_size=5))
+def test_the_noise_of_a_few_tokens_is_the_same_on_the_host(seed: int, position: int, tokens: list[int]) -> None:
+    expected = gumbel(torch.tensor([seed]), torch.tensor([position]), torch.tensor(tokens))[0]
+    assert gumbel_of(seed, position, tokens) == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)

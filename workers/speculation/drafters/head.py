@@ -21,7 +21,7 @@ __all__ = ["Cell", "Foreseen", "HeadDrafter"]
 KINDS = 20  # of guesses, by the head's own probability
 
 Product = Callable[[Tensor], Tensor]
-Draw = Callable[[Tensor, list[Sample], Tensor], Tensor]
+Draw = Callable[[Tensor, list[Sample], Tensor, bool], Tensor]
 
 
 class Cell:
@@ -61,7 +61,7 @@ class Cell:
 
     def draw(self, logits: Tensor, samples: list[Sample]) -> Tensor:
         """int64 [N]."""
-        return self._draw(logits, samples, self.tokens)
+        return self._draw(logits, samples, self.tokens, self.native)
 
 
 class Foreseen(NamedTuple):
