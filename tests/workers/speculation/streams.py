@@ -13,8 +13,15 @@ class Score(NamedTuple):
     accepted: int
 
 
-def sequence(prompt: list[int], output: list[int] | None = None, name: str = "a", learn: bool = True) -> Sequence:
-    params, written = SamplingParams(), tuple(output or ())
+def sequence(
+    prompt: list[int],
+    output: list[int] | None = None,
+    name: str = "a",
+    learn: bool = True,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Sequence:
+    params, written = SamplingParams(temperature=temperature, seed=seed), tuple(output or ())
     return Sequence(Request(id=name, prompt=tuple(prompt), params=params, output=written, learn=learn))
 
 

@@ -2,6 +2,9 @@
 
 import random
 
+import torch
+
+from stepladder.kernels.noise import gumbel
 from stepladder.workers.speculation.drafters.suffix import PIECE, Suffix
 from tests.workers.speculation.streams import Score, sequence, serve
 
@@ -122,3 +125,46 @@ def test_a_kind_of_guess_that_fails_is_no_longer_drafted_and_comes_back() -> Non
         running.tokens.append(7 if number >= 40 else 8)
         drafter.forget(running)
     assert drafts[0] == 1 and drafts[39] == 0 and drafts[119] == 1
+
+
+def test_at_a_temperature_votes_are_drawn_with_the_noise_of_the_target() -> None:
+    """The target holds 3 and 4 equally likely, and draws by Gumbel noise; whoever knows both draws the same."""
+    drafter = Suffix(threshold=0.0)
+    for token in (3, 4) * 4:
+        told(drafter, [1, 2, token, 8])
+    right, drawn = 0, set[int]()
+    for seed in range(40):
+        asked = sequence([50, 1, 2], name=str(seed), temperature=1.0, seed=seed)
+        position = torch.tensor([len(asked.tokens)])
+        noise = gumbel(torch.tensor([seed]), position, torch.tensor([3, 4]))[0]
+        [draft] = drafter.propose([asked], [2])
+        right += draft.tokens[0] == 3 + int(noise.argmax())
+        drawn.add(draft.tokens[0])
+        assert draft.tokens[1] == 8, "behind either"
+    assert right == 40 and drawn == {3, 4}
+    for likely in range(20):
+        told(drafter, [1, 2, 3, 8], f"more {likely}")
+    asked = [sequence([50, 1, 2], name=f"{seed} again", temperature=1.0, seed=seed) for seed in range(40)]
+    tokens = [draft.tokens[0] for draft in drafter.propose(asked, [1] * 40)]
+    assert tokens.count(3) > 30, "and keeps to what most places say"
+
+
+def test_the_noise_of_a_draft_is_that_of_its_places() -> None:
+    drafter = Suffix(threshold=0.0)
+    for first, second in ((3, 5), (3, 6)) * 6:
+        told(drafter, [1, 2, first, second])
+    for seed in range(20):
+        asked = sequence([50, 1, 2], name=str(seed), temperature=1.0, seed=seed)
+        noise = gumbel(torch.tensor([seed]), torch.tensor([len(asked.tokens) + 1]), torch.tensor([5, 6]))[0]
+        assert drafter.propose([asked], [2])[0].tokens == [3, 5 + int(noise.argmax())]
+
+
+def test_where_only_the_law_of_texts_is_kept_the_likeliest_is_drafted() -> None:
+    """Its noise is not the target's then."""
+    drafter = Suffix(threshold=0.0)
+    for token in (3, 4, 3):
+        told(drafter, [1, 2, token, 8])
+    for seed in range(20):
+        asked = sequence([50, 1, 2], name=str(seed), temperature=1.0, seed=seed)
+        asked.coupled = False
+        assert drafter.propose([asked], [1])[0].tokens == [3]

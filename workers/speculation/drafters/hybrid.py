@@ -110,7 +110,7 @@ class Hybrid(Drafter):
         place, depth = len(each.tokens), each.known.own.depth
         if place > each.at and place - each.at >= len(each.chain):
             context = [*each.sequence.tokens[-depth:], *each.tokens][-depth:]
-            each.chain, each.at = self.lookup.guess(each.known, context, each.draft.most - place), place
+            each.chain, each.at = self.lookup.guess(each.known, context, each.draft.most - place, place), place
         if not each.chain:
             return Foreseen(-1, 0.0)
         token, kind = each.chain[place - each.at]

@@ -24,11 +24,13 @@ class Guess(NamedTuple):
 class State:
     """What is kept of a sequence.
 
-    own: its prompt and output. known: how many tokens of it have been seen. guesses: for the tokens behind those.
+    own: its prompt and output. known: how many tokens of it have been seen. seed: of the noise that its tokens are
+    drawn with, if a draft may foresee that. guesses: for the tokens behind those.
     """
 
     own: Occurrences
     known: int = 0
+    seed: int | None = None
     guesses: list[Guess] = field(default_factory=list)
 
 
@@ -52,8 +54,8 @@ class Lookup(Drafter):
         """An empty one for a sequence."""
 
     @abstractmethod
-    def guess(self, state: State, context: list[int], most: int) -> list[Guess]:
-        """How it may go on behind its last tokens `context`."""
+    def guess(self, state: State, context: list[int], most: int, ahead: int = 0) -> list[Guess]:
+        """How it may go on behind its last tokens `context`, of which `ahead` are drafted."""
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         return [self._draft(*pair) for pair in zip(sequences, most, strict=True)]
@@ -73,6 +75,8 @@ class Lookup(Drafter):
         state = self.states.get(sequence.request.id)
         if state is None:
             state = self.states[sequence.request.id] = State(self.index())
+        params = sequence.request.params
+        state.seed = params.seed if sequence.coupled and params.temperature > 0 else None
         stop = len(sequence.tokens) - sequence.is_drawing
         if stop > state.known:
             self._learn(state.guesses, sequence.tokens[state.known : stop])

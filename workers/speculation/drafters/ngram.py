@@ -25,7 +25,7 @@ class NGram(Lookup):
     def index(self) -> Occurrences:
         return Occurrences({self.min_n, min(max(self.min_n, 4), self.max_n)}, self.max_n)
 
-    def guess(self, state: State, context: list[int], most: int) -> list[Guess]:
+    def guess(self, state: State, context: list[int], most: int, ahead: int = 0) -> list[Guess]:
         matches = state.own.find(context, most, self.places)
         if not matches:
             return []

@@ -1,5 +1,8 @@
 """Suffix decoding: a sequence goes on as texts like it have, its own and those of other requests."""
 
+from math import log
+
+from stepladder.kernels.host_noise import gumbel_of
 from stepladder.workers.core import Sequence
 from stepladder.workers.params import check
 from stepladder.workers.speculation.drafters.lookup import Guess, Lookup, State
@@ -11,12 +14,16 @@ SIZES = (4, 2, 1)
 PIECE = 128  # tokens of an output that come into the common memory at once, while it is being written
 AGREEING, SHARES = 3, 5  # how finely the kinds of guesses are told apart
 WEIGHT = 2  # of a place, for each token that it matches further back
+DRAWN, SHARPER = 4, 2  # tokens that a draw is among, and how much more than their weights say it keeps to the likeliest
 
 
 class Suffix(Lookup):
     """Places where a sequence's last tokens stood before vote on the next one, those that match further back with more
     weight; those that named the token that was chosen vote on the one behind it. Places are found in the sequence's own
     prompt and output, and in a memory of the outputs of all requests that may be learnt from.
+
+    At a temperature the votes are drawn from, with the noise that the target's own token will be drawn with: where the
+    two hold the same tokens likely, it picks the same one (Daliri et al. 2408.07978).
 
     Confidence is learnt by how far back the matches reach, the share of the votes, and how many places agree (Oliaro et
     al. 2411.04975 take the share itself, in a tree with counts).
@@ -42,13 +49,14 @@ class Suffix(Lookup):
     def index(self) -> Occurrences:
         return Occurrences(SIZES, self.depth)
 
-    def guess(self, state: State, context: list[int], most: int) -> list[Guess]:
+    def guess(self, state: State, context: list[int], most: int, ahead: int = 0) -> list[Guess]:
         guesses: list[Guess] = []
         matches = state.own.find(context, most, self.places)
         if self.memory:
             matches += self.memory.find(context, most, self.places)
         while matches and len(guesses) < most:
-            token, agreeing, share = _vote(matches, len(guesses))
+            at = len(guesses)
+            token, agreeing, share = _vote(matches, at, state.seed, state.known + ahead + at)
             if token == END:
                 break
             matches = agreeing
@@ -80,15 +88,20 @@ class Suffix(Lookup):
         return nth * SHARES + max(0, round(share * SHARES) - 1)
 
 
-def _vote(matches: list[Match], at: int) -> tuple[int, list[Match], float]:
-    """The token at `at` behind these places that most weight is for, who named it, and its share of the weight."""
+def _vote(matches: list[Match], at: int, seed: int | None, position: int) -> tuple[int, list[Match], float]:
+    """The token at `at` behind these places that most weight is for, or that is drawn with the noise that the target
+    will draw with; who named it; and the largest share of the weight, which says more of a draw than its own."""
     weights: dict[int, int] = {}
     for length, following in matches:
         token = following[at] if at < len(following) else END
         weights[token] = weights.get(token, 0) + WEIGHT**length
-    token = max(weights, key=weights.__getitem__)
+    token = likeliest = max(weights, key=weights.__getitem__)
+    if seed is not None and len(weights) > 1 and likeliest != END:
+        few = sorted((token for token in weights if token != END), key=weights.__getitem__, reverse=True)[:DRAWN]
+        noise = gumbel_of(seed, position, few)
+        token = max(zip(few, noise, strict=True), key=lambda one: SHARPER * log(weights[one[0]]) + one[1])[0]
     agreeing = [match for match in matches if at < len(match.following) and match.following[at] == token]
-    return token, agreeing, weights[token] / sum(weights.values())
+    return token, agreeing, weights[likeliest] / sum(weights.values())
 
 
 def _estimate(reach: int, agreeing: int, share: float) -> float:
