@@ -135,10 +135,13 @@ class Engine:
         return outputs
 
     def heartbeat(self) -> None:
-        """When idle: tell the other ranks that this one is alive, and check that nothing leaked."""
+        """When idle: tell the other ranks that this one is alive, check that nothing leaked, and do what waits for the
+        end of a step."""
         self.executor.submit(StepPlan())
         self.scheduler.check_integrity()
         self._look()
+        if self.speculator:
+            self.speculator.settle()
         if self.capture:
             self.capture.settle()
 

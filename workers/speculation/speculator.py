@@ -14,14 +14,12 @@ from stepladder.workers.speculation.acceptance import Acceptance
 from stepladder.workers.speculation.config import AUTO, REJECTION, SpeculateConfig
 from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
 from stepladder.workers.speculation.goodput import best_lengths
+from stepladder.workers.speculation.payoff import Payoff
 from stepladder.workers.speculation.step_time import StepTime
 
-TRIAL = 8  # steps of a trial: the lengths that it tries, one after the other
-REST = 32  # steps without drafts after one that has not paid; twice as many each time, up to the longest
-LONGEST_REST = 1024
+TRIAL = 16  # first steps, which try all lengths, one after the other
+TRIED = 16  # drafted tokens that a step may verify to find out what that takes; at least one of each sequence
 LOOK = 64  # steps between two that try another length while drafting pays
-KEPT = 0.95  # of what drafting has given and cost, at each step that asks for drafts
-JUDGED = 16  # such steps before drafting may be given up
 SHOWN = 3  # places of a draft whose acceptance is told
 
 
@@ -63,38 +61,40 @@ class Speculator:
         self.staged: deque[Any] = deque(maxlen=1)
         self.step_time, self.acceptance = StepTime(), Acceptance()
         self._proposed: dict[str, Draft] = {}
-        self._asked, self._worth = (
-            0,
-            0.0,
-        )  # steps that asked since the last rest; what that was worth lately
-        self._trial, self._rest, self._next_rest, self._since_look = TRIAL * 2, 0, REST, 0
-        self._rests_at = 0  # sequences that decoded when the rest began
+        self._payoff, self._trial, self._since_look = Payoff(), TRIAL, 0
+        self._before: float | None = None  # seconds that drafting took for the next step; None: nobody was asked
 
     def draft(self, running: list[Sequence]) -> None:
         """Give drafts to those that decode."""
         self._proposed.clear()
-        while self.staged:
-            self._swap(self.staged.popleft())
+        self.settle()
         decoding = [s for s in running if s.num_pending == 1 and not s.is_drawing]
         wanted = [s for s in decoding if s.request.params.speculate]
-        asks = bool(wanted) and not self._resting(len(decoding))
+        asks = bool(wanted) and self._payoff.asks(len(decoding))
         for sequence in wanted:
             sequence.drafts, sequence.coupled = asks, self._is_coupled(sequence.request)
+        self._before = None
         if not asks:
             return
         began = perf_counter()
         most = [min(self.config.longest, s.request.params.max_tokens - s.num_output - 1) for s in wanted]
         drafts = self.drafter.propose(wanted, most)
-        seconds = perf_counter() - began
-        self.stats.draft_seconds += seconds
-        lengths = self._lengths(wanted, drafts, decoding, seconds)
+        lengths = self._lengths(wanted, drafts, decoding)
+        self._before = perf_counter() - began
+        self.stats.draft_seconds += self._before
         for sequence, draft, length in zip(wanted, drafts, lengths, strict=True):
             if length:
                 sequence.draft = tuple(draft.tokens[:length])
                 self._proposed[sequence.request.id] = draft
 
+    def settle(self) -> None:
+        """Between two steps, and when there is no work: draft with what is staged from now on."""
+        while self.staged:
+            self._swap(self.staged.popleft())
+
     def observe(self, plan: StepPlan, verified: list[Verified], seconds: float) -> None:
         """A step has taken so long, and these are its sequences that drew."""
+        began = perf_counter()
         self.step_time.observe(len(plan.tokens), plan.context, seconds)
         lengths = [len(one.drafted) for one in verified if one.drafted]
         self.stats.draft_length = sum(lengths) / len(lengths) if lengths else 0.0
@@ -109,12 +109,14 @@ class Speculator:
         self.drafter.observe(verified)
         self._tell_version()
         self.stats.speculation = self._told()
+        if self._before is not None and verified and not self.config.k:
+            self._judge(plan, verified, self._before + perf_counter() - began)
 
     def _swap(self, weights: Any) -> None:
         """Draft with other weights, and find out what they give."""
         self.drafter.swap(weights)
         self._tell_version()
-        self._rest, self._next_rest, self._asked, self._trial = 0, REST, 0, TRIAL
+        self._payoff.forget()
 
     def _tell_version(self) -> None:
         stats, drafter = self.stats, self.drafter
@@ -132,8 +134,8 @@ class Speculator:
         accepted = (
             f"{stats.accepted_tokens / stats.drafts:.2f} of {stats.draft_tokens / stats.drafts:.2f} accepted ({rates})"
         )
-        if self._rest:
-            return f"{kind}: off for {self._rest} steps, since it did not pay; {accepted}"
+        if resting := self._payoff.resting:
+            return f"{kind}: off for {resting} steps, since it did not pay; {accepted}"
         return f"{kind}: {accepted}, {stats.draft_length:.1f} drafted now"
 
     def forget(self, sequence: Sequence) -> None:
@@ -147,53 +149,40 @@ class Speculator:
             return request.seeded or bool(request.output)
         return self.config.rule != REJECTION or not request.params.temperature
 
-    def _lengths(
-        self, wanted: list[Sequence], drafts: list[Draft], decoding: list[Sequence], seconds: float
-    ) -> list[int]:
-        """How many tokens of each draft are verified. seconds: that drafting has taken."""
+    def _lengths(self, wanted: list[Sequence], drafts: list[Draft], decoding: list[Sequence]) -> list[int]:
+        """How many tokens of each draft are verified."""
         whole = [len(draft.tokens) for draft in drafts]
         if self.config.k:
             return whole
+        tried = max(1, TRIED // len(decoding))
         if self._trial:
             self._trial -= 1
-            return [min(length, 1 + self._trial % self.config.max_k) for length in whole]
+            return [min(length, 1 + self._trial % self.config.max_k, tried) for length in whole]
         chances = [self.acceptance.of(s.request.id, d.confidence) for s, d in zip(wanted, drafts, strict=True)]
         others: list[list[float]] = [[]] * (len(decoding) - len(wanted))
         context = sum(len(s.tokens) for s in decoding)
-        lengths, gain = best_lengths([*chances, *others], len(decoding), context, self.step_time)
-        plain = self.step_time(len(decoding), context)
-        self._judge(gain - 1 - seconds / plain if plain else 0.0, len(decoding))
-        return self._explored(lengths[: len(wanted)], whole)
+        lengths, _ = best_lengths([*chances, *others], len(decoding), context, self.step_time)
+        return self._explored(lengths[: len(wanted)], [min(length, tried) for length in whole])
 
-    def _judge(self, worth: float, decoding: int) -> None:
-        """Rest if what drafts have given lately is less than what it took to make them. worth: of this step, in steps
-        without drafts."""
-        self._asked += 1
-        self._worth += (worth - self._worth) * max(1 - KEPT, 1 / self._asked)
-        if self._asked < JUDGED:
-            return
-        if self._worth > 0:
-            self._next_rest = REST
-            return
-        self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
-        self._asked, self._rests_at = 0, decoding
-
-    def _explored(self, lengths: list[int], whole: list[int]) -> list[int]:
-        """Now and then verify all, so that what it takes stays known."""
+    def _explored(self, lengths: list[int], others: list[int]) -> list[int]:
+        """Now and then verify others, so that what it takes stays known."""
         self._since_look += 1
         if not any(lengths) or self._since_look < LOOK:
             return lengths
         self._since_look = 0
-        return whole
+        return others
 
-    def _resting(self, decoding: int) -> bool:
-        """What does not pay for many sequences may for half of them: then the rest is over."""
-        if not self._rest:
-            return False
-        self._rest = 0 if 2 * decoding <= self._rests_at else self._rest - 1
-        if not self._rest:
-            self._trial = TRIAL
-        return True
+    def _judge(self, plan: StepPlan, verified: list[Verified], seconds: float) -> None:
+        """By what became of the drafts, in times that are known of such steps: what is expected of the best of many is
+        too good, and a single time has hiccups. seconds: that drafting took."""
+        tokens, sequences = len(plan.tokens), len(verified)
+        drafted, drawn = sum(len(one.drafted) for one in verified), sum(len(one.tokens) for one in verified)
+        alone = self.step_time(sequences, plan.context)
+        if not alone:
+            return
+        took = self.step_time(tokens, plan.context)
+        saved = self.step_time(tokens - drafted, plan.context) + (drawn / sequences - 1) * alone
+        self._payoff.judge(saved / took, seconds, alone, sequences)
 
     def _count(self, drafted: int, accepted: int) -> None:
         stats = self.stats

@@ -6,7 +6,7 @@ then grow in stairs. So there is a median per bucket of sizes, and one linear te
 
 from bisect import bisect_left
 from collections import deque
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 BUCKETS = (*range(1, 33), 40, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
@@ -21,12 +21,22 @@ class _Step(NamedTuple):
     seconds: float
 
 
+class _Size(NamedTuple):
+    """Of the steps that a bucket remembers: the mean of their tokens, the medians of contexts and seconds."""
+
+    tokens: float
+    context: float
+    seconds: float
+
+
 class StepTime:
     """Seconds of a step, by its tokens and by the positions that the contexts of its sequences have together."""
 
     def __init__(self) -> None:
         self._buckets = [deque[_Step](maxlen=RECENT) for _ in (*BUCKETS, 0)]
-        self._known: list[tuple[float, float]] | None = None  # (tokens, seconds without contexts) by size
+        self._sizes: dict[int, _Size] = {}  # by bucket
+        self._known: list[_Size] = []  # the same in order
+        self._tokens: list[float] = []  # of these
         self._covariance = self._variance = 0.0  # of seconds and context, inside buckets
 
     @property
@@ -36,38 +46,39 @@ class StepTime:
 
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A step has taken so long."""
-        bucket = self._buckets[bisect_left(BUCKETS, tokens)]
-        if len(bucket) > RECENT // 3 and seconds < OUTLIER * self(tokens, context):
-            off = context - median(step.context for step in bucket)
-            self._covariance = self._covariance * KEPT + off * (seconds - median(step.seconds for step in bucket))
+        which = bisect_left(BUCKETS, tokens)
+        bucket, size = self._buckets[which], self._sizes.get(which)
+        if size and len(bucket) > RECENT // 3 and seconds < OUTLIER * self(tokens, context):
+            off = context - size.context
+            self._covariance = self._covariance * KEPT + off * (seconds - size.seconds)
             self._variance = self._variance * KEPT + off * off
         bucket.append(_Step(tokens, context, seconds))
-        self._known = None
+        counts, contexts, times = zip(*bucket, strict=True)
+        self._sizes[which] = _Size(fmean(counts), median(contexts), median(times))
+        self._known = [self._sizes[each] for each in sorted(self._sizes)]
+        self._tokens = [each.tokens for each in self._known]
 
     def __call__(self, tokens: int, context: int = 0) -> float:
         """Expected seconds; between sizes that have been seen a line, beyond them in proportion. 0.0 while nothing is
         known."""
-        known = self._known = self._known or self._sizes()
-        if not known:
+        if not self._known:
             return 0.0
-        place = bisect_left(known, (tokens, 0.0))
+        place, slope = bisect_left(self._tokens, tokens), self.per_context
         if place == 0:
-            base = known[0][1]
-        elif place == len(known):
-            base = known[-1][1] * max(1.0, tokens / known[-1][0])
+            base = _alone(self._known[0], slope)
+        elif place == len(self._known):
+            base = _alone(self._known[-1], slope) * max(1.0, tokens / self._tokens[-1])
         else:
-            (low, before), (high, after) = known[place - 1], known[place]
-            base = before + (after - before) * (tokens - low) / (high - low)
-        return base + self.per_context * context
+            low, high = self._known[place - 1], self._known[place]
+            before, after = _alone(low, slope), _alone(high, slope)
+            base = before + (after - before) * (tokens - low.tokens) / (high.tokens - low.tokens)
+        return base + slope * context
 
     def knows(self, tokens: int) -> bool:
         """Whether a step of this size has been seen."""
         return bool(self._buckets[bisect_left(BUCKETS, tokens)])
 
-    def _sizes(self) -> list[tuple[float, float]]:
-        slope, found = self.per_context, []
-        for bucket in self._buckets:
-            if bucket:
-                alone = max(0.0, median(step.seconds - slope * step.context for step in bucket))
-                found.append((sum(step.tokens for step in bucket) / len(bucket), alone))
-        return found
+
+def _alone(size: _Size, slope: float) -> float:
+    """Seconds without contexts."""
+    return max(0.0, size.seconds - slope * size.context)

@@ -16,7 +16,7 @@ from stepladder.kernels.noise import gumbel
 from stepladder.parallel.checkpoint import fingerprints
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.spec import ModelSpec
-from stepladder.workers.assembly import whole_executor
+from stepladder.workers.assembly import Target, whole_executor
 from stepladder.workers.core import Request, SamplingParams, Sequence
 from stepladder.workers.executor import Executor
 from stepladder.workers.sampler import sample_among
@@ -188,7 +188,7 @@ class Scripted(Suffix):
         self.found, self.asked = found, list[int]()
         self.calibration.rates = [sure] * len(self.calibration.rates)
 
-    def guess(self, state: Any, context: list[int], most: int) -> Any:
+    def guess(self, state: Any, context: list[int], most: int, ahead: int = 0) -> Any:
         self.asked.append(context[-1])
         return [Guess(token, 0) for token in self.found.get(context[-1], [])[:most]]
 
@@ -371,3 +371,30 @@ def test_served_by_llm(tmp_path: Path) -> None:
     other = write_byte_level(write_llama(tmp_path / "other", seed=8, vocab_size=320))
     with pytest.raises(ValueError, match="was made for another model"):
         LLM(str(other), "cpu", 2048, speculate=speculate)
+
+
+def test_other_weights_are_taken_between_steps_and_when_there_is_no_work(directory: Path, tmp_path: Path) -> None:
+    """Whoever told of them hears that they are in use, though no request has come since."""
+    model = write_byte_level(write_llama(tmp_path / "model", seed=3, vocab_size=320))
+    for version in (1, 2, 3):
+        head = random_head(model, seed=version)
+        write_head(replace(head, manifest=replace(head.manifest, version=version)), tmp_path / str(version))
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5, ignore_eos=True)
+    plain = LLM(str(model), "cpu", 2048).generate([[5, 6, 7], [9, 8]], params)
+    speculate = SpeculateConfig(kind="head", model=str(tmp_path / "1"), k=3, threshold=0.0, rule="coupled")
+    llm = LLM(str(model), "cpu", 2048, speculate=speculate)
+    engine, target = llm.engine, Target(llm.engine.executor)
+    assert engine.speculator
+    engine.speculator.staged.append(target.head(str(tmp_path / "2")))
+    engine.heartbeat()
+    assert engine.stats.drafter_version == 2
+    for number, prompt in enumerate([[5, 6, 7], [9, 8]]):
+        engine.add(Request(id=str(number), prompt=tuple(prompt), params=params))
+    texts: dict[str, list[int]] = {"0": [], "1": []}
+    while engine.has_work:
+        for output in engine.step():
+            texts[output.id] += output.tokens
+        if len(texts["0"]) > 10 and engine.stats.drafter_version == 2:
+            engine.speculator.staged.append(target.head(str(tmp_path / "3")))
+    assert engine.stats.drafter_version == 3 and engine.stats.drafts
+    assert list(texts.values()) == [one.tokens for one in plain]
