@@ -27,6 +27,7 @@ from stepladder.launch.bench.speculate.points import (
     measure,
     sides_of,
 )
+from stepladder.launch.bench.speculate.rows import rows_of
 from stepladder.launch.bench.speculate.watched import Watched
 from stepladder.launch.recipes.chat_material import Library
 from stepladder.launch.report import Goal, Report, Row, at_least, at_most
@@ -41,7 +42,6 @@ GOALS = {  # of suffix over none, SmolLM2, one request at a time
     ("code", 1.0): 1.2,
 }
 NO_LOSS, REGRET, STEP_ERROR = 0.97, 0.95, 15
-SHOWN = 4  # places of a draft whose acceptance is printed; all are in the details
 
 
 def run(config: SpeculateBench) -> Report:
@@ -69,7 +69,7 @@ def run(config: SpeculateBench) -> Report:
 
 
 def report(config: SpeculateBench, points: Sequence[Point], errors: Mapping[str, StepError]) -> Report:
-    rows = [row for point in points for row in _rows(point)]
+    rows = [row for point in points for row in rows_of(point)]
     for size, error in errors.items():
         case = f"steps of {size}, {error.steps} held out"
         rows.append(Row(case, "predicted / measured", error.ratio, "x", 1.0))
@@ -80,29 +80,6 @@ def report(config: SpeculateBench, points: Sequence[Point], errors: Mapping[str,
     }
     summary = dict(_summary(config, points, errors))
     return Report("speculate", rows, summary, None, details, lambda figure: draw(figure, points, config.drafters))
-
-
-def _rows(point: Point) -> Iterator[Row]:
-    plain = point.figures[NONE]
-    if point.of_best_fixed:
-        yield Row(point.case.name, "goodput over the best fixed length", point.of_best_fixed, "x")
-    for name, figures in point.figures.items():
-        case = f"{point.case.name}: {name}"
-        rivals = (None, (None, None)) if name == NONE else (plain.per_second, plain.per_token)
-        yield Row(case, "tokens/s", figures.per_second, "1/s", rival=rivals[0])
-        for percent, ms, rival in zip((50, 99), figures.per_token, rivals[1], strict=True):
-            yield Row(case, f"TPOT p{percent}", ms, "ms", rival=rival)
-        if gain := point.gains.get(name):
-            interval = gain.low, gain.high
-            yield Row(case, "over none (bound: predicted)", gain.value, "x", figures.predicted, interval=interval)
-            yield Row(case, "over none, median of turns", gain.median, "x")
-        for place, share in enumerate((figures.accepted or ())[:SHOWN], 1):
-            yield Row(case, f"accepted of those reached, token {place}", share * 100, "%")
-        if figures.length:
-            yield Row(case, "mean accepted length", figures.length, "tokens")
-        if figures.draft_ms and figures.share is not None:
-            yield Row(case, "drafting before a step", figures.draft_ms, "ms")
-            yield Row(case, "drafting, share of the time", figures.share * 100, "%")
 
 
 def _summary(

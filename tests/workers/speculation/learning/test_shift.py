@@ -1,14 +1,13 @@
 """The defaults regain a far shift: the bundled model's own answers, captured from an engine, from source to tables."""
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from stepladder import LLM
-from stepladder.launch.recipes.corpus import standard_library
+from stepladder.launch.recipes.library_traffic import beginnings
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.speculation.head.exam import Exam
 from stepladder.workers.speculation.learning.capture import Capture
@@ -19,30 +18,16 @@ from stepladder.workers.training.ranks import training_ranks
 from tests.workers.speculation.learning.texts import target_of
 
 MODEL = Path(__file__).parents[4] / "launch" / "demo_model"
-PROMPT, OUTPUT, JUDGED = 48, 80, 40
-TABLES = ("encodings/cp", "encodings/iso", "encodings/mac_", "encodings/koi", "html/entities")
+OUTPUT, JUDGED = 80, 40
 
 
-def is_table(name: str) -> bool:
-    return name.startswith(TABLES)
-
-
-def is_source(name: str) -> bool:
-    return name.endswith(".py") and not name.startswith(("encodings/", "html/entities", "pydoc_data/"))
-
-
-def answers(llm: LLM, of: Callable[[str], bool], count: int, domain: str) -> list[list[Captured]]:
-    """By request, at temperature 1: each goes on with `PROMPT` tokens out of a document, none twice."""
-    library, pieces = standard_library(), set[tuple[int, ...]]()
-    for document in (*library.train, *library.held_out):
-        if of(document.name):
-            text = llm.tokenizer.encode(document.text)
-            pieces |= {tuple(text[at : at + PROMPT]) for at in range(0, len(text) - PROMPT, PROMPT)}
+def answers(llm: LLM, kind: str, count: int) -> list[list[Captured]]:
+    """By request, at temperature 1: each goes on with the beginning of a text, none twice."""
     found: dict[int, list[Captured]] = {}
     llm.engine.capture = Capture(lambda captured: found.setdefault(captured.request, []).append(captured))
-    for number, prompt in enumerate(random.Random(0).sample(sorted(pieces), count)):
+    for number, prompt in enumerate(beginnings(llm.tokenizer, kind, count, 0)):
         params = SamplingParams(max_tokens=OUTPUT, temperature=1.0, seed=number, ignore_eos=True)
-        llm.engine.add(Request(id=f"{domain}-{number}", prompt=prompt, params=params, domain=domain))
+        llm.engine.add(Request(id=f"{kind}-{number}", prompt=prompt, params=params, domain=kind))
     while llm.engine.has_work:
         llm.engine.step()
     llm.engine.capture.settle()
@@ -51,7 +36,7 @@ def answers(llm: LLM, of: Callable[[str], bool], count: int, domain: str) -> lis
 
 
 def overlap(learner: Learner, exam: Exam) -> float:
-    return float(exam.judge(learner.net, learner.teacher.tokens, 1).overlap.mean())
+    return float(exam.judge(learner.averaged(), learner.teacher.tokens, 1).overlap.mean())
 
 
 def taught(learner: Learner, requests: list[list[Captured]]) -> Iterator[int]:
@@ -69,7 +54,7 @@ def test_a_far_shift_is_regained() -> None:
     until it gets no better, has .78, and a drafter that never saw tables .09."""
     torch.set_num_threads(1)
     llm, target = LLM(MODEL, "cpu", max_sequences=16), target_of(MODEL)
-    source, tables = answers(llm, is_source, 128 + JUDGED, "source"), answers(llm, is_table, 256 + JUDGED, "tables")
+    source, tables = answers(llm, "source", 128 + JUDGED), answers(llm, "tables", 256 + JUDGED)
     exams = []
     for kind in (source, tables):
         lessons = [captured.lesson for request in kind[-JUDGED:] for captured in request]

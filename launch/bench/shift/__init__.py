@@ -1,0 +1,1 @@
+"""suite=shift: traffic changes, and drafters that learn from it are compared with those that do not."""
