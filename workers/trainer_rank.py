@@ -22,6 +22,8 @@ from stepladder.workers.speculation.learning.door import LessonReader
 from stepladder.workers.speculation.learning.following import Following
 from stepladder.workers.speculation.learning.learner import Candidate, Learner
 from stepladder.workers.speculation.learning.lease import LeaseNotice, Use
+from stepladder.workers.speculation.learning.lease_trace import trace_path, write_trace
+from stepladder.workers.speculation.learning.pace import Pace
 from stepladder.workers.speculation.learning.permit import Permit, least_over
 from stepladder.workers.speculation.learning.versions import Versions
 from stepladder.workers.training.ranks import Ranks, joined
@@ -85,7 +87,8 @@ class TrainerRank(Rank):
         self._words = self._leaving.enter_context(closing(BusyWords()))
         self._reader = self._leaving.enter_context(closing(LessonReader(config.secret)))
         self._following = Following()
-        self._judging, self._considered, self._read_at = False, 0, 0.0
+        self._pace = Pace(config.train.candidate_every)
+        self._judging, self._read_at = False, 0.0
 
     @property
     def address(self) -> str | None:
@@ -136,6 +139,15 @@ class TrainerRank(Rank):
             Order.CONSIDER: self._consider,
             Order.JUDGE: self._judge,
         }
+        try:
+            self._learn(work, lead)
+        finally:
+            self._write_trace()
+        self._learner.close()
+        self._leaving.close()
+
+    def _learn(self, work: dict[Order, Callable[[], object]], lead: bool) -> None:
+        """Until one of the ranks leaves."""
         while not self._permit.over:
             self._words.look_at(self._notice.words)
             order = self._ranks.share(self._next() if lead else None)
@@ -147,8 +159,15 @@ class TrainerRank(Rank):
                 self._permit.wait(PAUSE_SECONDS)
             if order == Order.WAIT:
                 self._permit.vote(False)
-        self._learner.close()
-        self._leaving.close()
+
+    def _write_trace(self) -> None:
+        """Of leases and micro-batches, beside the versions; nobody is kept from leaving by a disk that does not take
+        it."""
+        rank = self.config.shard.rank
+        try:
+            write_trace(self._permit.trace.rows(), trace_path(Path(self.config.drafters), rank), rank)
+        except OSError as error:
+            log.warning("the trace of leases was not written to %s: %s", self.config.drafters, error.strerror or error)
 
     def _next(self) -> Order:
         """On rank 0: what there is to do, if it is allowed."""
@@ -161,13 +180,13 @@ class TrainerRank(Rank):
         return order
 
     def _wanted(self) -> Order:
-        learner, config = self._learner, self.config.train
+        learner = self._learner
         if self._following.news(live := self._notice.live):
             return Order.BEGIN
         self._following.heed(live)
         if self._judging:
             return Order.JUDGE
-        if learner.steps - self._considered >= config.candidate_every and learner.can_judge:
+        if self._pace.due(learner.steps) and learner.can_judge:
             return Order.CONSIDER
         return Order.TRAIN if learner.due else Order.WAIT
 
@@ -187,11 +206,12 @@ class TrainerRank(Rank):
         self._judging = False
         if self._ranks.share(head is not None):
             self._learner.begin_with(head)
-            self._considered = self._learner.steps
+            self._pace.begun(self._learner.steps)
 
     def _of_live(self) -> Head | None:
         """The live version's head, or why not in the log."""
         config, following = self.config, self._following
+        before = following.version
         following.heed(self._notice.live)
         try:
             if following.version:
@@ -199,6 +219,7 @@ class TrainerRank(Rank):
             return read_head(config.speculate.model, config.directory, self._spec) if config.speculate.model else None
         except ValueError as error:
             log.error("training goes on from what it has, without the live version: %s", error)
+            following.keep(before)
             return None
 
     def _train(self) -> None:
@@ -208,7 +229,8 @@ class TrainerRank(Rank):
 
     def _consider(self) -> None:
         self._learner.consider()
-        self._considered, self._judging = self._learner.steps, self.config.shard.rank == 0
+        self._pace.considered(self._learner.steps)
+        self._judging = self.config.shard.rank == 0
 
     def _judge(self) -> None:
         """A piece of it; after the last one the candidate is published if it is better."""

@@ -17,7 +17,8 @@ class LearnConfig(LearnerConfig):
         kind: `online` teaches the head of `speculate` (head or hybrid) from what is answered; or `off`.
         ranks: that train together, processes that serving does not need. threads: of each, on a CPU.
         ring_mb: what an engine keeps of its answers until a trainer asks for it, in MiB; then the oldest goes.
-        candidate_every: steps of the optimizer after which what was learnt is judged, and made live if it is better.
+        candidate_every: steps of the optimizer after which what was learnt is judged, and made live if it is better. At
+            first it is judged sooner, when most is learnt: after 2 steps, then after 4, 8, ... more, until it is these.
         keep: versions that stay on the disk, under run_dir/drafter, beside those in use.
         max_tpot_loss: the share of an engine's speed under load that training may cost; it gives way to keep that.
     """

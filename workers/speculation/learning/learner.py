@@ -89,6 +89,7 @@ class Learner:
         self.window = Window(target, self.replay, config.judged, config.judged_depth)
         self.live: Head | None = None
         self.micro_batches, self._owed = 0, 0.0
+        self._average: dict[str, Tensor] = {}
         self._judging: Judging | None = None
         if self.begun:
             self.begin_with(live)
@@ -148,6 +149,8 @@ class Learner:
             raise RuntimeError(f"the loss of a drafter's head is {mean} after {self.steps} steps; lower its rate")
         self.engine.step()
         self.micro_batches += 1
+        if self.micro_batches % self.config.accumulate == 0:
+            self._take_into_average()
         return mean
 
     def begin_with(self, live: Head | None) -> None:
@@ -161,18 +164,22 @@ class Learner:
     def consider(self) -> None:
         """What has been learnt so far becomes a candidate, whose drafted tokens are those that are most frequent now;
         training goes on with these. Whether it is any good rank 0 judges, by and by."""
-        weights = self.weights()
+        net = self.averaged()
         seen, size = self.teacher.tokens.cpu(), self.target.spec.vocab_size
         tokens = self.ranks.share(self.replay.frequent(self.drafted, size, seen) if self.ranks.rank == 0 else None)
         self.teacher.draft(tokens.to(self.ranks.device))
         if self.ranks.rank == 0:
-            net = self._new()
-            net.load_state_dict(weights)
-            self._judging = self.window.judging(net.requires_grad_(False), self.teacher.tokens)
+            self._judging = self.window.judging(net, self.teacher.tokens)
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the network's, on every rank."""
-        return {name.removeprefix(NET): weight for name, weight in self.engine.weights().items()}
+        """A copy of the network's, on every rank: the average of its last steps, or its own without one."""
+        return {name: weight.clone() for name, weight in self._average.items()} or self._latest()
+
+    def averaged(self) -> RecurrentHead:
+        """A network with these, which learns nothing."""
+        net = self._new()
+        net.load_state_dict(self.weights())
+        return net.requires_grad_(False)
 
     def close(self) -> None:
         """Let go of DeepSpeed."""
@@ -224,7 +231,23 @@ class Learner:
         self.teacher.draft(self.ranks.share(tokens).to(self.ranks.device))
         self.begun = True
 
+    def _latest(self) -> dict[str, Tensor]:
+        return {name.removeprefix(NET): weight for name, weight in self.engine.weights().items()}
+
+    def _take_into_average(self) -> None:
+        """On every rank. The noise of single steps cancels: it is the price of a constant rate, which follows traffic
+        that changes."""
+        if not self.config.average:
+            return
+        latest = self._latest()
+        if not self._average:
+            self._average = latest
+            return
+        for name, weight in self._average.items():
+            weight.lerp_(latest[name], 1 - self.config.average)
+
     def _begin_with(self, net: RecurrentHead) -> None:
+        self._average = {}
         self.engine.begin_with({NET + name: weight for name, weight in net.state_dict().items()})
 
     def _new(self) -> RecurrentHead:

@@ -20,7 +20,9 @@ COUNTS = (
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """objective: one of `OBJECTIVES`. rate: Adam's; by default it follows the width of the model, as Adam's does with
-    maximal update parametrization (Yang et al. 2203.03466). depth: tokens of a draft that are unrolled.
+    maximal update parametrization (Yang et al. 2203.03466). average: what a candidate keeps of its weights at each step
+    of the optimizer, so that it is a mean of the last 1 / (1 - average) or so (Polyak and Juditsky 1992); 0 takes the
+    weights as they are. depth: tokens of a draft that are unrolled.
 
     inner: size of a new head's cell. drafted: tokens of the vocabulary that it drafts.
 
@@ -39,6 +41,7 @@ class LearnerConfig:
 
     objective: str = objectives.DEFAULT
     rate: float | None = None
+    average: float = 0.95
     depth: int = 2
     inner: int = 512
     drafted: int = 4096
@@ -62,6 +65,8 @@ class LearnerConfig:
         self.check_counts(COUNTS)
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise ValueError(f"train.rate is {self.rate}; it must be above 0, or null")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"train.average is {self.average}; it must be 0 or more, and below 1")
         if self.held_out < 2:
             raise ValueError(
                 f"train.held_out is {self.held_out}; it must be 2 or more: of so many requests one is judged by"

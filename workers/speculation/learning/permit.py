@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.workers.speculation.learning.busy_word import Word
-from stepladder.workers.speculation.learning.lease import UNDER_LOAD, Lease, LeaseNotice, Use
+from stepladder.workers.speculation.learning.lease import UNDER_LOAD, Kind, Lease, LeaseNotice, Use
 from stepladder.workers.speculation.learning.lease_trace import END, LEASE, LOAD, MICRO_BATCH, QUIET, LeaseTrace
 
 LEAVE, STOP, GO = range(3)
@@ -77,8 +77,9 @@ class Permit:
             self._use = self._use._replace(serial=notice.serial)
             if lease and lease.number > self._use.number:
                 self._use = Use(notice.serial, lease.number, at_work=self._use.at_work, wants=self._use.wants)
-                self.trace.add(LEASE, now, number=lease.number)
             if lease and not self._use.returned:
+                if self._lease is None or self._lease.kind != lease.kind:
+                    self.trace.add(LEASE, now, number=lease.number, kind=lease.kind)
                 self._lease, self._ends = lease, now + lease.seconds
             self._change.notify_all()
 
@@ -115,12 +116,13 @@ class Permit:
         began, cpu = self._now(), self._cpu()
         with self._change:
             self._use = self._use._replace(micro_batches=self._use.micro_batches + 1, at_work=True)
+            kind = self._lease.kind if self._lease else None
         try:
             yield
         finally:
             word, ended = self._word(), self._now()
             with self._change:
-                self._finish(began, ended, self._cpu() - cpu)
+                self._finish(began, ended, self._cpu() - cpu, kind)
                 self._note_load(word, ended)
 
     def give_back(self) -> None:
@@ -146,11 +148,11 @@ class Permit:
             if not self._leaving:
                 self._change.wait(seconds)
 
-    def _finish(self, began: float, ended: float, core_seconds: float) -> None:
+    def _finish(self, began: float, ended: float, core_seconds: float, kind: Kind | None) -> None:
         """The micro-batch counts under the lease that is known by now, which is another one only if that came in the
         middle of it; the controller gives none before it has heard that this rank has stopped."""
         use, lease, since = self._use, self._lease, self._ends
-        self.trace.add(MICRO_BATCH, began, ended, use.number)
+        self.trace.add(MICRO_BATCH, began, ended, use.number, kind)
         late = max(0.0, ended - max(began, since)) if lease is None or ended > since else 0.0
         self._use = use._replace(
             at_work=False,

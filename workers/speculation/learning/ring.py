@@ -1,5 +1,6 @@
 """Where what an engine captured waits for whoever learns from it; when there is no room, the oldest goes."""
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from threading import Lock
@@ -11,6 +12,8 @@ __all__ = ["Ring", "RingStats"]
 
 OVERHEAD = 1024  # bytes of a piece that are not numbers: three tensors and what holds them
 MOST_DOMAINS = 256  # that have something here at once: clients name them
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Ring:
     """Thread-safe. `put` never waits: while somebody takes, what came is sorted in by whoever comes next.
 
     Args:
-        max_bytes: that are kept. Beyond them the oldest pieces of the largest domain go.
+        max_bytes: that are kept. Beyond them the oldest pieces of the largest domain go; the log says so once.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -74,7 +77,7 @@ class Ring:
             captured = self._came.popleft()
             self.stats.captured_tokens += len(captured.lesson.tokens)
             if captured.domain not in self._domains and len(self._domains) >= MOST_DOMAINS:
-                self.stats.dropped_tokens += len(captured.lesson.tokens)
+                self._drop(captured)
                 continue
             domain = self._domains.setdefault(captured.domain, _Domain())
             domain.pieces.append(captured)
@@ -82,7 +85,15 @@ class Ring:
             self.stats.held_bytes += _size(captured)
             while self.stats.held_bytes > self.max_bytes:
                 largest = max(self._domains, key=lambda name: self._domains[name].bytes)
-                self.stats.dropped_tokens += len(self._pop(largest).lesson.tokens)
+                self._drop(self._pop(largest))
+
+    def _drop(self, captured: Captured) -> None:
+        if not self.stats.dropped_tokens:
+            log.warning(
+                "more answers wait to be learnt from than the ring holds: %.4g MiB (train.ring_mb), of %d domains at "
+                "most; from here on some are dropped, and counted", self.max_bytes / (1 << 20), MOST_DOMAINS,
+            )  # fmt: skip
+        self.stats.dropped_tokens += len(captured.lesson.tokens)
 
     def _pop(self, name: str) -> Captured:
         """The oldest piece of a domain."""

@@ -28,3 +28,15 @@ def test_what_others_made_live_is() -> None:
     following.heed(3)
     assert following.version == 3
     assert following.news(0), "and that one too"
+
+
+def test_what_cannot_be_read_is_not_followed() -> None:
+    """Nor read again and again: what is taught next says what it was really taught from."""
+    following = Following()
+    following.heed(3)
+    following.heed(4)
+    following.keep(3)
+    assert following.version == 3 and not following.news(4)
+    following.heed(4)
+    assert following.version == 3
+    assert following.news(5)

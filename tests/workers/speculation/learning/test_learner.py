@@ -208,6 +208,26 @@ def test_it_goes_back_to_the_live_head_with_a_fresh_optimizer(make: Any, target:
     assert moved == pytest.approx(3e-3, rel=0.05), "Adam's first step is as long as its rate"
 
 
+def test_a_candidate_is_the_average_of_its_last_steps(make: Any, target: TargetVocabulary) -> None:
+    plain, averaged = make(average=0.0), make(average=0.75)
+    expected: dict[str, torch.Tensor] = {}
+    for learner in (plain, averaged):
+        learner.add(captured(target, range(160), way=1))
+    for _ in range(6):
+        for learner in (plain, averaged):
+            for _ in range(learner.config.accumulate):
+                learner.micro_batch()
+        now = plain.weights()
+        expected = {name: 0.75 * expected[name] + 0.25 * now[name] for name in now} if expected else now
+    found = averaged.candidate().head.net.state_dict()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    latest = plain.candidate().head.net.state_dict()
+    assert all(torch.equal(latest[name], weight) for name, weight in plain.weights().items())
+    assert any(not torch.allclose(latest[name], found[name], atol=1e-5) for name in expected)
+    averaged.begin_with(plain.candidate().head)
+    assert all(torch.equal(latest[name], weight) for name, weight in averaged.weights().items()), "nothing of before"
+
+
 def test_the_draft_vocabulary_follows_the_traffic(make: Any, target: TargetVocabulary) -> None:
     learner = make(drafted=40)
     learner.add(captured(target, range(100), way=1))
@@ -237,7 +257,7 @@ def test_options_reach_what_they_are_for(make: Any, target: TargetVocabulary, ch
 
 
 def test_a_loss_that_is_no_number_ends_it_and_passes_no_gate(make: Any, target: TargetVocabulary) -> None:
-    learner = make()
+    learner = make(average=0.0)
     learner.add(captured(target, range(80), way=1))
     worked_off(learner)
     with torch.no_grad():
@@ -253,6 +273,7 @@ def test_a_loss_that_is_no_number_ends_it_and_passes_no_gate(make: Any, target: 
         ({"objective": "mse"}, "there is no objective 'mse'"),
         ({"rate": 0.0}, "rate is 0.0; it must be above 0, or null"),
         ({"rate": math.nan}, "rate is nan"),
+        ({"average": 1.0}, "average is 1.0; it must be 0 or more, and below 1"),
         ({"held_out": 1}, "held_out is 1; it must be 2 or more"),
         ({"zero_stage": 0}, "zero_stage is 0; it must be 1, 2 or 3"),
         ({"precision": "fp16"}, "precision is 'fp16'"),

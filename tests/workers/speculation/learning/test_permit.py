@@ -1,10 +1,12 @@
 """Before each micro-batch all ranks go or all stop; what ends a lease, ends training after one micro-batch at most."""
 
+import json
 import multiprocessing
 import threading
 from collections import Counter
 from datetime import timedelta
 from multiprocessing.queues import Queue
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,19 @@ from stepladder.parallel.mesh import gloo_group
 from stepladder.parallel.rendezvous import open_store
 from stepladder.workers.speculation.learning.busy_word import Word
 from stepladder.workers.speculation.learning.lease import GAPS, SPARE, UNDER_LOAD, Kind, Lease, LeaseNotice, Use
-from stepladder.workers.speculation.learning.lease_trace import END, LOAD, MICRO_BATCH, Delay, chrome_events, delays
+from stepladder.workers.speculation.learning.lease_trace import (
+    END,
+    LEASE,
+    LOAD,
+    MICRO_BATCH,
+    Delay,
+    Row,
+    chrome_events,
+    delays,
+    read_trace,
+    trace_path,
+    write_trace,
+)
 from stepladder.workers.speculation.learning.permit import Permit, least_over
 
 
@@ -127,7 +141,64 @@ def test_the_trace_tells_how_long_returning_load_waited(machine: Machine) -> Non
     assert delays(rows) == [Delay(pytest.approx(0.7), 1), Delay(0.0, 0)]
     assert Counter(row.what for row in rows) == {"lease": 1, MICRO_BATCH: 3, LOAD: 2, "quiet": 1}
     first = next(event for event in chrome_events(rows, zero=1000.0) if event["name"] == MICRO_BATCH)
-    assert (first["ph"], first["ts"], first["dur"], first["args"]) == ("X", 0.0, pytest.approx(1e6), {"lease": 1})
+    assert (first["ph"], first["ts"], first["dur"], first["args"]) == (
+        "X",
+        0.0,
+        pytest.approx(1e6),
+        {"lease": 1, "kind": GAPS},
+    )
+
+
+def test_training_that_is_meant_to_go_on_beside_requests_is_no_delay() -> None:
+    """Only the micro-batch that was under way when load came back is."""
+    rows = [
+        Row(MICRO_BATCH, 0.0, 1.0, 1, UNDER_LOAD),
+        Row(LOAD, 0.75, 0.75, 1),
+        Row(MICRO_BATCH, 1.0, 2.0, 1, UNDER_LOAD),
+        Row(MICRO_BATCH, 2.0, 3.0, 1, UNDER_LOAD),
+        Row("quiet", 3.0, 3.0, 1),
+    ]
+    assert delays(rows) == [Delay(0.25, 1)]
+    gaps = [row._replace(kind=GAPS) for row in rows]
+    assert delays(gaps) == [Delay(2.25, 3)], "which must not be"
+
+
+def test_a_lease_that_is_renewed_after_its_deadline_or_for_load_is_in_the_trace(machine: Machine) -> None:
+    """Else what is trained under it would count as an overrun, or as a delay."""
+    machine.permit.hear(notice(1, 1, seconds=0.5))
+    assert machine.train(0.25)
+    machine.pass_by(1.0)
+    assert not machine.train()
+    machine.permit.hear(notice(2, 1, seconds=100))
+    assert machine.train()
+    machine.permit.hear(notice(3, 1, seconds=100, kind=UNDER_LOAD))
+    machine.word = Word(1, 0, machine.now)
+    machine.pass_by(0.25)
+    assert machine.train() and machine.train()
+    rows = machine.permit.trace.rows()
+    assert [row.kind for row in rows if row.what == LEASE] == [GAPS, GAPS, UNDER_LOAD]
+    assert [row.kind for row in rows if row.what == MICRO_BATCH] == [GAPS, GAPS, UNDER_LOAD, UNDER_LOAD]
+    assert delays(rows, END) == delays(rows) == [Delay(0.0, 0)]
+
+
+def test_a_trace_is_read_as_it_was_written(machine: Machine, tmp_path: Path) -> None:
+    machine.permit.hear(notice(1, 1, seconds=100))
+    assert machine.train(0.25)
+    machine.word = Word(1, 0, machine.now)
+    assert not machine.train()
+    machine.permit.hear(LeaseNotice(2, None))
+    rows, path = machine.permit.trace.rows(), trace_path(tmp_path / "drafter", 1)
+    write_trace(rows, path, 1)
+    assert read_trace(path) == [
+        row._replace(begin=pytest.approx(row.begin), end=pytest.approx(row.end)) for row in rows
+    ]
+    assert [one.name for one in path.parent.iterdir()] == ["lease-trace-1.json"]
+    names = [event["args"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "M"]
+    assert names == [{"name": "trainer rank 1"}]
+    (tmp_path / "drafter" / "lease-trace-2.json").mkdir()
+    with pytest.raises(OSError):
+        write_trace(rows, trace_path(tmp_path / "drafter", 2), 2)
+    assert not list(path.parent.glob("*.partial"))
 
 
 def test_a_trainer_without_lessons_gives_its_lease_back(machine: Machine) -> None:

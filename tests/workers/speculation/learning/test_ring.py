@@ -1,8 +1,11 @@
 """The ring: bounded, in turns, never waiting."""
 
+import logging
 import random
 import threading
 from collections import Counter
+
+import pytest
 
 from stepladder.workers.figures import declared
 from stepladder.workers.speculation.learning.lessons import Captured
@@ -58,6 +61,18 @@ def test_no_client_names_more_domains_than_there_is_room_for() -> None:
     assert len(ring.take(1 << 30)) == MOST_DOMAINS + 1
     ring.put(piece("another", 1))
     assert ring.stats.dropped_tokens == 200
+
+
+def test_that_it_overflows_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ring = filled(4 * SIZE, *(("a", request) for request in range(4)))
+        assert not caplog.messages
+        for request in range(20):
+            ring.put(piece("a", request))
+            ring.take(10)
+        ring.put(piece("a", 1, 10_000))
+    (said,) = caplog.messages
+    assert "from here on some are dropped" in said and ring.stats.dropped_tokens > 10_000
 
 
 def test_putting_does_not_wait_for_who_takes() -> None:

@@ -1,0 +1,1 @@
+"""suite=learning: what training beside requests costs them, and how soon it makes way."""
