@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["ENOUGH", "LEAST", "RECENT", "Counts", "Evidence", "Recent", "is_worse"]
+__all__ = ["ENOUGH", "LATELY", "LEAST", "RECENT", "Counts", "Evidence", "Recent", "is_worse"]
 
 KEPT = 12_000  # guesses that are known of a version, the newest ones; there is about one per token
 RECENT = 3000  # of these, what says what acceptance was just before it was replaced: traffic changes
+LATELY = 500  # guesses, of whatever version: what a curve over time is drawn from
 BATCH = 96  # guesses: of several requests, or of one
 LEAST = 1000  # guesses without which nothing is said
 ENOUGH = 20_000  # guesses of a version that has not been found worse by then
@@ -70,10 +71,9 @@ class Recent:
         rate = whole.right / max(whole.guesses, 1)
         return Evidence(min(whole.guesses, newest), rate, _spread(batches, rate))
 
-    @property
-    def accepted_length(self) -> float | None:
+    def accepted_length(self, newest: int = RECENT) -> float | None:
         """Tokens that a step with a draft gave lately, with its own one; None without drafts."""
-        _, whole = self._newest(RECENT)
+        _, whole = self._newest(newest)
         return 1 + whole.accepted / whole.drafts if whole.drafts else None
 
     def _newest(self, guesses: int) -> tuple[list[Counts], Counts]:

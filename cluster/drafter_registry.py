@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from stepladder.cluster.drafter_evidence import ENOUGH, LEAST, RECENT, Counts, Evidence, Recent, is_worse
+from stepladder.cluster.drafter_evidence import ENOUGH, LATELY, LEAST, RECENT, Counts, Evidence, Recent, is_worse
 
 __all__ = ["Registry", "Told"]
 
@@ -106,7 +106,8 @@ class Registry:
         self._engines: dict[str, Told] = {}
         self._away: set[str] = set()
         self._recent: dict[int, Recent] = {}
-        self._refused: set[tuple[str, int, int]] = set()  # engine, its life, version
+        self._lately = Recent()  # of all versions
+        self._refused: dict[tuple[str, int, int], str] = {}  # by engine, its life and version: why
 
     @property
     def live(self) -> int | None:
@@ -161,7 +162,10 @@ class Registry:
         counts = told.since(self._engines.get(engine))
         self._engines[engine] = told
         self._away.discard(engine)
+        self._refused.pop((engine, told.life, told.version), None)
         self._recent.setdefault(told.version, Recent()).add(counts)
+        if counts.guesses:
+            self._lately.add(counts)
         return self._judge(time)
 
     @_alone
@@ -171,12 +175,14 @@ class Registry:
         life = self._engines[engine].life if engine in self._engines else 0
         if (engine, life, number) in self._refused:
             return None
-        self._refused.add((engine, life, number))
+        self._refused[engine, life, number] = why
         if number == self._state.pinned:
             return self._tell(time, f"{engine} cannot take {number}, which is pinned: {why}")
         if number in self._state.rejected:
             return None
-        return self._reject(number, f"{engine} cannot take {number}: {why}", time)
+        refusal = self._refusal(number)
+        assert refusal
+        return self._reject(number, refusal, time)
 
     @_alone
     def gone(self, engine: str) -> None:
@@ -197,7 +203,7 @@ class Registry:
         """By order, this version is live and stays so, even if it was rejected: from now on it is not."""
         state = self._state
         state.rejected.pop(number, None)
-        self._refused = {one for one in self._refused if one[2] != number}
+        self._refused = {one: why for one, why in self._refused.items() if one[2] != number}
         state.pinned = number
         self._make_live(number)
         return self._tell(time, f"pinned {number} by order; it stays live until learning is resumed")
@@ -224,18 +230,22 @@ class Registry:
 
     @_alone
     def resume(self, time: float) -> str:
-        """Undo a pause and a pin; the newest version that was not rejected is live."""
-        state = self._state
+        """Undo a pause and a pin; the newest version that was not rejected is live. What was pinned is rejected now if
+        an engine could not take it."""
+        state, said = self._state, ["resumed by order"]
         state.paused, state.pinned = False, None
+        if state.live is not None and (why := self._refusal(state.live)):
+            said.append(self._put_away(state.live, why))
         waiting = max((n for n in state.scores if n not in state.rejected), default=0)
         if waiting > (state.live or 0):
             self._make_live(waiting)
-            return self._tell(time, f"resumed by order; {waiting} is live")
-        return self._tell(time, "resumed by order")
+            said.append(f"{waiting} is live")
+        return self._tell(time, "; ".join(said))
 
     @_alone
     def figures(self) -> dict[str, float]:
-        """What is watched over time, by name; nothing before a version is live."""
+        """What is watched over time, by name; nothing before a version is live. drafter/ is of the live version; spec/
+        has how the newest guesses of any went, a curve over swaps."""
         live = self._state.live
         if live is None:
             return {}
@@ -243,8 +253,12 @@ class Registry:
         found = {"drafter/version": float(live), **scores}
         if (recent := self._recent.get(live)) and recent.total:
             found["drafter/acceptance"] = recent.evidence(RECENT).rate
-            if (length := recent.accepted_length) is not None:
+            if (length := recent.accepted_length()) is not None:
                 found["drafter/accepted_length"] = length
+        if self._lately.total:
+            found["spec/acceptance"] = self._lately.evidence(LATELY).rate
+            if (length := self._lately.accepted_length(LATELY)) is not None:
+                found["spec/accepted_length"] = length
         return found
 
     @_alone
@@ -278,25 +292,36 @@ class Registry:
         state, old = self._state, self._state.live
         if old == number:
             return
-        if old is not None and old not in state.rejected:
-            known = self._recent[old].evidence(RECENT) if old in self._recent else None
-            if known and known.guesses >= LEAST:
-                state.previous, state.baseline = old, known
-            elif state.previous in (None, number):
-                state.previous, state.baseline = old, None
+        known = self._recent[old].evidence(RECENT) if old in self._recent else None
+        if old is None or old in state.rejected or self._refusal(old):
+            if state.previous == number:
+                state.previous = state.baseline = None
+        elif known and known.guesses >= LEAST:
+            state.previous, state.baseline = old, known
+        elif state.previous in (None, number):
+            state.previous, state.baseline = old, None
         state.live = number
 
     def _reject(self, number: int, why: str, time: float) -> str:
         """Never again by itself. In place of the live version the previous one is live."""
+        return self._tell(time, self._put_away(number, why))
+
+    def _put_away(self, number: int, why: str) -> str:
+        """What is to be told of it."""
         state = self._state
         state.rejected[number] = why
         if number == state.previous:
             state.previous = state.baseline = None
         if number != state.live:
-            return self._tell(time, f"rejected {number}: {why}")
+            return f"rejected {number}: {why}"
         state.live, state.previous, state.baseline = state.previous, None, None
         back = f"rolled back to {state.live}" if state.live is not None else "no version is live"
-        return self._tell(time, f"{back}: {why}; {number} is rejected")
+        return f"{back}: {why}; {number} is rejected"
+
+    def _refusal(self, number: int) -> str | None:
+        """Why an engine could not take a version, if one could not."""
+        refused = ((name, why) for (name, _, version), why in self._refused.items() if version == number)
+        return next((f"{name} cannot take {number}: {why}" for name, why in refused), None)
 
     def _tell(self, time: float, line: str) -> str:
         """Something has changed."""

@@ -118,13 +118,16 @@ class WandbMonitor:
     def __init__(self, directory: Path, mode: str, project: str, name: str, config: Mapping[str, Any]) -> None:
         assert directory.is_absolute()
         self._run: Any = None
+        failed = list[str]()
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self._run = _start(directory, attempt, project, name, config)
-                return
+                break
             except Exception as error:  # W&B promises no common base class
-                LOG.warning("W&B in mode %s does not start (%s)", attempt, _one_line(error))
-        LOG.warning("figures go to metrics.jsonl only")
+                failed.append(f"W&B in mode {attempt} does not start ({_one_line(error)})")
+        if failed:
+            instead = "the run is offline, `wandb sync` sends it" if self._run else "figures go to metrics.jsonl only"
+            LOG.warning("%s; %s", "; ".join(failed), instead)
 
     def log(self, row: Mapping[str, Any]) -> None:
         if self._run is None:

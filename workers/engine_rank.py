@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class EngineFigures(RankFigures):
     """reduce_seconds, exposed_seconds: this rank's all-reduces, as far as they were measured. engine: on rank 0, and if
     its drafter is taught: ring, of what waits to be learnt from; door, where that is given away; word, the name of what
-    tells whether it has work; refused, a version of the drafter that it could not take, and why."""
+    tells whether it has work; refused, the version of the drafter that it was told of last, and why, if it could not
+    take that."""
 
     reduce_seconds: float = counter(default=0.0)
     exposed_seconds: float = counter(default=0.0)
@@ -138,6 +139,7 @@ class _Taught:
             self.refused = notice.version, str(error)
         else:
             engine.speculator.staged.append(cell)
+            self.refused = None
 
     def close(self) -> None:
         self.door.close()

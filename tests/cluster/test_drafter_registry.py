@@ -112,6 +112,24 @@ def test_acceptance_is_counted_over_lives_of_engines() -> None:
     assert tell(7, 1, 50, 0, engine="b") == 60 / 200
 
 
+def test_a_curve_over_versions_has_the_newest_guesses_of_any() -> None:
+    """500 of them; batches are of 100 here. What was drafted before there were weights does not count."""
+    registry = Registry()
+    registry.observe("a", Told(1, 0, 0, 0, 50, 150), 0.0)
+    registry.published(1, {}, 0.0)
+    assert "spec/acceptance" not in registry.figures()
+    for number in range(1, 11):
+        registry.observe("a", Told(1, 1, 100 * number, 20 * number, 50 + 40 * number, 150 + 40 * number), 0.0)
+    assert registry.figures()["spec/acceptance"] == 0.2 and registry.figures()["spec/accepted_length"] == 2.0
+    registry.published(2, {}, 0.0)
+    for number in range(1, 4):
+        registry.observe("a", Told(1, 2, 100 * number, 70 * number, 450 + 40 * number, 550 + 80 * number), 0.0)
+    found = registry.figures()
+    assert found["drafter/version"] == 2 and found["drafter/acceptance"] == 0.7
+    assert found["spec/acceptance"] == (2 * 20 + 3 * 70) / 500
+    assert found["spec/accepted_length"] == 1 + (2 * 40 + 3 * 80) / (5 * 40)
+
+
 @pytest.mark.parametrize(("old", "new"), [(0.6, 0.45), (0.55, 0.3), (0.8, 0.1)])
 def test_a_worse_version_is_taken_back_within_200_requests(old: float, new: float) -> None:
     registry, engine, saved = served({6: old, 7: new})
@@ -241,6 +259,42 @@ def test_a_version_that_an_engine_cannot_take_is_nobodys() -> None:
     assert registry.behind() == ["e", "f"], "it is tried again by order"
     assert registry.refused("f", 7, "it is damaged", 3.0) == "f cannot take 7, which is pinned: it is damaged"
     assert registry.live == 7 and registry.behind() == ["e"], "and not over and over"
+
+
+@pytest.mark.parametrize("instead", ["resume", "pin"])
+def test_what_was_pinned_and_cannot_be_taken_is_not_gone_back_to(instead: str) -> None:
+    """Nor does it stay live once it is not pinned any more: no engine would ever have the live version."""
+    registry, _, saved = served({6: 0.6})
+    registry.pin(7, 2.0)
+    registry.refused("e", 7, "it is damaged", 2.0)
+    if instead == "resume":
+        line = registry.resume(3.0)
+        assert line == "resumed by order; rolled back to 6: e cannot take 7: it is damaged; 7 is rejected"
+        assert list(saved[-1]["rejected"]) == ["7"] and registry.live == 6
+        return
+    registry.pin(6, 3.0)
+    assert registry.resume(4.0) == "resumed by order" and registry.live == 6
+    with pytest.raises(ValueError, match="there is no earlier version"):
+        registry.rollback(5.0)
+
+
+def test_what_could_be_taken_after_all_stays() -> None:
+    """Its file was mended."""
+    registry, _, _ = served({6: 0.6})
+    registry.pin(7, 2.0)
+    registry.refused("e", 7, "it is damaged", 2.0)
+    registry.observe("e", Told(1, 7), 3.0)
+    assert registry.resume(4.0) == "resumed by order" and registry.live == 7
+
+
+def test_a_waiting_version_takes_the_place_of_one_that_cannot_be_taken() -> None:
+    registry, _, _ = served({6: 0.6})
+    registry.pin(7, 2.0)
+    registry.refused("e", 7, "it is damaged", 2.0)
+    registry.published(8, {}, 3.0)
+    line = registry.resume(4.0)
+    assert line.startswith("resumed by order; rolled back to 6: e cannot take 7") and line.endswith("; 8 is live")
+    assert registry.live == 8 and registry.report()["previous"] == 6
 
 
 def test_the_first_version_that_nobody_can_take_leaves_what_there_was() -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_rows_are_there_before_the_file_is_closed_and_a_second_run_appends(tmp_p
     assert read(tmp_path / "deep" / "metrics.jsonl") == ROWS
 
 
-def test_online_without_a_key_becomes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_without_a_key_becomes_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monitor = open_monitor(tmp_path, "online", "stepladder", "test", {"seed": 0})
@@ -40,6 +43,22 @@ def test_online_without_a_key_becomes_an_offline_run(tmp_path: Path, monkeypatch
     assert read(tmp_path / "metrics.jsonl") == ROWS
     (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert run.stat().st_size > 0
+    (said,) = [line for line in caplog.messages if "W&B" in line]
+    assert said.startswith("W&B in mode online does not start (") and "the run is offline" in said and "\n" not in said
+
+
+def test_without_the_package_figures_go_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monitor = open_monitor(tmp_path, "online", "stepladder", "test", {})
+    for row in ROWS:
+        monitor.log(row)
+    monitor.log_version(7, version(tmp_path), {"overlap": 0.64}, ["live"])
+    monitor.close()
+    assert read(tmp_path / "metrics.jsonl") == ROWS
+    (said,) = [line for line in caplog.messages if "W&B" in line]
+    assert "W&B in mode offline does not start (" in said and said.endswith("; figures go to metrics.jsonl only")
 
 
 def test_a_job_that_is_started_again_in_its_folder_continues_its_run(tmp_path: Path) -> None:

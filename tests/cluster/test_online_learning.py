@@ -21,8 +21,16 @@ from stepladder.launch import ctl
 from stepladder.launch.private_ray import PrivateRay
 from stepladder.workers.config import EngineConfig, KvConfig
 from stepladder.workers.speculation.config import SpeculateConfig
-from stepladder.workers.speculation.learning.busy_word import FOLDER, PREFIX
+from stepladder.workers.speculation.learning.busy_word import FOLDER, word_name
 from stepladder.workers.speculation.learning.config import LearnConfig
+from stepladder.workers.speculation.learning.lease_trace import (
+    END,
+    LOAD,
+    MICRO_BATCH,
+    delays,
+    read_trace,
+    trace_path,
+)
 from tests.cluster.jobs import controlled, eventually
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo_model"
@@ -34,21 +42,31 @@ def prompt(number: int) -> str:
     return f"{BEGINNINGS[number % len(BEGINNINGS)]} {number}"
 
 
-def deployed(run_dir: Path) -> AbstractContextManager[tuple[ActorHandle, str]]:
+def deployed(
+    run_dir: Path, secret: str, kind: str = "hybrid", wandb: str = "disabled", **train: Any
+) -> AbstractContextManager[tuple[ActorHandle, str]]:
+    """Called `learner`. train: options of learning."""
+    learn = {"candidate_every": 12, "drafted": 1024, "inner": 128, **train}
     wanted = Deployment(
         name="learner",
         run_dir=str(run_dir),
-        secret=secrets.token_hex(32),
+        secret=secret,
         model=ModelConfig(path=str(DEMO), name="demo"),
         engine=EngineConfig(threads=1),
         kv=KvConfig(tokens=8192),
-        speculate=SpeculateConfig(kind="hybrid"),
-        train=LearnConfig(kind="online", candidate_every=12, drafted=1024, inner=128),
+        speculate=SpeculateConfig(kind=kind),
+        train=LearnConfig(kind="online", **learn),
         cluster=ClusterConfig(hang_seconds=5),
-        monitor=MonitorConfig(wandb="disabled"),
+        monitor=MonitorConfig(wandb=wandb),
         detach=True,
     )
     return controlled(wanted)
+
+
+def words_left(secret: str) -> list[str]:
+    """In shared memory, of any life of this deployment's engine; those of other deployments are none of its."""
+    names = (word_name(f"learner/{life}/engine-0", secret) for life in range(1, 20))
+    return [name for name in names if (FOLDER / name).exists()]
 
 
 def ordered(capsys: pytest.CaptureFixture[str], live: int) -> None:
@@ -100,7 +118,8 @@ class Traffic:
 def test_it_learns_while_it_serves(cluster: PrivateRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Versions become live, engines draft with them, a killed trainer goes on from the live one, and what it leaves is
     whole. No text changes, and nothing of it is left behind."""
-    with deployed(tmp_path) as (controller, url):
+    secret = secrets.token_hex(32)
+    with deployed(tmp_path, secret) as (controller, url):
         traffic = Traffic(url)
 
         def report() -> dict[str, Any]:
@@ -139,5 +158,9 @@ def test_it_learns_while_it_serves(cluster: PrivateRay, tmp_path: Path, capsys: 
         ordered(capsys, found["drafter"]["live"])
         versions = tmp_path / "drafter"
         assert {path.name for path in versions.glob("*.partial")} == set()
+        assert words_left(secret) == [word_name("learner/1/engine-0", secret)]
     traffic.check()
-    assert not list(FOLDER.glob(f"{PREFIX}*"))
+    rows = read_trace(trace_path(tmp_path / "drafter", 0))
+    assert MICRO_BATCH in {row.what for row in rows}, "the trainer has left one of its last life"
+    assert all(delay.micro_batches <= 1 for after in (END, LOAD) for delay in delays(rows, after))
+    assert not words_left(secret)
