@@ -21,7 +21,7 @@ lint: .venv/test.stamp
 	$(BIN)/python -m tests.typed
 
 .venv/demo.stamp: .venv/python.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	@touch $@
 
 .venv/test.stamp: .venv/python.stamp pyproject.toml

@@ -13,7 +13,7 @@ COMMANDS = {
     "generate": "continue every prompt of a file, in one process without Ray",
     "train": "train, or convert to Ladder: recipe=demo|twins|convert",
     "chat": "talk to a model that is served: url=http://HOST:PORT",
-    "bench": "measure: suite=engine|overlap|afd|serve|failures|hostile|fp8|speculate",
+    "bench": "measure: suite=engine|overlap|afd|serve|failures|hostile|fp8|speculate|shift|learning",
 }
 USAGE = "\n".join(["usage: stepladder COMMAND ...", *(f"  {name:<10}{does}" for name, does in COMMANDS.items())])
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.where import JOB_FOLDER
 
 SERVE = ("python", "-m", "stepladder.launch.serve")
 
@@ -18,6 +19,11 @@ def deployed(ray: PrivateRay, job: str, options: Sequence[str]) -> Iterator[str]
         yield ready(ray, job)
     finally:
         ray.job("stop", job)
+
+
+def submitting(options: Sequence[str]) -> str:
+    """What a person would type."""
+    return " ".join(["ray job submit", *JOB_FOLDER, "--", *SERVE, *options])
 
 
 def ready(ray: PrivateRay, job: str) -> str:

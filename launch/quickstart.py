@@ -1,12 +1,12 @@
 """`make demo`: a private Ray and a small language model that answers three questions, from two layouts in turn: two
 tensor-parallel ranks, then one rank with the attention and one with the FFNs. Where the model cannot be fetched, the
-bundled Ladder model goes on with three beginnings of programs.
+bundled Ladder model goes on with three beginnings of programs. At last the bundled model with a drafter that keeps
+learning, while traffic changes.
 
 Everything goes the way a user's own deployment would: `ray job submit`, HTTP, `ray job stop`.
 """
 
 import asyncio
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 from aiohttp import ClientTimeout
 
-from stepladder.launch.deployed import SERVE, deployed, say
+from stepladder.launch.deployed import deployed, say, submitting
+from stepladder.launch.metrics_file import newest
 from stepladder.launch.private_ray import PrivateRay
+from stepladder.launch.quickstart_learning import learning
 from stepladder.launch.streaming import Timing, no_show, session, stream
-from stepladder.launch.where import JOB_FOLDER
 from stepladder.workers.source.resolve import resolve
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -107,14 +108,15 @@ def main() -> None:
                 f"run_dir={run_dir / name}",
                 "monitor.every_seconds=1.0",
             ]
-            say(" ".join(["ray job submit", *JOB_FOLDER, "--", *SERVE, *words]))
+            say(submitting(words))
             with deployed(ray, job, words) as url:
                 say(f"serving at {url}")
                 timings = [asyncio.run(complete(url, shown, text, quiet=bool(runs))) for text in shown.asked]
                 tokens = sum(timing.output_tokens for timing in timings)
                 runs[name] = Run(timings, figures_after(tokens, run_dir / name / "metrics.jsonl"))
                 say(f"ray job stop {job}")
-    show(runs)
+        show(runs)
+        learning(ray, run_dir / "learning")
     offline = next(iter(sorted(run_dir.glob("*/wandb/*run-*"))), None)
     say(f"W&B runs:   {offline.parent if offline else 'none'} and beside it")
     say(f"JSONL logs: {run_dir}/*/metrics.jsonl")
@@ -144,12 +146,6 @@ def figures_after(tokens: int, path: Path, seconds: float = FIGURES_SECONDS) -> 
             return {}
         Event().wait(0.05)
     return found
-
-
-def newest(path: Path) -> dict[str, float]:
-    """The newest value of every figure; a row that is being written does not count."""
-    whole, _, _ = path.read_text().rpartition("\n")
-    return {key: value for line in whole.splitlines() for key, value in json.loads(line).items()}
 
 
 def show(runs: dict[str, Run]) -> None:

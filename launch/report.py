@@ -91,13 +91,13 @@ class Report:
 def publish(report: Report, words: Sequence[str], run_dir: Path) -> None:
     """Write the report and its details below `run_dir`, and print it, the summary last."""
     shown = ["api_key=***" if word.startswith("api_key=") else word for word in words]
-    drawn = write(report, "launch.bench", shown, run_dir)
+    has_picture = write(report, "launch.bench", shown, run_dir)
     details = {f"{report.suite}-{name}.json": detail for name, detail in report.details.items()}
     for name, detail in details.items():
         write_json(run_dir / name, detail)
     print(_rows_table(report))
     more = f"; {report.contents} in {', '.join(details)} beside it" if details else ""
-    hint = " and .png" if drawn else "; install matplotlib for a picture"
+    hint = " and .png" if has_picture else "; install matplotlib for a picture"
     print(f"\nwritten to {run_dir / report.suite}.json{hint}{more}")
     print(f"\n{summary_table(report)}")
 
@@ -130,14 +130,23 @@ def machine() -> dict[str, Any]:
 
 def picture(report: Report, path: Path) -> bool:
     """The report as a PNG, whole or not at all; False without matplotlib."""
+
+    def draw(figure: Any) -> None:
+        (report.draw or partial(_bars, report))(figure)
+        if report.titled:
+            figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
+
+    return drawn(draw, path)
+
+
+def drawn(draw: Callable[[Any], None], path: Path) -> bool:
+    """What `draw` puts into a matplotlib Figure as a PNG, whole or not at all; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(layout="constrained")
-    (report.draw or partial(_bars, report))(figure)
-    if report.titled:
-        figure.suptitle(f"{report.suite}{f' (emulated: {report.emulated})' if report.emulated else ''}")
+    draw(figure)
     partial_path = path.with_suffix(".partial")
     figure.savefig(partial_path, dpi=120, format="png")
     os.replace(partial_path, path)
