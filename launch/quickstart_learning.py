@@ -19,10 +19,12 @@ from stepladder.launch.where import BUNDLED
 from stepladder.workers.text.tokenizer import Tokenizer
 
 JOB = "stepladder-demo-learning"
-WORDS = ("model=demo", "cluster=local", "speculate=head", "train=online", "monitor.every_seconds=1.0")
+# Always three tokens: by goodput a model as small as this one rests from drafting, and then nobody sees what is learnt.
+DRAFTS = ("speculate=head", "speculate.k=3", "train=online")
+WORDS = ("model=demo", "cluster=local", *DRAFTS, "monitor.every_seconds=1.0")
 BEFORE_SECONDS, AFTER_SECONDS = 35.0, 60.0  # of programs, then of tables
 STREAMS, TOKENS = 4, 80
-GAP_SECONDS = 2.0  # between two rounds of requests: training takes what is left over
+BURST_SECONDS, GAP_SECONDS = 3.0, 6.0  # of requests, and then of none: beside requests training gets very little
 MOST = 800  # beginnings of each kind; there are that many of tables
 
 
@@ -43,12 +45,14 @@ def learning(ray: PrivateRay, run_dir: Path) -> None:
 
 
 async def asked(url: str, kind: str, prompts: Iterator[str], seconds: float) -> None:
-    """A few requests at once, a gap, and again. Raises RuntimeError if one fails."""
+    """Some seconds of a few requests at once, a gap, and again. Raises RuntimeError if one fails."""
     say(f"{seconds:.0f} s of requests for {kind}, {STREAMS} at once")
     end = monotonic() + seconds
     async with session(timeout=ClientTimeout(sock_connect=60, sock_read=60)) as opened:
         while monotonic() < end:
-            await asyncio.gather(*(one(opened, url, seed, next(prompts)) for seed in range(STREAMS)))
+            burst = monotonic() + BURST_SECONDS
+            while monotonic() < burst:
+                await asyncio.gather(*(one(opened, url, seed, next(prompts)) for seed in range(STREAMS)))
             await asyncio.sleep(GAP_SECONDS)
 
 
