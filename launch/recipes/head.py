@@ -14,6 +14,7 @@ from stepladder import LLM
 from stepladder.cluster.monitor import open_monitor
 from stepladder.launch.json_files import write_json
 from stepladder.launch.prompts import Options, read_lines
+from stepladder.launch.recipes.capturing import capturing
 from stepladder.launch.recipes.chat_material import Library
 from stepladder.launch.recipes.chat_traffic import KINDS, prompts
 from stepladder.launch.recipes.convert import Source
@@ -26,8 +27,7 @@ from stepladder.workers.speculation.head.files import DataWindow, Head, Manifest
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import Judged, Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary, most_frequent
-from stepladder.workers.speculation.learning.capture import Capture
-from stepladder.workers.speculation.learning.lessons import Captured, Lesson, Lessons, number_of
+from stepladder.workers.speculation.learning.lessons import Lesson, Lessons, number_of
 from stepladder.workers.speculation.learning.objectives import named
 
 LOG_EVERY = 10  # steps
@@ -125,20 +125,14 @@ def requests(recipe: HeadRecipe, llm: LLM) -> Iterator[Request]:
 
 def written(llm: LLM, asked: list[Request]) -> list[Lesson]:
     """What the target answers, in the order of the requests, under a progress bar."""
-    written, engine = dict[int, Lesson](), llm.engine
-
-    def keep(captured: Captured) -> None:
-        written[captured.request] = captured.lesson
-
-    engine.capture = Capture(keep, max(request.params.max_tokens for request in asked))  # each in one piece
+    engine, longest = llm.engine, max(request.params.max_tokens for request in asked)
     for request in asked:
         engine.add(request)
-    with tqdm(total=len(asked), unit="answer") as bar:
+    with capturing(engine, longest) as found, tqdm(total=len(asked), unit="answer") as bar:  # each in one piece
         while engine.has_work:
             engine.step()
-            bar.update(len(written) - bar.n)
-    engine.capture.settle()
-    return [written[number_of(request)] for request in asked]
+            bar.update(len(found) - bar.n)
+    return [found[number_of(request)][0].lesson for request in asked]
 
 
 def _prompts(recipe: HeadRecipe, llm: LLM) -> Iterator[tuple[int, ...]]:

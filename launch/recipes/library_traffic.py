@@ -18,17 +18,21 @@ KINDS: dict[str, Callable[[str], bool]] = {
 """Of documents by name: programs; the manual; tables of character sets and of markup."""
 
 
+def texts(kind: str) -> list[str]:
+    """All documents of this kind."""
+    library = standard_library()
+    return [document.text for document in (*library.train, *library.held_out) if KINDS[kind](document.name)]
+
+
 def beginnings(tokenizer: Tokenizer, kind: str, count: int, seed: int) -> list[tuple[int, ...]]:
     """So many different ones, the same for the same seed and version of Python.
 
     Raises:
         ValueError: there are not so many.
     """
-    library, found = standard_library(), set[tuple[int, ...]]()
-    for document in (*library.train, *library.held_out):
-        if KINDS[kind](document.name):
-            text = tokenizer.encode(document.text)
-            found |= {tuple(text[at : at + PROMPT]) for at in range(0, len(text) - PROMPT, PROMPT)}
+    found = set[tuple[int, ...]]()
+    for text in map(tokenizer.encode, texts(kind)):
+        found |= {tuple(text[at : at + PROMPT]) for at in range(0, len(text) - PROMPT, PROMPT)}
     if len(found) < count:
         raise ValueError(f"kinds: there are only {len(found)} different beginnings of {kind} here; {count} are wanted")
     order = sorted(found)

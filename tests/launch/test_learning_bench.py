@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from stepladder.launch.bench.__main__ import suite_of
-from stepladder.launch.bench.learning.figures import FIGURES, P99, Block, Done, Traced, compared, percentile
+from stepladder.launch.bench.learning.figures import FIGURES, P99, Block, Done, Traced, compared
 from stepladder.launch.bench.learning.options import LearningBench
 from stepladder.launch.bench.learning.suite import report, run
 from stepladder.launch.bench.learning.traffic import CHARACTERS, Load, _prompts
@@ -84,13 +84,6 @@ def test_both_sides_and_their_ratio() -> None:
     assert value(result, "neighbours of one kind", "TPOT p50, A/A spread") == pytest.approx(0.0)
     goal = result.summary["TPOT p99, training allowed / not"]
     assert goal.value == pytest.approx(1.2) and goal.goal == "<= 1.05" and not goal.holds
-
-
-def test_percentiles_are_numpys() -> None:
-    values = np.random.default_rng(0).random(37)
-    for percent in (0, 50, 99, 100):
-        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
-        assert percentile(values[:1], percent) == values[0]
 
 
 def test_what_training_took() -> None:

@@ -140,6 +140,9 @@ def _draw(draw: Any) -> None:
         (["fixed=[0]"], "speculate.k is 0; it must be from 1 to"),
         (["stream=0"], "stream is 0"),
         (["train.steps=0"], "train.steps is 0; it must be 1 or more"),
+        (["train.ranks=2"], "train.ranks is 2, but here one process learns, all that it is given; omit it"),
+        (["train=off"], "train.kind is off, but here one process learns"),
+        (["requests=-1"], "requests is -1; it must be at least 0"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:

@@ -42,3 +42,19 @@ def best_lengths(chances: Sequence[Sequence[float]], tokens: int, context: int, 
     for _, index in ranked[:best]:
         lengths[index] += 1
     return Choice(lengths, most / rate if best else 1.0)
+
+
+def outcome(
+    step_time: StepTime, tokens: int, context: int, sequences: int, drafted: int, drawn: int
+) -> tuple[float, float]:
+    """Seconds that steps without drafts would have taken for what a step has given, and those of the step itself, in
+    times that are known of such steps: a sequence that goes on with three tokens saves two steps of the same company.
+
+    Args:
+        tokens, context: of the step, as `StepTime` takes them. sequences: that drew. drafted: tokens of those that were
+            drafts. drawn: tokens that they went on with.
+    """
+    plain = step_time(tokens - drafted, context)
+    if sequences:
+        plain += (drawn / sequences - 1) * step_time(sequences, context)
+    return plain, step_time(tokens, context)

@@ -13,7 +13,7 @@ from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.speculation.acceptance import Acceptance
 from stepladder.workers.speculation.config import AUTO, REJECTION, SpeculateConfig
 from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
-from stepladder.workers.speculation.goodput import best_lengths
+from stepladder.workers.speculation.goodput import best_lengths, outcome
 from stepladder.workers.speculation.payoff import Payoff
 from stepladder.workers.speculation.step_time import StepTime
 
@@ -175,14 +175,11 @@ class Speculator:
     def _judge(self, plan: StepPlan, verified: list[Verified], seconds: float) -> None:
         """By what became of the drafts, in times that are known of such steps: what is expected of the best of many is
         too good, and a single time has hiccups. seconds: that drafting took."""
-        tokens, sequences = len(plan.tokens), len(verified)
         drafted, drawn = sum(len(one.drafted) for one in verified), sum(len(one.tokens) for one in verified)
-        alone = self.step_time(sequences, plan.context)
-        if not alone:
-            return
-        took = self.step_time(tokens, plan.context)
-        saved = self.step_time(tokens - drafted, plan.context) + (drawn / sequences - 1) * alone
-        self._payoff.judge(saved / took, seconds, alone, sequences)
+        step = len(plan.tokens), plan.context, len(verified), drafted, drawn
+        plain, took = outcome(self.step_time, *step)
+        if alone := self.step_time(len(verified), plan.context):
+            self._payoff.judge(plain / took, seconds, alone, len(verified))
 
     def _count(self, drafted: int, accepted: int) -> None:
         stats = self.stats

@@ -36,7 +36,6 @@ class StepTime:
         self._buckets = [deque[_Step](maxlen=RECENT) for _ in (*BUCKETS, 0)]
         self._sizes: dict[int, _Size] = {}  # by bucket
         self._known: list[_Size] = []  # the same in order
-        self._tokens: list[float] = []  # of these
         self._covariance = self._variance = 0.0  # of seconds and context, inside buckets
 
     @property
@@ -56,18 +55,17 @@ class StepTime:
         counts, contexts, times = zip(*bucket, strict=True)
         self._sizes[which] = _Size(fmean(counts), median(contexts), median(times))
         self._known = [self._sizes[each] for each in sorted(self._sizes)]
-        self._tokens = [each.tokens for each in self._known]
 
     def __call__(self, tokens: int, context: int = 0) -> float:
         """Expected seconds; between sizes that have been seen a line, beyond them in proportion. 0.0 while nothing is
         known."""
         if not self._known:
             return 0.0
-        place, slope = bisect_left(self._tokens, tokens), self.per_context
+        place, slope = bisect_left(self._known, float(tokens), key=lambda size: size.tokens), self.per_context
         if place == 0:
             base = _alone(self._known[0], slope)
         elif place == len(self._known):
-            base = _alone(self._known[-1], slope) * max(1.0, tokens / self._tokens[-1])
+            base = _alone(self._known[-1], slope) * max(1.0, tokens / self._known[-1].tokens)
         else:
             low, high = self._known[place - 1], self._known[place]
             before, after = _alone(low, slope), _alone(high, slope)

@@ -19,6 +19,7 @@ from stepladder.cluster.names import CONTROLLER, namespace
 from stepladder.launch.bench.failures.faults import Fault
 from stepladder.launch.deployed import SERVE, ready
 from stepladder.launch.private_ray import PrivateRay
+from stepladder.workers.actors import Place
 
 POLL_SECONDS = 0.02
 Engines = dict[str, dict[str, Any]]  # by engine, its counters
@@ -43,8 +44,13 @@ class DeploymentUnderTest:
     name: str
     url: str
 
+    def report(self, timeout: float = 2) -> dict[str, Any]:
+        """What the controller tells, within so many seconds."""
+        found: dict[str, Any] = ray.get(self.controller.report.remote(), timeout=timeout)
+        return found
+
     def state(self) -> State:
-        report = ray.get(self._actor(CONTROLLER).report.remote(), timeout=2)
+        report = self.report()
         groups = report["engines"] | report.get("pools", {})
         generations = {name: group["generation"] for name, group in groups.items()}
         return State(report["phase"], all(g["serves"] for g in groups.values()), generations, report["restarts"])
@@ -59,8 +65,7 @@ class DeploymentUnderTest:
             found = self.cluster.processes(TITLES[failure.kind])
         else:
             group, rank = failure.target
-            places = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
-            found = [psutil.Process(place.pid) for place in places if place.rank == rank]
+            found = [psutil.Process(place.pid) for place in self.places(group) if place.rank == rank]
         if len(found) != 1:
             raise ValueError(f"there are {len(found)} processes to strike where there should be one")
         return found[0]
@@ -86,11 +91,20 @@ class DeploymentUnderTest:
         found = {kind: [f"{kind} {p.pid}" for p in self.cluster.processes(of)] for kind, of in TITLES.items()}
         return found | {"actors": self._names(), "placement groups": self._groups()}
 
+    def places(self, group: str) -> list[Place]:
+        """Where the ranks of a group are that there are now."""
+        places: list[Place] = ray.get([actor.where.remote() for actor in self._ranks(group)], timeout=10)
+        return places
+
+    @property
+    def controller(self) -> ActorHandle:
+        return self._actor(CONTROLLER)
+
     def _actor(self, name: str) -> ActorHandle:
         return ray.get_actor(name, namespace=namespace(self.name))
 
     def _ranks(self, group: str) -> list[ActorHandle]:
-        prefix = f"{self.name}/{self.state().generations[group]}/{group}/"
+        prefix = f"{self.name}/{self.report()['generations'][group]}/{group}/"
         return [self._actor(name) for name in self._names() if name.startswith(prefix)]
 
     def _names(self) -> list[str]:

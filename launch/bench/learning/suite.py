@@ -33,7 +33,7 @@ def run(config: LearningBench) -> Report:
 
     run_dir = Path(config.run_dir) / "serve"
     with deployed("learning", str(run_dir), config.ray_cpus, config.options) as deployment:
-        trainer = Trainer("learning", run_dir)
+        trainer = Trainer(deployment, run_dir)
         blocks, whole = measured(config, deployment.url, trainer)
         deployment.cluster.job("stop", deployment.name)
         within(GONE_SECONDS, lambda: not deployment.remains())

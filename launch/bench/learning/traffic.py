@@ -8,8 +8,7 @@ from time import monotonic
 from typing import Any
 
 from stepladder.launch.bench.learning.options import LearningBench
-from stepladder.launch.recipes.corpus import standard_library
-from stepladder.launch.recipes.library_traffic import KINDS
+from stepladder.launch.recipes.library_traffic import texts
 from stepladder.launch.streaming import Timing, session, stream
 
 CHARACTERS = 160  # of a prompt
@@ -62,9 +61,7 @@ class Traffic:
 
 def _prompts(kind: str, seed: int) -> Iterator[str]:
     """Pieces of the documents of this kind, over and over."""
-    library = standard_library()
-    texts = [one.text for one in (*library.train, *library.held_out) if KINDS[kind](one.name)]
-    pieces = sorted({text[at : at + CHARACTERS] for text in texts for at in range(0, len(text), CHARACTERS)})
+    pieces = sorted({text[at : at + CHARACTERS] for text in texts(kind) for at in range(0, len(text), CHARACTERS)})
     random.Random(seed).shuffle(pieces)
     while True:
         yield from pieces

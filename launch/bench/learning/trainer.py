@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import ray
 
-from stepladder.cluster.names import CONTROLLER, namespace
+from stepladder.launch.bench.failures.deployment_under_test import DeploymentUnderTest
 from stepladder.launch.bench.learning.figures import Done
 from stepladder.workers.rank import TRAINER
 from stepladder.workers.speculation.learning.lease_trace import Row, read_trace, trace_path
@@ -19,10 +19,10 @@ STILL_SECONDS = 30.0  # within which a lease must end that is taken back
 
 
 class Trainer:
-    """Of the deployment called `name`, through its controller."""
+    """Of a deployment, through its controller. run_dir: the deployment's."""
 
-    def __init__(self, name: str, run_dir: Path) -> None:
-        self._name, self._drafters = name, run_dir / "drafter"
+    def __init__(self, deployment: DeploymentUnderTest, run_dir: Path) -> None:
+        self._deployment, self._drafters = deployment, run_dir / "drafter"
 
     def allow(self, allowed: bool) -> None:
         """Training, from now on, or no more: then no lease is in force on return.
@@ -30,7 +30,7 @@ class Trainer:
         Raises:
             TimeoutError: one still is.
         """
-        ray.get(self._actor(CONTROLLER).drafter.remote("resume" if allowed else "pause"), timeout=10)
+        ray.get(self._deployment.controller.drafter.remote("resume" if allowed else "pause"), timeout=10)
         deadline = monotonic() + STILL_SECONDS
         while not allowed and self._report()["drafter"]["lease"]["lease_open"]:
             if monotonic() > deadline:
@@ -45,7 +45,7 @@ class Trainer:
             lease["lease_micro_batches"],
             trained.get("learning_steps", 0),
             lease["lease_core_seconds"],
-            self._process_seconds(report),
+            self._process_seconds(),
             ended,
             lease["lease_overrun_micro_batches"],
             lease["lease_overrun_seconds"],
@@ -59,21 +59,16 @@ class Trainer:
         return found
 
     def _report(self) -> dict[str, Any]:
-        report: dict[str, Any] = ray.get(self._actor(CONTROLLER).report.remote(), timeout=10)
+        report = self._deployment.report(timeout=10)
         if "drafter" not in report:
             raise ValueError("nothing learns in this deployment; deploy needs speculate=hybrid train=online")
         return report
 
-    def _process_seconds(self, report: dict[str, Any]) -> float:
+    def _process_seconds(self) -> float:
         """Of the ranks that there are now."""
-        prefix, seconds = f"{self._name}/{report['generations'][TRAINER]}/{TRAINER}/", 0.0
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            if actor["namespace"] == namespace(self._name) and actor["name"].startswith(prefix):
-                place = ray.get(self._actor(actor["name"]).where.remote(), timeout=10)
-                with suppress(psutil.NoSuchProcess):
-                    times = psutil.Process(place.pid).cpu_times()
-                    seconds += times.user + times.system
+        seconds = 0.0
+        for place in self._deployment.places(TRAINER):
+            with suppress(psutil.NoSuchProcess):
+                times = psutil.Process(place.pid).cpu_times()
+                seconds += times.user + times.system
         return seconds
-
-    def _actor(self, name: str) -> Any:
-        return ray.get_actor(name, namespace=namespace(self._name))

@@ -1,17 +1,17 @@
 """What the target answers, recorded once for all who learn: coupled texts are the same whoever drafts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from stepladder import LLM
-from stepladder.launch.bench.shift.options import CHAT, LIBRARY, LONGEST, ShiftBench
+from stepladder.launch.bench.shift.options import CHAT, LIBRARY, ShiftBench
+from stepladder.launch.bench.speculate.options import LONGEST
 from stepladder.launch.bench.speculate.points import LEARNED, groups
 from stepladder.launch.bench.speculate.turns import Side
 from stepladder.launch.recipes import chat_traffic, library_traffic
+from stepladder.launch.recipes.capturing import capturing
 from stepladder.launch.recipes.chat_material import Library
 from stepladder.workers.core import Request, SamplingParams
-from stepladder.workers.speculation.learning.capture import Capture
 from stepladder.workers.speculation.learning.lessons import Captured, Lesson, number_of
 
 
@@ -26,47 +26,32 @@ class Answer(NamedTuple):
         return [piece.lesson for piece in self.pieces]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Requests of kinds of traffic at one temperature, no two of a kind alike.
+def asked(llm: LLM, sizes: dict[str, int], temperature: float, config: ShiftBench) -> dict[str, list[Request]]:
+    """Requests by kind of traffic, no two of a kind alike. Answers to chats end where the model ends them, texts go on.
 
     Args:
         sizes: by kind, how many.
+
+    Raises:
+        ValueError: there are not so many.
     """
-
-    requests: dict[str, list[Request]]
-
-    @classmethod
-    def make(cls, llm: LLM, sizes: dict[str, int], temperature: float, config: ShiftBench) -> "Asked":
-        """Answers to chats end where the model ends them, texts go on.
-
-        Raises:
-            ValueError: there are not so many.
-        """
-        made: dict[str, list[Request]] = {}
-        prompts_of, chat = _source(llm, config), config.traffic == CHAT
-        for kind, count in sizes.items():
-            made[kind] = []
-            for number, prompt in enumerate(prompts_of(kind, count)):
-                params = SamplingParams(
-                    max_tokens=config.tokens, temperature=temperature, seed=number, ignore_eos=not chat
-                )
-                name = f"{kind}-{number}"
-                made[kind].append(Request(id=name, prompt=prompt[-LONGEST:], params=params, domain=kind))
-        return cls(made)
+    made: dict[str, list[Request]] = {}
+    prompts_of, chat = _source(llm, config), config.traffic == CHAT
+    for kind, count in sizes.items():
+        made[kind] = []
+        for number, prompt in enumerate(prompts_of(kind, count)):
+            params = SamplingParams(max_tokens=config.tokens, temperature=temperature, seed=number, ignore_eos=not chat)
+            request = Request(id=f"{kind}-{number}", prompt=prompt[-LONGEST:], params=params, domain=kind)
+            made[kind].append(request)
+    return made
 
 
 def recorded(llm: LLM, requests: Sequence[Request], side: Side, told: Callable[[int], object]) -> list[Answer]:
     """Served by this side, some at once, which is told how many each time."""
-    found: dict[int, list[Captured]] = {}
-    llm.engine.capture = Capture(lambda captured: found.setdefault(captured.request, []).append(captured))
-    try:
+    with capturing(llm.engine) as found:
         for batch in groups(requests, LEARNED):
             side.serve(llm.engine, batch)
             told(len(batch))
-        llm.engine.capture.settle()
-    finally:
-        llm.engine.capture = None
     return [Answer(request.domain, found.get(number_of(request), [])) for request in requests]
 
 

@@ -1,16 +1,15 @@
 """How well everybody drafts while a stream goes by."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from stepladder.launch.bench.shift.answers import Answer
-from stepladder.launch.bench.shift.students import Online, Student, lessons_of, marks
-from stepladder.workers.speculation.head.exam import Exam, Marks
+from stepladder.launch.bench.shift.options import AT_ONCE
+from stepladder.launch.bench.shift.students import Online, Student, lessons_of
+from stepladder.workers.speculation.head.exam import Exam
 from stepladder.workers.speculation.head.files import Head
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
-
-AT_ONCE = 8  # requests that come together: they are judged, then learnt from
 
 
 class Found(NamedTuple):
@@ -22,7 +21,8 @@ class Found(NamedTuple):
     same: float
 
     @classmethod
-    def of(cls, judged: Marks) -> "Found":
+    def of(cls, exam: Exam, head: Head) -> "Found":
+        judged = exam.judge(head.net, head.tokens, 1)
         return cls(float(judged.overlap[:, 0].mean()), float(judged.same[:, 0].mean()))
 
     def at(self, temperature: float) -> float:
@@ -68,7 +68,7 @@ class Others:
         return cls(Exam.of(lessons_of(new), target), Exam.of(lessons_of(old), target))
 
     def judge(self, head: Head) -> tuple[Found, Found]:
-        return Found.of(marks(self.new, head)), Found.of(marks(self.old, head))
+        return Found.of(self.new, head), Found.of(self.old, head)
 
 
 def drawn(
@@ -78,7 +78,7 @@ def drawn(
     others: Others,
     target: TargetVocabulary,
     told: Callable[[int], object],
-) -> Mapping[str, Curve]:
+) -> dict[str, Curve]:
     """Everybody sees the same stream."""
     curves = {student.name: Curve(student.name) for student in students}
     began = {student.name: _spent(student) for student in students}
@@ -87,7 +87,7 @@ def drawn(
         exam = Exam.of(lessons_of(batch), target)
         for student in students:
             curve = curves[student.name]
-            curve.live.append(Found.of(marks(exam, student.head)) if student.begun else None)
+            curve.live.append(Found.of(exam, student.head) if student.begun else None)
             student.take(batch)
             if (come := first + len(batch)) in looks and student.begun:
                 spent = [now - then for now, then in zip(_spent(student), began[student.name], strict=True)]

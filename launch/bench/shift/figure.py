@@ -1,20 +1,18 @@
 """The picture of suite=shift: acceptance while a stream goes by, as Liu et al. 2310.07177 draw it, and the gain."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stepladder.launch.bench.shift.curves import AT_ONCE, Curve
-from stepladder.launch.bench.shift.options import ShiftBench
+from stepladder.launch.bench.shift.curves import Curve
+from stepladder.launch.bench.shift.options import AT_ONCE, ShiftBench
 from stepladder.launch.bench.shift.serving import Shifted
-
-if TYPE_CHECKING:
-    from stepladder.launch.bench.shift.streams import Streamed
+from stepladder.launch.bench.shift.streams import Streamed
 
 COLOURS = ("#888888", "#cc3311", "#4477aa", "#228833")
 WINDOW = 8  # batches of requests whose mean is drawn
 
 
-def draw(figure: Any, config: ShiftBench, streams: Sequence["Streamed"], points: Sequence[Shifted]) -> None:
+def draw(figure: Any, config: ShiftBench, streams: Sequence[Streamed], points: Sequence[Shifted]) -> None:
     """A panel per stream, and one with a bar per side for each case that was served."""
     panels = len(streams) + len(points)
     figure.set_size_inches(4.0 * min(panels, 3), 3.2 * -(-panels // 3) + 0.5)
@@ -30,7 +28,7 @@ def draw(figure: Any, config: ShiftBench, streams: Sequence["Streamed"], points:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
 
 
-def _stream(axes: Any, stream: "Streamed") -> None:
+def _stream(axes: Any, stream: Streamed) -> None:
     for colour, (name, curve) in zip(COLOURS, stream.curves.items(), strict=False):
         places, values = _smoothed(curve, stream.temperature)
         axes.plot(places, values, color=colour, label=name)

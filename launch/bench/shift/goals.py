@@ -1,16 +1,14 @@
 """What must hold after a shift, by model: SmolLM2, and the bundled model with layers of no effect or without."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from stepladder.launch.bench.shift.curves import Curve
 from stepladder.launch.bench.shift.options import SUFFIX, ShiftBench
 from stepladder.launch.bench.shift.serving import ONLINE, Shifted
 from stepladder.launch.bench.shift.shapes import SHARP, SMOOTH
+from stepladder.launch.bench.shift.streams import Streamed
 from stepladder.launch.report import Goal, at_least, at_most
-
-if TYPE_CHECKING:
-    from stepladder.launch.bench.shift.streams import Streamed
 
 NO_LOSS = 0.97  # of plain decoding
 KEPT = 0.9  # of what the old kind was accepted
@@ -41,7 +39,7 @@ HYBRID = {  # by model, kind, temperature, batch
 HEAD = {0.0: (0.18, 0.6), 1.0: (0.04, 0.45)}  # SmolLM2: what acceptance gains, and of the gap to the oracle
 
 
-def summary(config: ShiftBench, streams: Sequence["Streamed"], points: Sequence[Shifted]) -> Iterator[tuple[str, Goal]]:
+def summary(config: ShiftBench, streams: Sequence[Streamed], points: Sequence[Shifted]) -> Iterator[tuple[str, Goal]]:
     for stream in streams:
         online = stream.curves[LEARNER]
         if stream.shape == SHARP:
@@ -55,7 +53,7 @@ def summary(config: ShiftBench, streams: Sequence["Streamed"], points: Sequence[
         yield from _served(config, one)
 
 
-def _sharp(config: ShiftBench, stream: "Streamed", online: Curve) -> Iterator[tuple[str, Goal]]:
+def _sharp(config: ShiftBench, stream: Streamed, online: Curve) -> Iterator[tuple[str, Goal]]:
     t = stream.temperature
     assert stream.oracle is not None
     static, oracle = stream.static[0].at(t), stream.oracle[0].at(t)
@@ -79,7 +77,7 @@ def _sharp(config: ShiftBench, stream: "Streamed", online: Curve) -> Iterator[tu
         yield f"{stream.name}: of the old kind's acceptance", at_least(last.old.at(t) / old, KEPT)
 
 
-def _smooth(config: ShiftBench, stream: "Streamed") -> Iterator[tuple[str, Goal]]:
+def _smooth(config: ShiftBench, stream: Streamed) -> Iterator[tuple[str, Goal]]:
     """In the second half, over the best of those that are taught no more by then."""
     half, end, t = config.stream // 2, config.stream, stream.temperature
     means = {name: curve.mean(half, end, t) for name, curve in stream.curves.items()}

@@ -1,20 +1,22 @@
 """Options of suite=shift."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from stepladder.cluster.config import ModelConfig
 from stepladder.launch.bench.shift.shapes import SHAPES, SHARP
+from stepladder.launch.bench.speculate.options import check_names, check_sampled, kv_tokens
 from stepladder.launch.recipes import chat_traffic, library_traffic
 from stepladder.launch.typed_config import check_counts
 from stepladder.workers.speculation.config import COUPLED, SpeculateConfig
 from stepladder.workers.speculation.kinds import WITH_HEAD
-from stepladder.workers.speculation.learning.config import LearnConfig
+from stepladder.workers.speculation.learning.config import ONLINE, LearnConfig
+from stepladder.workers.speculation.learning.learner_config import LearnerConfig
 
 SUFFIX = "suffix"
 DRAFTERS = (SUFFIX, *WITH_HEAD)
 LIBRARY, CHAT = "library", "chat"
 TRAFFIC = {LIBRARY: tuple(library_traffic.KINDS), CHAT: tuple(chat_traffic.KINDS)}
-LONGEST = 256  # tokens of a prompt
+AT_ONCE = 8  # requests that come together: they are judged, then learnt from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class ShiftBench:
     """Options.
 
     Attributes:
-        train: how a head learns; what it says of ranks, leases and versions means nothing here.
+        train: how a head learns. Here one process learns all that it is given: what is of ranks, leases and versions is
+            refused.
         traffic: library, texts that go on as Python's own do, or chat, for models that answer.
         source: kind of it before the shift. before: requests of that, which all heads are taught with.
         kinds: what it shifts to, one after the other. Of library: source, prose, tables; of chat: prose, rewriting,
@@ -72,23 +75,26 @@ class ShiftBench:
         if self.traffic not in TRAFFIC:
             raise ValueError(f"traffic is {self.traffic!r}; it must be {LIBRARY} or {CHAT}")
         kinds = TRAFFIC[self.traffic]
-        for name, known in (("kinds", kinds), ("shapes", SHAPES), ("drafters", DRAFTERS)):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values) or not {*values} <= {*known}:
-                raise ValueError(f"{name} is {values}; it must name one or more of {', '.join(known)}, each once")
-        for name in ("batches", "temperatures"):
-            if not getattr(self, name) or len({*getattr(self, name)}) < len(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must hold one value or more, each once")
+        check_names(self, kinds=kinds, shapes=SHAPES, drafters=DRAFTERS)
+        check_sampled(self.batches, self.temperatures)
         if self.source not in kinds or self.source in self.kinds:
             raise ValueError(f"source is {self.source}; it must be one of {', '.join(kinds)}, and none of kinds")
-        if min(self.batches) < 1 or min(self.temperatures) < 0 or self.requests < 0:
-            raise ValueError("every batch must be at least 1, every temperature and requests at least 0")
-        if bad := [look for look in self.looks if look < 8 or look % 8]:
-            raise ValueError(f"looks has {bad[0]}; each must be a multiple of 8, since eight requests come at a time")
+        if self.requests < 0:
+            raise ValueError(f"requests is {self.requests}; it must be at least 0")
+        if bad := [look for look in self.looks if look < AT_ONCE or look % AT_ONCE]:
+            raise ValueError(f"looks has {bad[0]}; each must be a multiple of {AT_ONCE}: so many requests come at once")
         if self.requests and SHARP not in self.shapes:
             raise ValueError(f"requests are served after a {SHARP} stream; name it in shapes, or set requests=0")
         for k in self.fixed:
             SpeculateConfig(kind=SUFFIX, k=k)
+        self._refuse_what_is_of_trainers()
+
+    def _refuse_what_is_of_trainers(self) -> None:
+        """It would be ignored: here one process learns, without leases and versions."""
+        plain = LearnConfig(kind=ONLINE)
+        for name in {each.name for each in fields(LearnConfig)} - {each.name for each in fields(LearnerConfig)}:
+            if (value := getattr(self.train, name)) != getattr(plain, name):
+                raise ValueError(f"train.{name} is {value}, but here one process learns, all that it is given; omit it")
 
     def third(self, kind: str) -> str:
         """What else comes in a smooth stream from `source` to `kind`."""
@@ -100,10 +106,10 @@ class ShiftBench:
     @property
     def kv_tokens(self) -> int:
         """For the largest batch."""
-        return max(16384, 2 * max(self.batches) * (LONGEST + self.tokens))
+        return kv_tokens(self.batches, self.tokens)
 
     @property
     def all_looks(self) -> list[int]:
         """Within the stream, its end among them."""
-        whole = self.stream - self.stream % 8 or self.stream
+        whole = self.stream - self.stream % AT_ONCE or self.stream
         return sorted({*(look for look in self.looks if look < whole), whole})

@@ -13,8 +13,8 @@ from stepladder.launch.bench.speculate.turns import Served, Side
 from stepladder.launch.bench.speculate.watched import Watched
 from stepladder.workers.core import Request
 from stepladder.workers.engine import Engine
-from stepladder.workers.speculation.drafter import Drafter
 from stepladder.workers.speculation.drafters.hybrid import Hybrid
+from stepladder.workers.speculation.drafters.lookup import Lookup
 from stepladder.workers.speculation.head.files import Head, write_head
 
 FROZEN, ONLINE = "frozen", "online"
@@ -23,7 +23,7 @@ FROZEN, ONLINE = "frozen", "online"
 class State(NamedTuple):
     """What drafting knows at some time: texts that have been written, and a head."""
 
-    suffix: Drafter
+    suffix: Lookup
     head: Head
 
 
@@ -80,5 +80,5 @@ def _watched(
     drafter = options.drafter(engine.config, target)
     assert drafter is not None
     if isinstance(drafter, Hybrid):
-        drafter.lookup = deepcopy(state.suffix)  # type: ignore[assignment]
+        drafter.lookup = deepcopy(state.suffix)
     return Watched(drafter, options)

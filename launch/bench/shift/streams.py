@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepladder import LLM
-from stepladder.launch.bench.shift.answers import Answer, Asked, recorded
-from stepladder.launch.bench.shift.curves import AT_ONCE, Curve, Found, Others, drawn
-from stepladder.launch.bench.shift.options import SUFFIX, ShiftBench
+from stepladder.launch.bench.shift.answers import Answer, asked, recorded
+from stepladder.launch.bench.shift.curves import Curve, Found, Others, drawn
+from stepladder.launch.bench.shift.options import AT_ONCE, SUFFIX, ShiftBench
 from stepladder.launch.bench.shift.serving import FROZEN, ONLINE, State
 from stepladder.launch.bench.shift.shapes import ALONE, NEW, OLD, OTHER, SHAPES, SHARP, SMOOTH
 from stepladder.launch.bench.shift.students import Distilled, Online, Student, until_no_better
@@ -18,7 +18,7 @@ from stepladder.launch.bench.speculate.watched import Watched
 from stepladder.workers.assembly import Target
 from stepladder.workers.core import Request
 from stepladder.workers.source.resolve import resolve
-from stepladder.workers.speculation.drafter import Drafter
+from stepladder.workers.speculation.drafters.lookup import Lookup
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
 from stepladder.workers.training.ranks import Ranks
 
@@ -53,7 +53,7 @@ class Texts(NamedTuple):
     other: list[Answer]
     judged_new: list[Answer]
     judged_old: list[Answer]
-    suffixes: tuple[Drafter, Drafter]
+    suffixes: tuple[Lookup, Lookup]
 
 
 class Bench:
@@ -66,7 +66,7 @@ class Bench:
         self.llm = LLM(str(self.directory), "cpu", config.kv_tokens, threads=config.threads, max_sequences=most)
         self.loaded = Loaded(Target(self.llm.engine.executor))
         self.target = TargetVocabulary(self.llm.engine.executor.model.spec, self.directory)
-        self._before: dict[float, tuple[list[Answer], Drafter]] = {}
+        self._before: dict[float, tuple[list[Answer], Lookup]] = {}
 
     # What the target answers.
 
@@ -81,8 +81,8 @@ class Bench:
             config.source: config.before + config.judged + smooth.count(OLD),
             **({config.third(kind): smooth.count(OTHER)} if OTHER in smooth else {}),
         }
-        asked = Asked.make(self.llm, sizes, temperature, config).requests
-        of_kind, of_source = asked[kind], asked[config.source]
+        requests = asked(self.llm, sizes, temperature, config)
+        of_kind, of_source = requests[kind], requests[config.source]
         at, rest = config.stream, config.before + config.judged
         if temperature not in self._before:
             side = self._recording()
@@ -95,7 +95,7 @@ class Bench:
             before,
             new,
             self._recorded(of_source[rest:], plain),
-            self._recorded(asked.get(config.third(kind), []) if smooth else [], plain),
+            self._recorded(requests.get(config.third(kind), []), plain),
             self._recorded(of_kind[at : at + config.judged], plain),
             self._recorded(of_source[config.before : rest], plain),
             (at_shift, _known(side)),
@@ -103,7 +103,7 @@ class Bench:
         left = of_kind[at + config.judged :]
         return texts, Requests([], left[:settling], left[settling:])
 
-    def _recording(self, known: Drafter | None = None) -> Side:
+    def _recording(self, known: Lookup | None = None) -> Side:
         """Looks texts up while they are recorded, as a server does."""
         options = self.config.speculate(SUFFIX)
         drafter = known or options.drafter(self.llm.engine.config, self.loaded)
@@ -143,9 +143,7 @@ class Bench:
             students.append(Distilled(DISTILLED, frozen, self.target, config.train, config.stream, config.oracle))
         came = {NEW: iter(texts.new), OLD: iter(texts.old), OTHER: iter(texts.other)}
         stream = [next(came[each]) for each in SHAPES[shape](config.stream, config.seed)]
-        curves = drawn(
-            students, stream, config.all_looks, others, self.target, lambda count: self.told(shape, count)
-        )  # fmt: skip
+        curves = drawn(students, stream, config.all_looks, others, self.target, lambda came: self.told(shape, came))
         oracle, steps = None, 0
         if shape == SHARP:
             best, steps = until_no_better(frozen, self.target, texts.new, others.new, config.train, config.oracle)
@@ -154,9 +152,10 @@ class Bench:
         for student in {*students, static}:
             if isinstance(student, Online):
                 student.learner.close()
-        return Streamed(kind, temperature, shape, dict(curves), others.judge(frozen), oracle, steps), states
+        return Streamed(kind, temperature, shape, curves, others.judge(frozen), oracle, steps), states
 
 
-def _known(side: Side) -> Drafter:
-    assert side.speculator is not None
+def _known(side: Side) -> Lookup:
+    """A copy of what it looks up in."""
+    assert side.speculator is not None and isinstance(side.speculator.drafter, Lookup)
     return deepcopy(side.speculator.drafter)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from time import process_time
 
 import torch
 
 from stepladder.launch.bench.shift.answers import Answer
+from stepladder.launch.bench.shift.options import AT_ONCE
 from stepladder.parallel.checkpoint import fingerprints
-from stepladder.workers.speculation.head.exam import Exam, Marks
+from stepladder.workers.speculation.head.exam import Exam
 from stepladder.workers.speculation.head.files import Head, Manifest
 from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import Teacher
@@ -62,13 +62,15 @@ class Online(Student):
     def __init__(
         self, name: str, target: TargetVocabulary, directory: Path, ranks: Ranks, config: LearnerConfig, errors: bool
     ) -> None:
-        self.name, self._directory, self._errors = name, directory, errors
+        self.name, self._errors = name, errors
         self.learner = Learner(target, directory, ranks, replace(config, errors_only=errors or config.errors_only))
+        self._manifest = Manifest(self.learner.net.hidden, self.learner.inner, 0, fingerprints(directory), {})
         self.seconds = 0.0
 
     @property
     def head(self) -> Head:
-        return _head(self.learner.averaged(), self.learner.teacher.tokens, self._directory)
+        """A copy, which learns no further."""
+        return Head(self.learner.averaged(), self.learner.teacher.tokens.clone(), self._manifest)
 
     @property
     def begun(self) -> bool:
@@ -106,15 +108,15 @@ class Distilled(Student):
     ) -> None:
         super().__init__(name, head)
         self._target, self._config, self._steps = target, config, steps
-        self._wants, self._answers = max(8, stream // SHARE), list[Answer]()
+        self._wants, self._answers = max(AT_ONCE, stream // SHARE), list[Answer]()
 
     def take(self, answers: Sequence[Answer]) -> None:
         if len(self._answers) < self._wants:
             self._answers += answers
             if len(self._answers) >= self._wants:
-                held, rest = self._answers[:: self._config.held_out], list(self._answers)
-                rest = [answer for answer in rest if answer not in held]
-                exam = Exam.of(lessons_of(held), self._target)
+                every = self._config.held_out
+                rest = [answer for number, answer in enumerate(self._answers) if number % every]
+                exam = Exam.of(lessons_of(self._answers[::every]), self._target)
                 self._head, _ = until_no_better(self._head, self._target, rest, exam, self._config, self._steps)
 
 
@@ -131,11 +133,9 @@ def until_no_better(
     net = max(fitted, deepcopy(head.net).requires_grad_(True), key=lambda one: _overlap(exam, one, tokens))
     teacher = Teacher(net, target, tokens, config.depth, config.objective)
     best, score, taken, waited = deepcopy(net), _overlap(exam, net, tokens), 0, 0
-    for number in count():
-        if taken >= most or waited == PATIENCE:
-            break
-        batch, rate = config.batch * config.accumulate, config.rate_of(net.hidden)
-        teacher.teach(all_of, ROUND, batch, rate=rate, seed=number)
+    batch, rate = config.batch * config.accumulate, config.rate_of(net.hidden)
+    while taken < most and waited < PATIENCE:
+        teacher.teach(all_of, ROUND, batch, rate=rate, seed=taken // ROUND)
         taken += ROUND
         found = _overlap(exam, net, tokens)
         waited = 0 if found > score + BETTER else waited + 1
@@ -148,15 +148,5 @@ def lessons_of(answers: Sequence[Answer]) -> Lessons:
     return Lessons.of([lesson for answer in answers for lesson in answer.lessons], JUDGED)
 
 
-def marks(exam: Exam, head: Head, depth: int = 1) -> Marks:
-    return exam.judge(head.net, head.tokens, depth)
-
-
 def _overlap(exam: Exam, net: RecurrentHead, tokens: torch.Tensor) -> float:
     return float(exam.judge(net, tokens, 1).overlap.mean())
-
-
-def _head(net: RecurrentHead, tokens: torch.Tensor, directory: Path) -> Head:
-    """A copy, which learns no further."""
-    manifest = Manifest(net.hidden, net.inner, 0, fingerprints(directory), {})
-    return Head(deepcopy(net).requires_grad_(False), tokens.clone(), manifest)

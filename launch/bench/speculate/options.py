@@ -1,5 +1,6 @@
 """Options of suite=speculate."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from stepladder.cluster.config import ModelConfig
@@ -56,15 +57,8 @@ class SpeculateBench:
 
     def __post_init__(self) -> None:
         check_counts(self, "warm", "requests", "tokens", "threads")
-        for name, known in (("kinds", KINDS), ("drafters", DRAFTERS)):
-            values = getattr(self, name)
-            if not values or len({*values}) < len(values) or not {*values} <= known.keys():
-                raise ValueError(f"{name} is {values}; it must name one or more of {', '.join(known)}, each once")
-        for name in ("batches", "temperatures"):
-            if not getattr(self, name) or len({*getattr(self, name)}) < len(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must hold one value or more, each once")
-        if min(self.batches) < 1 or min(self.temperatures) < 0:
-            raise ValueError("every batch must be at least 1 and every temperature at least 0")
+        check_names(self, kinds=KINDS, drafters=DRAFTERS)
+        check_sampled(self.batches, self.temperatures)
         if self.rule not in (COUPLED, REJECTION):
             raise ValueError(f"rule is {self.rule!r}; it must be {COUPLED} or {REJECTION}")
         if self.spread not in ("first", "all", "none"):
@@ -80,4 +74,26 @@ class SpeculateBench:
     @property
     def kv_tokens(self) -> int:
         """For the largest batch."""
-        return max(16384, 2 * max(self.batches) * (LONGEST + self.tokens))
+        return kv_tokens(self.batches, self.tokens)
+
+
+def check_names(options: object, **known: Collection[str]) -> None:
+    """Raises ValueError if one of these options does not name some of what is known, each once."""
+    for name, names in known.items():
+        values = getattr(options, name)
+        if not values or len({*values}) < len(values) or not {*values} <= {*names}:
+            raise ValueError(f"{name} is {values}; it must name one or more of {', '.join(names)}, each once")
+
+
+def check_sampled(batches: Sequence[int], temperatures: Sequence[float]) -> None:
+    """Raises ValueError if there are none, one is there twice, or cannot be."""
+    for name, values in (("batches", batches), ("temperatures", temperatures)):
+        if not values or len({*values}) < len(values):
+            raise ValueError(f"{name} is {values}; it must hold one value or more, each once")
+    if min(batches) < 1 or min(temperatures) < 0:
+        raise ValueError("every batch must be at least 1 and every temperature at least 0")
+
+
+def kv_tokens(batches: Sequence[int], tokens: int) -> int:
+    """That a cache must hold for the largest batch, of answers of so many tokens."""
+    return max(16384, 2 * max(batches) * (LONGEST + tokens))

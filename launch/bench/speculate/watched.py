@@ -7,6 +7,7 @@ from typing import NamedTuple
 from stepladder.workers.core import Sequence, StepPlan
 from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.drafter import Drafter, Verified, agreeing
+from stepladder.workers.speculation.goodput import outcome
 from stepladder.workers.speculation.speculator import Speculator
 from stepladder.workers.speculation.step_time import BUCKETS, OUTLIER, StepTime
 
@@ -14,8 +15,7 @@ HELD_OUT = 5  # every so many steps one is compared and not learned
 
 
 class Step(NamedTuple):
-    """tokens, context: as `StepTime` takes them. sequences: that drew. drafted: tokens of those that were drafts.
-    drawn: tokens that they went on with."""
+    """As `outcome` takes it."""
 
     tokens: int
     context: int
@@ -100,13 +100,9 @@ class Watched(Speculator):
         self.watch.add(verified)
 
     def predicted_gain(self) -> float | None:
-        """Plain decoding's time over this one's, by learned step times and by what was accepted: a sequence that goes
-        on with three tokens saves two steps of the same company."""
+        """Plain decoding's time over this one's, by learned step times and by what was accepted."""
         plain = spent = 0.0
         for step in self.watch.steps:
-            company = step.tokens - step.drafted
-            plain += self.step_time(company, step.context)
-            spent += self.step_time(step.tokens, step.context)
-            if step.sequences:
-                plain += (step.drawn / step.sequences - 1) * self.step_time(step.sequences, step.context)
+            without, took = outcome(self.step_time, *step)
+            plain, spent = plain + without, spent + took
         return plain / (spent + self.watch.draft_seconds) if spent else None

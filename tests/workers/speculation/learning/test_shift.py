@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stepladder import LLM
+from stepladder.launch.recipes.capturing import capturing
 from stepladder.launch.recipes.library_traffic import beginnings
 from stepladder.workers.core import Request, SamplingParams
 from stepladder.workers.speculation.head.exam import Exam
-from stepladder.workers.speculation.learning.capture import Capture
 from stepladder.workers.speculation.learning.learner import Learner
 from stepladder.workers.speculation.learning.learner_config import LearnerConfig
 from stepladder.workers.speculation.learning.lessons import Captured, Lessons
@@ -23,14 +23,12 @@ OUTPUT, JUDGED = 80, 40
 
 def answers(llm: LLM, kind: str, count: int) -> list[list[Captured]]:
     """By request, at temperature 1: each goes on with the beginning of a text, none twice."""
-    found: dict[int, list[Captured]] = {}
-    llm.engine.capture = Capture(lambda captured: found.setdefault(captured.request, []).append(captured))
-    for number, prompt in enumerate(beginnings(llm.tokenizer, kind, count, 0)):
-        params = SamplingParams(max_tokens=OUTPUT, temperature=1.0, seed=number, ignore_eos=True)
-        llm.engine.add(Request(id=f"{kind}-{number}", prompt=prompt, params=params, domain=kind))
-    while llm.engine.has_work:
-        llm.engine.step()
-    llm.engine.capture.settle()
+    with capturing(llm.engine) as found:
+        for number, prompt in enumerate(beginnings(llm.tokenizer, kind, count, 0)):
+            params = SamplingParams(max_tokens=OUTPUT, temperature=1.0, seed=number, ignore_eos=True)
+            llm.engine.add(Request(id=f"{kind}-{number}", prompt=prompt, params=params, domain=kind))
+        while llm.engine.has_work:
+            llm.engine.step()
     assert len(found) == count
     return list(found.values())
 
