@@ -19,6 +19,7 @@ from stepladder.workers.speculation.step_time import StepTime
 
 TRIAL = 16  # first steps, which try all lengths, one after the other
 TRIED = 16  # drafted tokens that a step may verify to find out what that takes; at least one of each sequence
+KNOWN = 1000  # guesses of new weights before drafting with them may rest: whoever judges a version needs them
 LOOK = 64  # steps between two that try another length while drafting pays
 SHOWN = 3  # places of a draft whose acceptance is told
 
@@ -109,7 +110,8 @@ class Speculator:
         self.drafter.observe(verified)
         self._tell_version()
         self.stats.speculation = self._told()
-        if self._before is not None and verified and not self.config.k:
+        new = self.drafter.version > 0 and self.drafter.guesses < KNOWN
+        if self._before is not None and verified and not self.config.k and not new:
             self._judge(plan, verified, self._before + perf_counter() - began)
 
     def _swap(self, weights: Any) -> None:
