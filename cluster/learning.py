@@ -14,7 +14,6 @@ from stepladder.cluster.journal import Journal
 from stepladder.cluster.keeper import Keeper
 from stepladder.cluster.leases import Ledger
 from stepladder.cluster.monitor import Monitors
-from stepladder.cluster.throttle import Throttle
 from stepladder.workers.engine_rank import EngineFigures
 from stepladder.workers.figures import RankFigures
 from stepladder.workers.rank import TRAINER, DrafterNotice, TeachNotice
@@ -39,8 +38,8 @@ class Learning:
         self.registry = Registry(journal.get("drafter"), lambda state: journal.set(drafter=state))
         self._versions = Versions(Path(deployment.drafters), deployment.train.keep)
         self._shown: dict[int, list[str]] = {}
-        throttle = Throttle(deployment.train.max_tpot_loss)
-        self._ledger = Ledger(TRAINER, deployment.train.ranks, throttle=throttle, first=int(time() * 1000))
+        train = deployment.train
+        self._ledger = Ledger(TRAINER, train.ranks, max_loss=train.max_tpot_loss, first=int(time() * 1000))
         self._told: dict[str, tuple[int | None, float]] = {}  # by an engine's life: the version, and when
         self._touched = self.registry.live is not None  # engines have been given a version
 

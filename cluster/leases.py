@@ -15,6 +15,7 @@ from stepladder.workers.speculation.learning.lease import GAPS, SPARE, UNDER_LOA
 
 COMPUTE_SECONDS = 60.0  # that training's share of compute is told of
 QUIET = 0.95  # idle share from which on there is no load that training could cost anything
+FIRST = 2  # windows of first cycles in gaps: all that training can cost there is the wait of a request that returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +46,20 @@ class Ledger:
 
     Args:
         group: the trainer's name. ranks: how many it has.
+        max_loss: see `Throttle`; what training costs in gaps and what it costs under load are two things.
         first: the number of the first notice, above all that earlier lives of the controller gave.
 
     Attributes:
         notice: what the trainer is to be told now.
         loads: by group.
+        throttles: for leases in gaps, and for those under load.
     """
 
     def __init__(
-        self, group: str, ranks: int, rules: LeaseRules | None = None, throttle: Throttle | None = None, first: int = 1
+        self, group: str, ranks: int, rules: LeaseRules | None = None, max_loss: float = 0.05, first: int = 1
     ) -> None:
         self._group, self._ranks, self._rules = group, ranks, rules or LeaseRules()
-        self.throttle = throttle or Throttle()
+        self.throttles = {GAPS: Throttle(max_loss, FIRST), UNDER_LOAD: Throttle(max_loss)}
         self.notice = LeaseNotice(first, None)
         self.loads: dict[str, Load] = {}
         self._idleness: dict[str, Idleness] = {}
@@ -87,12 +90,15 @@ class Ledger:
 
     def figures(self) -> dict[str, float]:
         """For whoever watches over time; bounds of the effect once it has been measured."""
-        effect, throttle = self.throttle.effect, self.throttle
-        known = {"tpot_loss": effect.loss, "tpot_loss_low": effect.low, "tpot_loss_high": effect.high}
         found = {f"lease_{name}": float(value) for name, value in asdict(self.accounts).items()}
-        found |= {"lease_open": float(self.lease is not None), "window_share": throttle.share}
-        found |= {"tpot_cost": throttle.cost, "compute_share": self.compute_share}
-        return found | {name: value for name, value in known.items() if isfinite(effect.high)}
+        found |= {"lease_open": float(self.lease is not None), "compute_share": self.compute_share}
+        for kind, throttle in self.throttles.items():
+            effect = throttle.effect
+            found |= {f"{kind}_window_share": throttle.share, f"{kind}_tpot_cost": throttle.cost}
+            if isfinite(effect.high):
+                known = {"loss": effect.loss, "loss_low": effect.low, "loss_high": effect.high}
+                found |= {f"{kind}_tpot_{name}": value for name, value in known.items()}
+        return found
 
     def look(self, now: float, groups: Mapping[str, Reading], uses: Sequence[Use]) -> LeaseNotice:
         """Decide.
@@ -158,13 +164,21 @@ class Ledger:
         starting = len(shares) < len(beside)  # or lost: its machine is for getting it back
         least = min(shares, default=1.0)
         if not beside or starting or (least >= QUIET and not waiting and not running):
-            self.throttle.pause()
+            self._throttle(None)
             return None if starting else GAPS if beside else SPARE
-        self.throttle.feed(self._now, self._steps, self._step_seconds, self.accounts.micro_batches)
-        if waiting or not self.throttle.allowed:
-            return None
         bound = self._rules.busy_below if self.lease and self.lease.kind == GAPS else self._rules.idle_above
-        return GAPS if least >= bound else UNDER_LOAD
+        kind = GAPS if least >= bound else UNDER_LOAD
+        return kind if self._throttle(kind) and not waiting else None
+
+    def _throttle(self, kind: Kind | None) -> bool:
+        """Whether the one of this kind lets there be a lease now; what the others have begun to measure ends."""
+        for other, throttle in self.throttles.items():
+            if other != kind:
+                throttle.pause()
+        if kind is None:
+            return False
+        self.throttles[kind].feed(self._now, self._steps, self._step_seconds, self.accounts.micro_batches)
+        return self.throttles[kind].allowed
 
     def _free(self, uses: Sequence[Use]) -> bool:
         """Whether all ranks wait for a lease: none is in a micro-batch, and none believes that an older one holds."""
@@ -192,8 +206,9 @@ class Ledger:
 
     def _until(self, lease: Lease) -> Lease:
         deadline = self._now + self._rules.seconds
-        if self.throttle.allowed:
-            deadline = min(deadline, self.throttle.until)
+        for throttle in self.throttles.values():
+            if throttle.allowed:
+                deadline = min(deadline, throttle.until)
         return lease._replace(deadline=deadline, seconds=deadline - self._now)
 
     def _tell(self, lease: Lease | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import ceil, inf, sqrt
 from typing import NamedTuple
 
-FIRST = 10  # windows of the first cycles, one of which is with training
+FIRST = 10  # windows of the first cycles, one of which is with training, where nothing else speaks for it
 FEWEST, MOST = 5, 60  # of a cycle with little and with much at stake: each has windows of both kinds
 CAREFUL = 3  # cycles in which nothing is known
 KEPT = 24  # cycles that the effect is read from
@@ -62,6 +62,7 @@ class Throttle:
 
     Args:
         max_loss: of time per token, on average, as a share of it; 0 lets nothing be trained under load.
+        first: windows of the first cycles, one of which is with training.
         window: seconds, on average. guard: seconds at its beginning that do not count.
         seed: of the order of windows in a cycle.
 
@@ -69,7 +70,9 @@ class Throttle:
         share: of the windows in which training is allowed.
     """
 
-    def __init__(self, max_loss: float = 0.05, window: float = 3.0, guard: float = 0.75, seed: int = 0) -> None:
+    def __init__(
+        self, max_loss: float = 0.05, first: int = FIRST, window: float = 3.0, guard: float = 0.75, seed: int = 0
+    ) -> None:
         if not 0 <= max_loss < 1:
             raise ValueError(f"train.max_tpot_loss is {max_loss}; it must be at least 0 and below 1")
         assert guard < window * (1 - UNEVEN)
@@ -79,7 +82,7 @@ class Throttle:
         self._window: _Window | None = None
         self._plan: list[bool] = []
         self._done: list[_Window] = []
-        self.effect, self.share = Effect(), 1 / FIRST if max_loss else 0.0
+        self.effect, self.share = Effect(), 1 / first if max_loss else 0.0
 
     @property
     def allowed(self) -> bool:
