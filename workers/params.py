@@ -145,6 +145,11 @@ class SamplingParams:
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
     @property
+    def truncates(self) -> bool:
+        """Whether the unlikely tokens are cut off."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
     def adjusts_logits(self) -> bool:
         """Whether a bias or penalty is asked for."""
         return bool(self.logit_bias) or self.penalises

@@ -115,6 +115,27 @@ std::tuple<Tensor, bool> draw_columns(const Tensor& scores, const OptionalTensor
   return {columns, std::none_of(found, found + R, [](int64_t column) { return column < 0; })};
 }
 
+Tensor advance_cell(const Tensor& state, const Tensor& embedded, const Tensor& gated, int64_t outputs, const Tensor& out) {
+  const int64_t N = state.size(0), H = state.size(1), width = outputs / 2 + 2 * H;
+  TORCH_CHECK(state.dim() == 2 && embedded.sizes() == state.sizes() && gated.size(1) == 2 * H && out.size(1) == width);
+  Tensor next = at::empty({N, H}, state.options());
+  advance(floats(state), floats(embedded), N, H, {{numbers(gated), nullptr, outputs, 2 * H, true}, {numbers(out), nullptr, H, width, false}},
+          next.data_ptr<float>());
+  return next;
+}
+
+std::tuple<Tensor, Tensor, bool> foresee_tokens(const Tensor& logits, const Tensor& tokens, at::ArrayRef<double> temperatures,
+                                                at::IntArrayRef seeds, at::IntArrayRef positions) {
+  const int64_t N = logits.size(0), V = logits.size(1);
+  TORCH_CHECK(logits.dim() == 2 && tokens.numel() == V && V > 0);
+  TORCH_CHECK(temperatures.size() == N && seeds.size() == N && positions.size() == N);
+  Tensor drawn = at::empty({N}, tokens.options()), most = at::empty({N}, logits.options());
+  foresee(floats(logits), integers(tokens), N, V, temperatures.data(), seeds.data(), positions.data(), drawn.data_ptr<int64_t>(),
+          most.data_ptr<float>());
+  const int64_t* found = integers(drawn);
+  return {drawn, most, std::none_of(found, found + N, [](int64_t token) { return token < 0; })};
+}
+
 thread_local int taken = 0;
 
 // Of this thread alone; at::set_num_threads would tell those that are born meanwhile, too.
@@ -147,6 +168,8 @@ TORCH_LIBRARY(stepladder_cpu, m) {
   m.def("rotate_and_store(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, int heads, Tensor? q_norm, Tensor? k_norm, float eps, bool layer, bool interleaved, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
   m.def("attend(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor positions, Tensor tables, int window) -> Tensor");
   m.def("draw(Tensor scores, Tensor? tokens, Tensor seeds, Tensor positions) -> (Tensor, bool)");
+  m.def("advance(Tensor state, Tensor embedded, Tensor gated, int outputs, Tensor out) -> Tensor");
+  m.def("foresee(Tensor logits, Tensor tokens, float[] temperatures, int[] seeds, int[] positions) -> (Tensor, Tensor, bool)");
   m.def("rope_table(Tensor positions, Tensor frequencies, bool interleaved, float factor) -> (Tensor, Tensor)");
 }
 
@@ -156,6 +179,8 @@ TORCH_LIBRARY_IMPL(stepladder_cpu, CPU, m) {
   m.impl("rotate_and_store", rotate_and_store);
   m.impl("attend", attend_pages);
   m.impl("draw", draw_columns);
+  m.impl("advance", advance_cell);
+  m.impl("foresee", foresee_tokens);
   m.impl("rope_table", rope_table);
 }
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Drafter
 from stepladder.workers.speculation.kinds import KINDS, WITH_HEAD, WITH_WEIGHTS, Seat, Target
+from stepladder.workers.speculation.price import COSTLY, FREE
 
 OFF = "off"
 AUTO, COUPLED, REJECTION = "auto", "coupled", "rejection"
 RULES = (AUTO, COUPLED, REJECTION)
 LONGEST = 32  # tokens of a draft
-FREE, COSTLY = 0.05, 0.25  # thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class SpeculateConfig:
         rule: `coupled` gives exactly plain decoding's text whoever drafts; `rejection` keeps only its distribution, and
             accepts more of what is sampled; `auto` is coupled where the text must be the same: greedy, with a seed, or
             going on after a replay.
-        threshold: a draft ends where all of it would be right with less than this probability; null takes 0.05 where a
-            further token costs nothing to draft, since goodput cuts drafts anyway, and 0.25 where weights are read.
+        threshold: a draft ends where all of it would be right with less than this probability; null takes 0.05, since
+            goodput cuts drafts anyway; where drafting a token takes time, it is also weighed against what the token
+            is expected to save, or, with a given k, 0.25 is taken.
         memory: tokens of what this engine has written that `suffix` and `hybrid` remember, some 55 bytes each.
         model: of `model`, a directory with the same tokenizer; of `head` and `hybrid`, one that `launch.train
             recipe=head` has made for this model, or null where they are taught online.
@@ -74,7 +75,9 @@ class SpeculateConfig:
             online: it is taught while it drafts, and may have no weights yet.
         """
         self.check_taught(online)
-        free, costly = (FREE, COSTLY) if self.threshold is None else (self.threshold, self.threshold)
+        free, costly = FREE if self.threshold is None else self.threshold, self.threshold
+        if costly is None and self.k:
+            costly = COSTLY  # where k is given, nothing else is weighed either
         seat = Seat(free, costly, self.memory, self.model, limits, target)
         return KINDS[self.kind](seat) if self.is_on else None
 

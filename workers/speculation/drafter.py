@@ -5,8 +5,11 @@ from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 from stepladder.workers.core import Sequence
+from stepladder.workers.speculation.price import Terms
 
-__all__ = ["Draft", "Drafter", "OpenDraft", "Verified", "agreeing"]
+__all__ = ["KNOWN", "Draft", "Drafter", "OpenDraft", "Verified", "agreeing"]
+
+KNOWN = 1000  # guesses that new weights make whatever they cost: whoever judges a version needs them
 
 
 class Draft(NamedTuple):
@@ -83,6 +86,7 @@ class Drafter(ABC):
         hidden: whether it wants to be told hidden states (`Verified.hidden`).
         version: of its weights, if it has some that change; 0 before it has any.
         guesses, right: tokens that these weights foresaw where their place was reached, and how many of these came.
+        terms: what the engine's time is worth, for those that take some of it.
     """
 
     likely: int = 0
@@ -90,6 +94,7 @@ class Drafter(ABC):
     version: int = 0
     guesses: int = 0
     right: int = 0
+    terms: Terms = Terms()
 
     @abstractmethod
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:

@@ -15,11 +15,11 @@ __all__ = ["KINDS", "WITH_HEAD", "WITH_WEIGHTS", "Runner", "Seat", "Target"]
 
 class Seat(NamedTuple):
     """What a drafter is made for. threshold: the confidence where it stops; costly: the same where a further token
-    takes time. memory: tokens that it may remember. model: a directory, if it has weights from the beginning. limits:
-    of the engine. target: what it drafts for."""
+    takes time, None if that is to be weighed (`Price`). memory: tokens that it may remember. model: a directory, if it
+    has weights from the beginning. limits: of the engine. target: what it drafts for."""
 
     threshold: float
-    costly: float
+    costly: float | None
     memory: int
     model: str | None
     limits: SchedulerConfig

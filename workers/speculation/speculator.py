@@ -12,14 +12,14 @@ from stepladder.workers.core import Request, Sequence, StepPlan
 from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.speculation.acceptance import Acceptance
 from stepladder.workers.speculation.config import AUTO, REJECTION, SpeculateConfig
-from stepladder.workers.speculation.drafter import Draft, Drafter, Verified, agreeing
+from stepladder.workers.speculation.drafter import KNOWN, Draft, Drafter, Verified, agreeing
 from stepladder.workers.speculation.goodput import best_lengths, outcome
+from stepladder.workers.speculation.pace import Pace
 from stepladder.workers.speculation.payoff import Payoff
 from stepladder.workers.speculation.step_time import StepTime
 
 TRIAL = 16  # first steps, which try all lengths, one after the other
 TRIED = 16  # drafted tokens that a step may verify to find out what that takes; at least one of each sequence
-KNOWN = 1000  # guesses of new weights before drafting with them may rest: whoever judges a version needs them
 LOOK = 64  # steps between two that try another length while drafting pays
 SHOWN = 3  # places of a draft whose acceptance is told
 
@@ -60,7 +60,7 @@ class Speculator:
     def __init__(self, drafter: Drafter, config: SpeculateConfig, stats: SpeculationStats | None = None) -> None:
         self.drafter, self.config, self.stats = drafter, config, stats or SpeculationStats()
         self.staged: deque[Any] = deque(maxlen=1)
-        self.step_time, self.acceptance = StepTime(), Acceptance()
+        self.step_time, self.acceptance, self._pace = StepTime(), Acceptance(), Pace()
         self._proposed: dict[str, Draft] = {}
         self._payoff, self._trial, self._since_look = Payoff(), TRIAL, 0
         self._before: float | None = None  # seconds that drafting took for the next step; None: nobody was asked
@@ -79,6 +79,7 @@ class Speculator:
             return
         began = perf_counter()
         most = [min(self.config.longest, s.request.params.max_tokens - s.num_output - 1) for s in wanted]
+        self.drafter.terms = self._pace.terms(self.step_time, len(decoding), sum(len(s.tokens) for s in decoding))
         drafts = self.drafter.propose(wanted, most)
         lengths = self._lengths(wanted, drafts, decoding)
         self._before = perf_counter() - began
@@ -110,6 +111,7 @@ class Speculator:
         self.drafter.observe(verified)
         self._tell_version()
         self.stats.speculation = self._told()
+        self._pace.observe(self.step_time, plan, verified, self._before or 0.0)
         new = self.drafter.version > 0 and self.drafter.guesses < KNOWN
         if self._before is not None and verified and not self.config.k and not new:
             self._judge(plan, verified, self._before + perf_counter() - began)

@@ -72,6 +72,11 @@ class StepTime:
             base = before + (after - before) * (tokens - low.tokens) / (high.tokens - low.tokens)
         return base + slope * context
 
+    @property
+    def largest(self) -> float:
+        """Tokens of the largest steps that are known."""
+        return self._known[-1].tokens if self._known else 0.0
+
     def knows(self, tokens: int) -> bool:
         """Whether a step of this size has been seen."""
         return bool(self._buckets[bisect_left(BUCKETS, tokens)])

@@ -21,7 +21,7 @@ from stepladder.workers.core import Request, SamplingParams, Sequence
 from stepladder.workers.executor import Executor
 from stepladder.workers.sampler import sample_among
 from stepladder.workers.speculation.config import SpeculateConfig
-from stepladder.workers.speculation.drafter import Verified, agreeing
+from stepladder.workers.speculation.drafter import KNOWN, Verified, agreeing
 from stepladder.workers.speculation.drafters.head import Cell, Foreseen, HeadDrafter
 from stepladder.workers.speculation.drafters.hybrid import Hybrid
 from stepladder.workers.speculation.drafters.lookup import Guess
@@ -31,6 +31,7 @@ from stepladder.workers.speculation.head.net import RecurrentHead
 from stepladder.workers.speculation.head.teach import Teacher
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary, most_frequent
 from stepladder.workers.speculation.learning.lessons import Lessons
+from stepladder.workers.speculation.price import Terms
 from tests.llama import write_llama
 from tests.ranks import run_ranks
 from tests.tokenizers_of import write_byte_level
@@ -105,8 +106,8 @@ def test_the_cell_is_the_network(directory: Path, target: TargetVocabulary, nati
     state, tokens = torch.randn(5, HIDDEN), torch.randint(VOCAB, (5,))
     want = head.net(state, target.embed(tokens))
     torch.testing.assert_close(cell.step(state, tokens), want, rtol=1e-5, atol=1e-5)
-    rows = target.rows(torch.arange(VOCAB))
-    logits = (want * head.net.scale) @ (rows.bfloat16().float() if native else rows).T
+    rows = target.rows(torch.arange(VOCAB)) * head.net.scale
+    logits = want @ (rows.bfloat16().float() if native else rows).T
     torch.testing.assert_close(cell.logits(want), logits[:, head.tokens], rtol=1e-5, atol=1e-4)
 
 
@@ -138,7 +139,7 @@ def test_drafts_are_drawn_as_the_sampler_would(directory: Path, target: TargetVo
             assert draft.confidence[place] == (kind + 0.5) / 20, "nothing has been learnt yet"
     (alone,) = drafter.propose([sequences[1]], [5])
     assert alone.tokens == drafts[1].tokens
-    drafter.threshold = drafts[1].confidence[0] * drafts[1].confidence[1]
+    drafter.price.threshold = drafts[1].confidence[0] * drafts[1].confidence[1]
     assert len(drafter.propose([sequences[1]], [5])[0].tokens) == 2
     drafter.forget(sequences[1])
     assert drafter.propose([sequences[1]], [5])[0].tokens == []
@@ -161,6 +162,22 @@ def test_confidence_is_learnt_from_what_stood_behind_right_tokens(directory: Pat
     assert drafter.calibration.rates == pytest.approx(list(expected.values()))
     drafter.observe([Verified(sequence, (), [3], (), state)])
     assert drafter.calibration.rates == pytest.approx(list(expected.values())), "guesses count once"
+
+
+def test_what_a_token_takes_is_weighed_once_its_weights_are_known(directory: Path, target: TargetVocabulary) -> None:
+    drafter = HeadDrafter(Cell(random_head(directory), target, False, sample_among))
+    both = Hybrid(Suffix(0), drafter)
+    sequence = Sequence(Request(id="a", prompt=(1, 2, 3), params=SamplingParams(temperature=0.0)))
+    drafter.observe([Verified(sequence, (), [3], (), torch.randn(1, HIDDEN))])
+    drafter.calibration.rates = [0.9] * len(drafter.calibration.rates)
+    for asked in (drafter, both):
+        asked.terms = Terms(1e-9)
+        drafter.guesses = KNOWN - 1
+        assert len(asked.propose([sequence], [4])[0].tokens) == 4, "new weights are asked whatever that takes"
+        drafter.guesses = KNOWN
+        assert not asked.propose([sequence], [4])[0].tokens
+        asked.terms = Terms(1.0)
+        assert len(asked.propose([sequence], [4])[0].tokens) == 4
 
 
 def hybrid(cell: Cell) -> Hybrid:

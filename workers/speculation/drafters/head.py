@@ -2,25 +2,27 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stepladder.kernels.cpu.native import Projection, computing
+from stepladder.kernels.cpu.recurrent import RecurrentCell, foresee
 from stepladder.kernels.transfer import upload
 from stepladder.workers.core import Sample, Sequence
-from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified, agreeing
+from stepladder.workers.speculation.drafter import KNOWN, Draft, Drafter, OpenDraft, Verified, agreeing
 from stepladder.workers.speculation.drafters.calibration import Calibration
 from stepladder.workers.speculation.head.files import Head
-from stepladder.workers.speculation.head.net import seen
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
+from stepladder.workers.speculation.price import COSTLY, Price
 
 __all__ = ["Cell", "Foreseen", "HeadDrafter"]
 
 KINDS = 20  # of guesses, by the head's own probability
+SURE = 0.75  # a token that is known so well needs no second opinion, as long as nothing is weighed
 
-Product = Callable[[Tensor], Tensor]
 Draw = Callable[[Tensor, list[Sample], Tensor, bool], Tensor]
 
 
@@ -39,29 +41,38 @@ class Cell:
         self.native, self.version = native, head.manifest.version
         self._embed, self._draw = target.embedding, draw
         self.tokens = head.tokens.to(device)
-        self._scale = net.scale.to(device)
-        lay_out = _native if native else _plain
-        both = torch.cat((net.gate.weight, net.up.weight)).to(device)
-        self._gated: Product = _native(both, gated=True) if native else _gated(both)
-        self._linear: Product = lay_out(net.linear.weight.to(device))
-        self._down: Product = lay_out(net.down.weight.to(device))
-        self._rows: Product = lay_out(target.rows(self.tokens))
+        gate, up, linear, down = (
+            part.weight.to(device, torch.bfloat16 if native else torch.float32)
+            for part in (net.gate, net.up, net.linear, net.down)
+        )
+        cell = RecurrentCell.of(gate, up, linear, down)
+        self._cell: Callable[[Tensor, Tensor], Tensor] = cell if native else cell.defined
+        rows = target.rows(self.tokens) * net.scale.to(device)
+        self._logits = Projection.of(rows.bfloat16(), dtype=torch.float32) if native else lambda x: x @ rows.T
 
     def __deepcopy__(self, memo: object) -> "Cell":
         return self  # copies of a drafter share its weights
 
     def step(self, state: Tensor, tokens: Tensor) -> Tensor:
         """As `RecurrentHead.forward`: fp32 [N, hidden] and int64 [N] -> [N, hidden]."""
-        x = seen(state, self._embed.embed(tokens).float())
-        return self._linear(x) + self._down(self._gated(x))
+        return self._cell(state, self._embed.embed(tokens).float())
 
     def logits(self, state: Tensor) -> Tensor:
         """Of `tokens`: [N, hidden] -> [N, tokens]."""
-        return self._rows(state * self._scale)
+        return self._logits(state)
 
-    def draw(self, logits: Tensor, samples: list[Sample]) -> Tensor:
-        """int64 [N]."""
-        return self._draw(logits, samples, self.tokens, self.native)
+    def foresee(self, state: Tensor, samples: list[Sample]) -> tuple[list[int], list[float]]:
+        """The token drawn for each row, and the probability of its likeliest one at temperature 1."""
+        logits = self.logits(state)
+        if self.native and not any(sample.params.truncates for sample in samples):
+            temperatures, seeds, positions = zip(
+                *((sample.params.temperature, sample.params.seed, sample.position) for sample in samples), strict=True
+            )
+            drawn, most, clear = foresee(logits, self.tokens, temperatures, seeds, positions)
+            if clear:
+                return drawn.tolist(), most.tolist()
+        drawn = self._draw(logits, samples, self.tokens, self.native)
+        return drawn.tolist(), logits.softmax(-1).amax(-1).nan_to_num().tolist()
 
 
 class Foreseen(NamedTuple):
@@ -81,13 +92,13 @@ class HeadDrafter(Drafter):
 
     Args:
         cell: None drafts nothing, until there is one.
-        threshold: a draft ends where it would be right with less than this probability.
+        threshold: a draft ends where it would be right with less than this probability; None: where it does not pay.
     """
 
     hidden = True
 
-    def __init__(self, cell: Cell | None, threshold: float = 0.25) -> None:
-        self._cell, self.threshold, self.version = cell, threshold, cell.version if cell else 0
+    def __init__(self, cell: Cell | None, threshold: float | None = None) -> None:
+        self._cell, self.price, self.version = cell, Price(threshold), cell.version if cell else 0
         self.calibration = Calibration([(kind + 0.5) / KINDS for kind in range(KINDS)])
         self._states: dict[str, tuple[int, Tensor]] = {}  # by request: its length, and the state its last token is from
         self._guesses: dict[str, list[tuple[int, Foreseen]]] = {}  # by request: with their places in the last draft
@@ -109,19 +120,32 @@ class HeadDrafter(Drafter):
         self._guesses.clear()
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        drafts = [OpenDraft(limit, self.threshold, self.version) for limit in most]
-        going = [(s, d) for s, d in zip(sequences, drafts, strict=True) if d.most > 0 and self.knows(s)]
+        drafts = [OpenDraft(limit, self.price.least, self.version) for limit in most]
+        going = [(s, d) for s, d in zip(sequences, drafts, strict=True) if d.most > 0 and self.knows(s) and self.pays()]
         if not going:
             return [draft.made for draft in drafts]
         with computing(self.native):
             state = self.begin([sequence for sequence, _ in going])
             while going:
+                began = perf_counter()
                 last = [(draft.made.tokens or sequence.tokens)[-1] for sequence, draft in going]
                 state = self.cell.step(state, upload(last, state.device))
                 found = self.foresee(state, [(sequence, draft.made.tokens) for sequence, draft in going])
-                kept = [i for i, (_, draft) in enumerate(going) if draft.take(found[i].token, found[i].sure)]
-                going, state = [going[i] for i in kept], state[kept]
+                self.price.paid(perf_counter() - began, (one.sure for one in found))
+                kept = [
+                    i
+                    for i, (_, draft) in enumerate(going)
+                    if draft.take(found[i].token, found[i].sure) and self.pays(draft.chance)
+                ]
+                going, state = [going[i] for i in kept], state[kept] if len(kept) < len(going) else state
         return [draft.made for draft in drafts]
+
+    def pays(self, chance: float = 1.0, than: float = 0.0) -> bool:
+        """See `Price`. Weights that are new are asked as if nothing were known of what they cost."""
+        if self.price.threshold is None and self.guesses >= KNOWN:
+            self.price.terms = self.terms
+            return self.price.pays(chance, than)
+        return than < SURE and chance >= max(self.price.least, COSTLY if self.price.threshold is None else 0.0)
 
     def knows(self, sequence: Sequence) -> bool:
         """Whether there is a cell, and the hidden state that its last token was drawn from."""
@@ -138,13 +162,12 @@ class HeadDrafter(Drafter):
 
     def foresee(self, state: Tensor, ends: list[tuple[Sequence, list[int]]]) -> list[Foreseen]:
         """The next token of sequences and what has been drafted of them, from states that have read all of it."""
-        logits, found = self.cell.logits(state), []
+        found = list[Foreseen]()
         samples = [
             Sample(row, len(sequence.tokens) + len(draft), sequence.request.params, [], 0)
             for row, (sequence, draft) in enumerate(ends)
         ]
-        drawn, most = self.cell.draw(logits, samples), logits.softmax(-1).amax(-1)
-        for (sequence, draft), token, p in zip(ends, drawn.tolist(), most.tolist(), strict=True):
+        for (sequence, draft), token, p in zip(ends, *self.cell.foresee(state, samples), strict=True):
             kind = min(int(p * KINDS), KINDS - 1)
             found.append(Foreseen(token, self.calibration.rates[kind], kind))
             self._guesses.setdefault(sequence.request.id, []).append((len(draft), found[-1]))
@@ -168,19 +191,3 @@ class HeadDrafter(Drafter):
                 came = guess.token == each.tokens[place]
                 self.calibration.learn(guess.kind, came)
                 self.guesses, self.right = self.guesses + 1, self.right + came
-
-
-def _native(weight: Tensor, gated: bool = False) -> Product:
-    return Projection.of(weight.bfloat16(), gated=gated, dtype=torch.float32)
-
-
-def _plain(weight: Tensor) -> Product:
-    return lambda x: x @ weight.T
-
-
-def _gated(weight: Tensor) -> Product:
-    def product(x: Tensor) -> Tensor:
-        gate, up = (x @ weight.T).chunk(2, -1)
-        return torch.nn.functional.silu(gate) * up
-
-    return product

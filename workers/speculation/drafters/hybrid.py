@@ -1,6 +1,7 @@
 """Looks up where a text is like others, and asks a head where it is not."""
 
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from stepladder.workers.speculation.drafters.head import Cell, Foreseen, HeadDra
 from stepladder.workers.speculation.drafters.lookup import Guess, Lookup, State
 
 __all__ = ["Hybrid"]
-
-SURE = 0.75  # a looked-up token that is known so well needs no second opinion
 
 
 @dataclass
@@ -55,7 +54,8 @@ class Hybrid(Drafter):
     there. The head reads a draft no further than it is asked.
 
     Args:
-        lookup, head: the two; both are told everything. Each drafts as far as its own threshold.
+        lookup, head: the two; both are told everything. Each drafts as far as its own threshold, the head as far as
+            that pays.
     """
 
     hidden = True
@@ -70,11 +70,12 @@ class Hybrid(Drafter):
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         drafts = [OpenDraft(limit, self.lookup.threshold, self.version) for limit in most]
         pairs = zip(sequences, drafts, strict=True)
+        self.head.terms = self.terms
         with computing(self.head.native):
             going = [self._begin(s, draft) for s, draft in pairs if draft.most > 0 and not s.is_drawing]
             while going:
                 found = [self._guess(each) for each in going]
-                asked = [i for i, each in enumerate(going) if found[i].sure < SURE and self._asks(each)]
+                asked = [i for i, each in enumerate(going) if self._asks(each, found[i].sure)]
                 for i, foreseen in zip(asked, self._foresee([going[i] for i in asked]), strict=True):
                     found[i] = max(found[i], foreseen, key=lambda one: one.sure)
                 going = [each for each, one in zip(going, found, strict=True) if self._take(each, one)]
@@ -89,9 +90,9 @@ class Hybrid(Drafter):
         self.lookup.forget(sequence)
         self.head.forget(sequence)
 
-    def _asks(self, each: _Open) -> bool:
-        """Whether the head's opinion is to be had, and worth its time."""
-        return each.state is not None and each.draft.chance >= self.head.threshold
+    def _asks(self, each: _Open, known: float) -> bool:
+        """Whether the head's opinion is to be had, and worth its time beside a token that is known so well."""
+        return each.state is not None and self.head.pays(each.draft.chance, known)
 
     def _tell(self) -> None:
         """What is counted is the head's."""
@@ -120,14 +121,16 @@ class Hybrid(Drafter):
         """What the head holds likely behind these drafts, which it reads first."""
         if not asked:
             return []
-        behind = asked
+        began, behind = perf_counter(), asked
         while behind := [each for each in behind if each.read <= len(each.tokens)]:
             states = torch.stack([each.known_state for each in behind])
             states = self.head.cell.step(states, upload([each.next_unread for each in behind], states.device))
             for each, state in zip(behind, states, strict=True):
                 each.state, each.read = state, each.read + 1
         states = torch.stack([each.known_state for each in asked])
-        return self.head.foresee(states, [(each.sequence, each.tokens) for each in asked])
+        found = self.head.foresee(states, [(each.sequence, each.tokens) for each in asked])
+        self.head.price.paid(perf_counter() - began, (one.sure for one in found))
+        return found
 
     @staticmethod
     def _take(each: _Open, found: Foreseen) -> bool:

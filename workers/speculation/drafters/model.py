@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import exp
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 from stepladder.workers.blocks import BlockManager
 from stepladder.workers.core import Sample, Sequence, StepPlan
 from stepladder.workers.limits import SchedulerConfig
 from stepladder.workers.speculation.drafter import Draft, Drafter, OpenDraft, Verified
+from stepladder.workers.speculation.price import Price
 
 __all__ = ["ModelDrafter", "Runner"]
 
@@ -48,18 +50,19 @@ class ModelDrafter(Drafter):
 
     Args:
         executor: of the smaller model, with a cache. limits: of the cache, and how many tokens a step may have.
-        threshold: a draft ends where it would be right with less than this probability.
+        threshold: a draft ends where it would be right with less than this probability; None: where it does not pay.
     """
 
-    def __init__(self, executor: Runner, limits: SchedulerConfig, threshold: float = 0.25) -> None:
-        self.executor, self.limits, self.threshold = executor, limits, threshold
+    def __init__(self, executor: Runner, limits: SchedulerConfig, threshold: float | None = None) -> None:
+        self.executor, self.limits, self.price = executor, limits, Price(threshold)
         self.blocks = BlockManager(limits.num_blocks, limits.block_size, caching=False)
         self.states: dict[str, _State] = {}
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        under_way = [OpenDraft(limit, self.threshold, self.version) for limit in most]
+        under_way = [OpenDraft(limit, self.price.least, self.version) for limit in most]
+        self.price.terms = self.terms
         drafts = [each.made for each in under_way]
-        going = [i for i, (sequence, limit) in enumerate(zip(sequences, most, strict=True)) if limit > 0]
+        going = [i for i, limit in enumerate(most) if limit > 0 and self.price.pays(1.0)]
         while going:
             step, budget = list[_Part](), self.limits.max_step_tokens
             for i in going:
@@ -69,7 +72,13 @@ class ModelDrafter(Drafter):
                     budget -= len(part)
             if not step:
                 break
-            going = [i for i, token, sure in self._run(sequences, drafts, step) if under_way[i].take(token, sure)]
+            began = perf_counter()
+            drawn = list(self._run(sequences, drafts, step))
+            if drawn and len(drawn) == sum(len(part.tokens) for part in step):  # nobody had to catch up
+                self.price.paid(perf_counter() - began, (sure for _, _, sure in drawn))
+            going = [
+                i for i, token, sure in drawn if under_way[i].take(token, sure) and self.price.pays(under_way[i].chance)
+            ]
         return drafts
 
     def observe(self, verified: list[Verified]) -> None:

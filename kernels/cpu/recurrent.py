@@ -1,0 +1,56 @@
+"""A recurrent drafter on CPU ranks: its cell in two products, and what it foresees in one pass over its logits.
+
+Letters: N rows, H hidden size, I inner size of the cell, V drafted tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepladder.kernels.cpu.native import Projection, ops
+
+
+@dataclass(frozen=True)
+class RecurrentCell:
+    """x = [rms(state), rms(embedded)], next = L x + O (silu(A x) * G x).
+
+    Attributes:
+        gated: A and G, [2 I, 2 H]. out: O and L side by side, [H, I + 2 H].
+    """
+
+    gated: Projection
+    out: Projection
+
+    @staticmethod
+    def of(gate: Tensor, up: Tensor, linear: Tensor, down: Tensor) -> "RecurrentCell":
+        """A, G [I, 2 H], L [H, 2 H] and O [H, I], of one dtype."""
+        gated = Projection.of(torch.cat((gate, up)), gated=True, dtype=torch.float32)
+        return RecurrentCell(gated, Projection.of(torch.cat((down, linear), 1), dtype=torch.float32))
+
+    def __call__(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """fp32 [N, H] twice -> [N, H]."""
+        return ops().advance(state, embedded, self.gated.panels, self.gated.outputs, self.out.panels)
+
+    def defined(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """The same in plain torch, in the dtype of `state`."""
+        size = state.shape[-1:]
+        x = torch.cat((F.rms_norm(state, size), F.rms_norm(embedded, size)), -1)
+        return self.out.defined(torch.cat((self.gated.defined(x), x), -1))
+
+
+def foresee(
+    logits: Tensor, tokens: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
+) -> tuple[Tensor, Tensor, bool]:
+    """Draws from softmax(logits / temperature), with the noise of `kernels.noise`; the likeliest at temperature 0.
+
+    Args:
+        logits: fp32 [N, V], of `tokens` int64 [V]. temperatures, seeds, positions: one per row.
+
+    Returns:
+        int64 [N], the tokens, -1 in rows where that is not clear (`native.draw`); fp32 [N], the largest of
+        softmax(logits); and whether all is clear.
+    """
+    return ops().foresee(logits, tokens, temperatures, seeds, positions)
