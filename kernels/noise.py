@@ -4,7 +4,7 @@ device, not of how often a step was repeated. A replayed request draws what it w
 import torch
 from torch import Tensor
 
-from stepladder.kernels.cpu import native as cpu
+from stepladder.kernels.cpu import sampling as cpu
 from stepladder.kernels.host_noise import FIRST, MASK, MULTIPLIERS, SECOND, TOKEN
 
 _A, _B = MULTIPLIERS

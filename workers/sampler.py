@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stepladder.kernels import noise
+from stepladder.kernels.cpu import sampling as cpu
 from stepladder.kernels.noise import uniform
 from stepladder.kernels.transfer import Download, upload
 from stepladder.workers.core import Sample, StepPlan, StepResult
@@ -126,14 +127,22 @@ def sample(logits: Tensor, samples: list[Sample]) -> Tensor:
     return _sample(masked(_adjusted(logits, samples), samples), samples)
 
 
-def sample_among(logits: Tensor, samples: list[Sample], tokens: Tensor, native: bool = False) -> Tensor:
+def sample_among(logits: Tensor, samples: list[Sample], tokens: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
     """Draw one of `tokens` [N] per row of their logits [R, N], with the noise that these tokens have in the whole
-    vocabulary; without penalties and biases. int64 [R], on the device."""
-    return tokens[_sample(logits, samples, tokens, native)]
+    vocabulary; without penalties and biases.
+
+    Returns:
+        int64 [R], and fp32 [R], how likely the likeliest of them is at temperature 1; on the device.
+    """
+    if native and (found := _sample_natively(logits, samples, tokens, shares=True)):
+        return tokens[found.columns], found.shares
+    return tokens[_sample(logits, samples, tokens)], logits.softmax(-1).amax(-1).nan_to_num()
 
 
 def _sample(logits: Tensor, samples: list[Sample], ids: Tensor | None = None, native: bool = False) -> Tensor:
     """Columns, from logits that have been adjusted and masked. ids: tokens of the columns, if those are not all."""
+    if native and (found := _sample_natively(logits, samples, ids)):
+        return found.columns
     drawn = [i for i, s in enumerate(samples) if s.params.temperature > 0]
     if drawn and len(drawn) == len(samples):
         return _draw(_scores(logits, samples), samples, ids, native)
@@ -142,6 +151,18 @@ def _sample(logits: Tensor, samples: list[Sample], ids: Tensor | None = None, na
         at, those = upload(drawn, logits.device), [samples[i] for i in drawn]
         tokens[at] = _draw(_scores(logits[at], those), those, ids, native)
     return tokens
+
+
+def _sample_natively(
+    logits: Tensor, samples: list[Sample], ids: Tensor | None, shares: bool = False
+) -> cpu.Sampled | None:
+    """The same in one pass over the logits; None where a row is truncated, or where it is not clear what it draws."""
+    params = [s.params for s in samples]
+    if any(p.truncates for p in params):
+        return None
+    temperatures, seeds = [p.temperature for p in params], [p.seed for p in params]
+    found = cpu.sample(logits.float(), ids, temperatures, seeds, [s.position for s in samples], shares)
+    return found if found.clear else None
 
 
 def _verify(logits: Tensor, each: list[Sample], drafted: list[Sample], native: bool) -> Rows:

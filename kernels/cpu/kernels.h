@@ -89,16 +89,16 @@ void attend(const float* q, const Pages& pages, const Batch& batch, Heads heads,
 void draw(const float* scores, const int64_t* tokens, int64_t R, int64_t V, const int64_t* seeds, const int64_t* positions,
           int64_t* columns);
 
+// The same from softmax(logits / temperature); at temperature 0 the likeliest. shares, unless null: the largest number of
+// softmax(logits) in each row, 0 where one is no number.
+void sample(const float* logits, const int64_t* tokens, int64_t R, int64_t V, const double* temperatures, const int64_t* seeds,
+            const int64_t* positions, int64_t* columns, float* shares);
+
 struct Cell {  // of a recurrent drafter: `gated` of [rms(state), rms(embedded)], `out` of what that gives and the same
   Matrix gated, out;
 };
 
 // state, embedded [N, H] -> next [N, H].
 void advance(const float* state, const float* embedded, int64_t N, int64_t H, const Cell& cell, float* next);
-
-// logits [N, V] of `tokens` [V] -> the token drawn of each row, the likeliest at temperature 0, -1 as `draw`; and the
-// largest probability at temperature 1.
-void foresee(const float* logits, const int64_t* tokens, int64_t N, int64_t V, const double* temperatures,
-             const int64_t* seeds, const int64_t* positions, int64_t* drawn, float* most);
 
 }  // namespace stepladder

@@ -106,13 +106,17 @@ std::tuple<Tensor, Tensor> rope_table(const Tensor& positions, const Tensor& fre
   return {cos, sin};
 }
 
+bool are_clear(const Tensor& columns) {
+  const int64_t* first = integers(columns);
+  return std::none_of(first, first + columns.numel(), [](int64_t column) { return column < 0; });
+}
+
 std::tuple<Tensor, bool> draw_columns(const Tensor& scores, const OptionalTensor& tokens, const Tensor& seeds, const Tensor& positions) {
   const int64_t R = scores.size(0), V = scores.size(1);
   TORCH_CHECK(scores.dim() == 2 && seeds.numel() == R && positions.numel() == R && (!tokens || tokens->numel() == V));
   Tensor columns = at::empty({R}, seeds.options());
   draw(floats(scores), tokens ? integers(*tokens) : nullptr, R, V, integers(seeds), integers(positions), columns.data_ptr<int64_t>());
-  const int64_t* found = integers(columns);
-  return {columns, std::none_of(found, found + R, [](int64_t column) { return column < 0; })};
+  return {columns, are_clear(columns)};
 }
 
 Tensor advance_cell(const Tensor& state, const Tensor& embedded, const Tensor& gated, int64_t outputs, const Tensor& out) {
@@ -124,16 +128,15 @@ Tensor advance_cell(const Tensor& state, const Tensor& embedded, const Tensor& g
   return next;
 }
 
-std::tuple<Tensor, Tensor, bool> foresee_tokens(const Tensor& logits, const Tensor& tokens, at::ArrayRef<double> temperatures,
-                                                at::IntArrayRef seeds, at::IntArrayRef positions) {
-  const int64_t N = logits.size(0), V = logits.size(1);
-  TORCH_CHECK(logits.dim() == 2 && tokens.numel() == V && V > 0);
-  TORCH_CHECK(temperatures.size() == N && seeds.size() == N && positions.size() == N);
-  Tensor drawn = at::empty({N}, tokens.options()), most = at::empty({N}, logits.options());
-  foresee(floats(logits), integers(tokens), N, V, temperatures.data(), seeds.data(), positions.data(), drawn.data_ptr<int64_t>(),
-          most.data_ptr<float>());
-  const int64_t* found = integers(drawn);
-  return {drawn, most, std::none_of(found, found + N, [](int64_t token) { return token < 0; })};
+std::tuple<Tensor, Tensor, bool> sample_columns(const Tensor& logits, const OptionalTensor& tokens, at::ArrayRef<double> temperatures,
+                                                at::IntArrayRef seeds, at::IntArrayRef positions, bool shares) {
+  const int64_t R = logits.size(0), V = logits.size(1);
+  TORCH_CHECK(logits.dim() == 2 && V > 0 && (!tokens || tokens->numel() == V));
+  TORCH_CHECK((int64_t)temperatures.size() == R && (int64_t)seeds.size() == R && (int64_t)positions.size() == R);
+  Tensor columns = at::empty({R}, logits.options().dtype(at::kLong)), found = at::empty({shares ? R : 0}, logits.options());
+  sample(floats(logits), tokens ? integers(*tokens) : nullptr, R, V, temperatures.data(), seeds.data(), positions.data(),
+         columns.data_ptr<int64_t>(), shares ? found.data_ptr<float>() : nullptr);
+  return {columns, found, are_clear(columns)};
 }
 
 thread_local int taken = 0;
@@ -169,7 +172,7 @@ TORCH_LIBRARY(stepladder_cpu, m) {
   m.def("attend(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor positions, Tensor tables, int window) -> Tensor");
   m.def("draw(Tensor scores, Tensor? tokens, Tensor seeds, Tensor positions) -> (Tensor, bool)");
   m.def("advance(Tensor state, Tensor embedded, Tensor gated, int outputs, Tensor out) -> Tensor");
-  m.def("foresee(Tensor logits, Tensor tokens, float[] temperatures, int[] seeds, int[] positions) -> (Tensor, Tensor, bool)");
+  m.def("sample(Tensor logits, Tensor? tokens, float[] temperatures, int[] seeds, int[] positions, bool shares) -> (Tensor, Tensor, bool)");
   m.def("rope_table(Tensor positions, Tensor frequencies, bool interleaved, float factor) -> (Tensor, Tensor)");
 }
 
@@ -180,7 +183,7 @@ TORCH_LIBRARY_IMPL(stepladder_cpu, CPU, m) {
   m.impl("attend", attend_pages);
   m.impl("draw", draw_columns);
   m.impl("advance", advance_cell);
-  m.impl("foresee", foresee_tokens);
+  m.impl("sample", sample_columns);
   m.impl("rope_table", rope_table);
 }
 

@@ -141,16 +141,6 @@ def lay_out_values(values: Tensor) -> Tensor:
     return values.movedim(-2, -3).contiguous()
 
 
-def draw(scores: Tensor, tokens: Tensor | None, seeds: Tensor, positions: Tensor) -> tuple[Tensor, bool]:
-    """`kernels.noise.draw` where that is clear: int64 [R], -1 in rows where a score is no number, or where two tokens
-    come so close that how their noise is rounded decides; and whether there is no such row.
-
-    Args:
-        scores: fp32 [R, V], of `tokens` [V], or of the first V tokens. seeds, positions: int64 [R].
-    """
-    return ops().draw(scores.contiguous(), tokens, seeds, positions)
-
-
 def rope_table(positions: Tensor, frequencies: Tensor, interleaved: bool, factor: float) -> tuple[Tensor, Tensor]:
     """`kernels.rope.rope_table` in fp32: two [T, D], a row's bits its own."""
     return ops().rope_table(positions, frequencies, interleaved, factor)

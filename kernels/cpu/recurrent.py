@@ -1,9 +1,8 @@
-"""A recurrent drafter on CPU ranks: its cell in two products, and what it foresees in one pass over its logits.
+"""The cell of a recurrent drafter on CPU ranks, in two products.
 
-Letters: N rows, H hidden size, I inner size of the cell, V drafted tokens.
+Letters: N rows, H hidden size, I inner size of the cell.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,18 +38,3 @@ class RecurrentCell:
         size = state.shape[-1:]
         x = torch.cat((F.rms_norm(state, size), F.rms_norm(embedded, size)), -1)
         return self.out.defined(torch.cat((self.gated.defined(x), x), -1))
-
-
-def foresee(
-    logits: Tensor, tokens: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
-) -> tuple[Tensor, Tensor, bool]:
-    """Draws from softmax(logits / temperature), with the noise of `kernels.noise`; the likeliest at temperature 0.
-
-    Args:
-        logits: fp32 [N, V], of `tokens` int64 [V]. temperatures, seeds, positions: one per row.
-
-    Returns:
-        int64 [N], the tokens, -1 in rows where that is not clear (`native.draw`); fp32 [N], the largest of
-        softmax(logits); and whether all is clear.
-    """
-    return ops().foresee(logits, tokens, temperatures, seeds, positions)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stepladder.kernels.cpu import native
+from stepladder.kernels.cpu import sampling
 from stepladder.kernels.cpu.build import why_not
 from stepladder.kernels.host_noise import gumbel_of
 from stepladder.kernels.noise import _mix, draw, gumbel
@@ -92,7 +92,7 @@ def test_native_kernels_draw_the_same(size: int, spread: float) -> None:
         tokens = torch.randperm(2 * size, generator=dice)[:size] if some else None
         expected = draw(scores, seeds, positions, tokens)
         assert torch.equal(draw(scores, seeds, positions, tokens, native=True), expected)
-        assert (native.draw(scores, tokens, seeds, positions)[0] >= 0).float().mean() > 0.6, "it is clear mostly"
+        assert (sampling.draw(scores, tokens, seeds, positions)[0] >= 0).float().mean() > 0.6, "it is clear mostly"
         for row in range(9):
             assert (
                 draw(scores[row : row + 1], seeds[row : row + 1], positions[row : row + 1], tokens, True)

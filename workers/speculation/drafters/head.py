@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepladder.kernels.cpu.native import Projection, computing
-from stepladder.kernels.cpu.recurrent import RecurrentCell, foresee
+from stepladder.kernels.cpu.recurrent import RecurrentCell
 from stepladder.kernels.transfer import upload
 from stepladder.workers.core import Sample, Sequence
 from stepladder.workers.speculation.drafter import KNOWN, Draft, Drafter, OpenDraft, Verified, agreeing
@@ -23,7 +23,7 @@ __all__ = ["Cell", "Foreseen", "HeadDrafter"]
 KINDS = 20  # of guesses, by the head's own probability
 SURE = 0.75  # a token that is known so well needs no second opinion, as long as nothing is weighed
 
-Draw = Callable[[Tensor, list[Sample], Tensor, bool], Tensor]
+Draw = Callable[[Tensor, list[Sample], Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class Cell:
@@ -33,7 +33,7 @@ class Cell:
     Args:
         head: its network and the tokens that it drafts. target: whose embedding and head it shares.
         native: whether the kernels of CPU ranks compute it.
-        draw: draws one of some tokens [N] per row of their logits [R, N], as `sampler.sample_among` does.
+        draw: draws one of some tokens, and tells how likely the likeliest is; `sampler.sample_among`.
     """
 
     def __init__(self, head: Head, target: TargetVocabulary, native: bool, draw: Draw) -> None:
@@ -63,16 +63,8 @@ class Cell:
 
     def foresee(self, state: Tensor, samples: list[Sample]) -> tuple[list[int], list[float]]:
         """The token drawn for each row, and the probability of its likeliest one at temperature 1."""
-        logits = self.logits(state)
-        if self.native and not any(sample.params.truncates for sample in samples):
-            temperatures, seeds, positions = zip(
-                *((sample.params.temperature, sample.params.seed, sample.position) for sample in samples), strict=True
-            )
-            drawn, most, clear = foresee(logits, self.tokens, temperatures, seeds, positions)
-            if clear:
-                return drawn.tolist(), most.tolist()
-        drawn = self._draw(logits, samples, self.tokens, self.native)
-        return drawn.tolist(), logits.softmax(-1).amax(-1).nan_to_num().tolist()
+        tokens, most = self._draw(self.logits(state), samples, self.tokens, self.native)
+        return tokens.tolist(), most.tolist()
 
 
 class Foreseen(NamedTuple):
