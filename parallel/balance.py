@@ -4,6 +4,7 @@ Decoding is bound by memory: what a rank takes for a layer goes with the weights
 meet once a layer, or a block later than they could, and is left out elsewhere (`layers.ffn_shard`).
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 from stepladder.parallel.heads import heads_of
@@ -14,14 +15,31 @@ UNIT = 16  # columns that a share is rounded to, so that rows of weights begin a
 SMALL = 32  # units per rank; below, rounding would cost more than it brings
 
 
+def place_of(spec: ModelSpec, shard: Shard, balance: bool = False, whole_experts: bool = False) -> Placement:
+    """A rank's place in the groups that share modules.
+
+    Args:
+        balance: FFNs make up for what attention splits unevenly. whole_experts: ranks hold whole experts, contiguous
+            ones, in place of a part of each.
+
+    Raises:
+        ValueError: there are more ranks than heads, or than experts, or no experts at all.
+    """
+    if whole_experts and not spec.experts:
+        raise ValueError("layout.experts is whole, but this model has no experts; leave it at split")
+    place = balanced(spec, shard) if balance else Placement.of(shard)
+    return replace(place, whole_experts=whole_experts)
+
+
 def balanced(spec: ModelSpec, shard: Shard) -> Placement:
-    """A rank's place, with shares of the FFN's columns that even its layers out. Equal shares where attention is even.
+    """A rank's place, with shares of the FFN's columns that even its layers out. Equal shares where attention is even,
+    and where there are experts, of which a token reads a few.
 
     Raises:
         ValueError: there are more ranks than heads.
     """
     attention = [_attention_weights(spec, Shard(rank, shard.size)) for rank in range(shard.size)]
-    if len(set(attention)) == 1:
+    if len(set(attention)) == 1 or spec.experts:
         return Placement.of(shard)
     shares = _shares(spec.intermediate_size, [-weights / (3 * spec.hidden_size) for weights in attention])
     return Placement(shard, Shard(shard.rank, shard.size, shares), shard)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from stepladder.parallel.typed_json import FLAG, OBJECT, TEXT, Kind, either, number, optional, several, whole
 
 WIDEST, DEEPEST = 1 << 24, 1 << 12  # dimensions of a matrix, layers
-HEADS = 1 << 16
+HEADS = EXPERTS = 1 << 16
 LONGEST = (1 << 31) - 1  # positions
 TOKEN_IDS = optional(either(whole(0, WIDEST), several(whole(0, WIDEST))))
 
@@ -20,10 +20,19 @@ FIELDS: Mapping[str, Kind] = {
     "head_dim": optional(whole(1, HEADS)),
     "max_position_embeddings": whole(1, LONGEST),
     "original_max_position_embeddings": optional(whole(2, LONGEST)),
-    "sliding_window": optional(whole(1, LONGEST)),
+    "sliding_window": optional(whole(0, LONGEST)),  # 0 is none, too
     "max_window_layers": whole(0, LONGEST),
     "use_sliding_window": optional(FLAG),
     "layer_types": optional(several(TEXT)),
+    "num_experts": optional(whole(0, EXPERTS)),
+    "num_local_experts": optional(whole(0, EXPERTS)),
+    "num_experts_per_tok": optional(whole(1, EXPERTS)),
+    "moe_intermediate_size": whole(1, WIDEST),
+    "shared_expert_intermediate_size": whole(0, WIDEST),
+    "decoder_sparse_step": whole(1, DEEPEST),
+    "mlp_only_layers": optional(several(whole(0, DEEPEST))),
+    "norm_topk_prob": optional(FLAG),
+    "qkv_bias": optional(FLAG),
     "hidden_act": optional(TEXT),
     "attention_bias": optional(FLAG),
     "mlp_bias": optional(FLAG),

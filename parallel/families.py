@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepladder.parallel.config_fields import FIELDS, as_tuple
+from stepladder.parallel.experts import ExpertSpec
 from stepladder.parallel.rope_config import Config, read_rope, rope_parameters
 from stepladder.parallel.typed_json import shown, typed
 
@@ -23,7 +24,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 OURS = "stepladder_"  # before the family, in the model_type of a model with a wiring of its own
 REMOTE_CODE = "modeling_stepladder"  # the module that computes such a model in `transformers`
 
-LLAMA_NAMES = {  # what a tensor is for -> its name without .weight or .bias; {} is the layer's number
+# what a tensor is for -> its name without .weight or .bias; {} is the layer's number, a second one the expert's
+LLAMA_NAMES = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -40,6 +42,24 @@ LLAMA_NAMES = {  # what a tensor is for -> its name without .weight or .bias; {}
     "ffn.down": "model.layers.{}.mlp.down_proj",
 }
 COHERE_NAMES = LLAMA_NAMES | {"ffn.norm": LLAMA_NAMES["attention.norm"]}  # attention and FFN share a norm
+MIXTRAL_NAMES = LLAMA_NAMES | {
+    "moe.router": "model.layers.{}.block_sparse_moe.gate",
+    "moe.gate": "model.layers.{}.block_sparse_moe.experts.{}.w1",
+    "moe.up": "model.layers.{}.block_sparse_moe.experts.{}.w3",
+    "moe.down": "model.layers.{}.block_sparse_moe.experts.{}.w2",
+}
+QWEN_MOE_NAMES = LLAMA_NAMES | {
+    "moe.router": "model.layers.{}.mlp.gate",
+    "moe.gate": "model.layers.{}.mlp.experts.{}.gate_proj",
+    "moe.up": "model.layers.{}.mlp.experts.{}.up_proj",
+    "moe.down": "model.layers.{}.mlp.experts.{}.down_proj",
+    "moe.shared_gate": "model.layers.{}.mlp.shared_expert.gate_proj",
+    "moe.shared_up": "model.layers.{}.mlp.shared_expert.up_proj",
+    "moe.shared_down": "model.layers.{}.mlp.shared_expert.down_proj",
+    "moe.shared_switch": "model.layers.{}.mlp.shared_expert_gate",
+}
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 # Fields that change the mathematics, and the value that leaves it as it is. A family reads a field or refuses others.
 # Biases are not among them: where a family has none, the field is ignored, and a bias in the files is what is refused.
@@ -119,7 +139,7 @@ def _llama(config: Config) -> dict[str, Any]:
 
 def _mistral(config: Config) -> dict[str, Any]:
     config = {"num_key_value_heads": 8, "max_position_embeddings": 1 << 17, "sliding_window": 4096} | dict(config)
-    kinds = [FULL if config["sliding_window"] is None else SLIDING] * config["num_hidden_layers"]
+    kinds = [SLIDING if config["sliding_window"] else FULL] * config["num_hidden_layers"]
     return _decoder(config, kinds)
 
 
@@ -132,7 +152,7 @@ def _qwen3(config: Config) -> dict[str, Any]:
     return fields | _attention_bias(config) | {"qk_norm": "shared"}
 
 
-def _qwen(config: Config) -> dict[str, Any]:
+def _qwen(config: Config, reads: tuple[str, ...] = ()) -> dict[str, Any]:
     """The layers from `max_window_layers` on have a window, unless `layer_types` (transformers 5) says which."""
     config = {
         "num_key_value_heads": 32,
@@ -143,9 +163,74 @@ def _qwen(config: Config) -> dict[str, Any]:
     } | dict(config)
     if not config["use_sliding_window"]:
         config["sliding_window"] = None
-    first = config["num_hidden_layers"] if config["sliding_window"] is None else config["max_window_layers"]
+    first = config["num_hidden_layers"] if not config["sliding_window"] else config["max_window_layers"]
     kinds = [SLIDING if layer >= first else FULL for layer in range(config["num_hidden_layers"])]
-    return _decoder(config, config.get("layer_types") or kinds, ("use_sliding_window",))
+    return _decoder(config, config.get("layer_types") or kinds, ("use_sliding_window", *reads))
+
+
+def _mixtral(config: Config) -> dict[str, Any]:
+    config = {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 1 << 17,
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    } | dict(config)
+    kinds = [SLIDING if config["sliding_window"] else FULL] * config["num_hidden_layers"]
+    experts = ExpertSpec(
+        layers=tuple(range(config["num_hidden_layers"])),
+        count=_experts(config, 8),
+        per_token=config["num_experts_per_tok"],
+        inner=config["intermediate_size"],
+    )
+    return _decoder(config, kinds, EXPERT_COUNTS) | {"experts": experts}
+
+
+def _qwen2_moe(config: Config) -> dict[str, Any]:
+    config = {"num_key_value_heads": 16, "shared_expert_intermediate_size": 5632, "qkv_bias": True} | dict(config)
+    fields = _qwen(config, EXPERT_COUNTS) | {"qkv_bias": bool(config["qkv_bias"])}
+    return fields | {"experts": _qwen_experts(config, 60, 4, 1408, config["shared_expert_intermediate_size"])}
+
+
+def _qwen3_moe(config: Config) -> dict[str, Any]:
+    """All layers have the window, if there is one."""
+    config = {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+    } | dict(config)
+    if not config["use_sliding_window"]:
+        config["sliding_window"] = None
+    kinds = [SLIDING if config["sliding_window"] else FULL] * config["num_hidden_layers"]
+    fields = _decoder(config, kinds, ("use_sliding_window", *EXPERT_COUNTS)) | _attention_bias(config)
+    return fields | {"qk_norm": "shared", "experts": _qwen_experts(config, 128, 8, 768, 0)}
+
+
+def _qwen_experts(config: Config, count: int, per_token: int, inner: int, shared: int) -> ExpertSpec | None:
+    """The arguments are what the family assumes where the configuration is silent."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    layers = [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
+    count = _experts(config, count)
+    if not count or not layers:
+        return None
+    return ExpertSpec(
+        layers=tuple(layers),
+        count=count,
+        per_token=config.get("num_experts_per_tok") or per_token,
+        inner=config.get("moe_intermediate_size", inner),
+        shared_inner=shared,
+        shared_gate=bool(shared),
+        renormalise=bool(config.get("norm_topk_prob")),
+    )
+
+
+def _experts(config: Config, count: int) -> int:
+    """How many there are; versions of transformers write either name."""
+    named = [config[name] for name in EXPERT_COUNTS if config.get(name) is not None]
+    if len(set(named)) > 1:
+        raise ValueError(f"num_experts is {config['num_experts']}, but num_local_experts {config['num_local_experts']}")
+    return named[0] if named else count
 
 
 def _cohere(config: Config) -> dict[str, Any]:
@@ -189,6 +274,37 @@ def _write_qwen3(spec: "ModelSpec") -> dict[str, Any]:
     return _write_qwen2(spec) | {"attention_bias": spec.qkv_bias}
 
 
+def _write_mixtral(spec: "ModelSpec") -> dict[str, Any]:
+    assert spec.experts
+    return _write_mistral(spec) | {
+        "num_local_experts": spec.experts.count,
+        "num_experts_per_tok": spec.experts.per_token,
+    }
+
+
+def _write_qwen2_moe(spec: "ModelSpec") -> dict[str, Any]:
+    return _write_qwen2(spec) | _write_qwen_experts(spec) | {"qkv_bias": spec.qkv_bias}
+
+
+def _write_qwen3_moe(spec: "ModelSpec") -> dict[str, Any]:
+    fields = {"rms_norm_eps": spec.norm_eps, "attention_bias": spec.qkv_bias, "use_sliding_window": bool(spec.windows)}
+    return fields | {"sliding_window": spec.window(0)} | _write_qwen_experts(spec)
+
+
+def _write_qwen_experts(spec: "ModelSpec") -> dict[str, Any]:
+    experts = spec.experts
+    if experts is None:
+        return {"num_experts": 0}
+    return {
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.inner,
+        "norm_topk_prob": experts.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(spec.num_layers) if layer not in experts.layers],
+    } | ({"shared_expert_intermediate_size": experts.shared_inner} if experts.shared_inner else {})
+
+
 def _write_cohere(spec: "ModelSpec") -> dict[str, Any]:
     return {
         "layer_norm_eps": spec.norm_eps,
@@ -203,6 +319,9 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", _mistral, _write_mistral),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, _write_qwen2),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, _write_qwen3),
+    "mixtral": Family("MixtralForCausalLM", _mixtral, _write_mixtral, MIXTRAL_NAMES),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, _write_qwen2_moe, QWEN_MOE_NAMES),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, _write_qwen3_moe, QWEN_MOE_NAMES),
     "cohere": Family("CohereForCausalLM", _cohere, _write_cohere, COHERE_NAMES, "parallel"),
 }
 
@@ -252,7 +371,7 @@ def _windows(config: Config, kinds: Sequence[str]) -> tuple[int | None, ...]:
         raise ValueError(f"layer_types is {shown(named)}; for {config['model_type']} only {shown(kinds)} is supported")
     if SLIDING not in named:
         return ()
-    if window is None:
+    if not window:
         raise ValueError(f"layer_types has {SLIDING!r}, but sliding_window is not set or not used")
     return tuple(window if kind == SLIDING else None for kind in named)
 

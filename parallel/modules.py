@@ -25,11 +25,13 @@ NORMS = {"rms": rms_norm, "layer": layer_norm}
 
 
 class Product(NamedTuple):
-    """A method that is (swiglu)(norm(x) W^T + b). weight: the name of W; b is called like it, with `_bias` behind."""
+    """A method that is (swiglu)(norm(x) W^T + b). weight: the name of W; b is called like it, with `_bias` behind.
+    wide: what comes out is for this module alone, not for the stream."""
 
     weight: str
     normed: bool = False
     gated: bool = False
+    wide: bool = False
 
 
 class Norm(nn.Module):

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from stepladder.kernels.cpu import build
+from stepladder.kernels.cpu.experts import Experts
 from stepladder.kernels.cpu.native import DTYPES, NormWeight, Projection, Rotation
 from stepladder.kernels.norm import layer_norm
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import Attention, Norm, Product, VocabParallel
+from stepladder.parallel.moe import MixtureOfExperts
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,12 @@ def lay_out(model: Transformer) -> None:
     the layout that they read; the plain ones go."""
     for module in model.modules():
         for method, product in getattr(module, "PRODUCTS", {}).items():
-            setattr(module, method, _taken(module, product))
+            if module._parameters.get(product.weight) is not None:
+                setattr(module, method, _taken(module, product))
+        if isinstance(module, MixtureOfExperts):
+            module.norm.forward = _norm(module.norm)  # type: ignore[method-assign]
+            gate_up, down = (module._parameters.pop(name) for name in ("gate_up", "down"))
+            module.mix = Experts.of(gate_up, down, module.held, module.first)  # type: ignore[method-assign, arg-type]
         if isinstance(module, Attention):
             heads = {"q_norm": module.num_heads, "k_norm": module.num_kv_heads}
             norms = {name: getattr(module, name) for name in heads}
@@ -78,7 +85,8 @@ def _taken(module: nn.Module, product: Product) -> Projection:
     weight, bias = module._parameters.pop(product.weight), module._parameters.pop(f"{product.weight}_bias", None)
     assert weight is not None
     norm = _norm(module.norm) if product.normed else None  # type: ignore[arg-type]
-    return Projection.of(weight, bias, norm, product.gated, torch.float32 if product.normed else weight.dtype)
+    wide = product.normed or product.wide
+    return Projection.of(weight, bias, norm, product.gated, torch.float32 if wide else weight.dtype)
 
 
 def _norm(norm: Norm, shape: tuple[int, ...] | None = None) -> NormWeight:

@@ -51,23 +51,38 @@ ALONE = Shard()
 
 @dataclass(frozen=True)
 class Placement:
-    """One rank's place in the groups that share each kind of module. Embedding and head are shared as attention is."""
+    """One rank's place in the groups that share each kind of module. Embedding and head are shared as attention is.
+
+    Attributes:
+        whole_experts: ranks hold whole experts; else each a part of every expert.
+    """
 
     attention: Shard = ALONE
     ffn: Shard = ALONE
     experts: Shard = ALONE
+    whole_experts: bool = False
 
     @classmethod
     def of(cls, place: "Placement | Shard") -> "Placement":
         """Of a rank whose only group shares everything alike, if `place` is a Shard."""
         return cls(place, place, place) if isinstance(place, Shard) else place
 
+    @property
+    def held(self) -> Shard:
+        """Whose share of whole experts this rank has; all of them, if each is cut."""
+        return self.experts if self.whole_experts else ALONE
+
+    @property
+    def inside(self) -> Shard:
+        """Whose share of each expert."""
+        return ALONE if self.whole_experts else self.experts
+
 
 class Piece(NamedTuple):
-    """`tensor[name]` from `start` to `stop` along `dim`; it lies at `offset` along `dim` of the parameter.
+    """`tensor[name]` from `start` to `stop` along `dim`; it begins at row `offset` of the parameter.
 
-    A parameter may hold pieces of several checkpoint tensors (query, key and value, say), one behind the other along
-    the dimension in which they are cut. `shape` is the shape of the whole tensor in the checkpoint.
+    A parameter may hold pieces of several checkpoint tensors (query, key and value, say, or the matrices of experts),
+    one below the other, whichever way they are cut. `shape` is the shape of the whole tensor in the checkpoint.
     """
 
     name: str
@@ -82,6 +97,16 @@ class Piece(NamedTuple):
         """Its extent along `dim`."""
         return self.stop - self.start
 
+    @property
+    def height(self) -> int:
+        """Rows of the parameter that it takes."""
+        return self.size if self.dim == 0 else self.shape[0]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one of these."""
+        return (self.size,) if self.dim else self.shape[1:]
+
 
 class Sharded(nn.Parameter):
     """A parameter that knows the checkpoint tensors it is cut from."""
@@ -90,27 +115,21 @@ class Sharded(nn.Parameter):
 
     @staticmethod
     def of(*pieces: Piece, dtype: torch.dtype, rows: int | None = None) -> "Sharded":
-        """A parameter, not loaded yet, that holds `pieces` one behind the other; pieces of rows may be padded with
-        zeros to `rows`."""
-        dim, shape, offset, placed = pieces[0].dim, list(pieces[0].shape), 0, []
+        """A parameter, not loaded yet, that holds `pieces` one below the other; it may be padded with zeros to
+        `rows`."""
+        offset, placed = 0, []
         for piece in pieces:
-            assert piece.dim == dim and _across(piece) == _across(pieces[0]), "pieces of one parameter fit together"
+            assert piece.row_shape == pieces[0].row_shape, "pieces of one parameter fit together"
             placed.append(piece._replace(offset=offset))
-            offset += piece.size
-        assert rows is None or (dim == 0 and rows >= offset)
-        shape[dim] = rows or offset
-        parameter = Sharded(torch.zeros(shape, dtype=dtype), requires_grad=False)
+            offset += piece.height
+        assert rows is None or rows >= offset
+        parameter = Sharded(torch.zeros(rows or offset, *pieces[0].row_shape, dtype=dtype), requires_grad=False)
         parameter.pieces = placed
         return parameter
 
     def view_of(self, piece: Piece) -> Tensor:
         """The part of this parameter that `piece` fills."""
-        return self.data.narrow(piece.dim, piece.offset, piece.size)
-
-
-def _across(piece: Piece) -> tuple[int, ...]:
-    """The sizes of the dimensions in which a piece is whole."""
-    return piece.shape[: piece.dim] + piece.shape[piece.dim + 1 :]
+        return self.data.narrow(0, piece.offset, piece.height)
 
 
 def whole(name: str, *shape: int) -> Piece:

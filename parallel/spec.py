@@ -9,6 +9,7 @@ import torch
 
 from stepladder.kernels.rope import RopeScaling
 from stepladder.parallel.config_fields import FIELDS
+from stepladder.parallel.experts import ExpertSpec
 from stepladder.parallel.families import DTYPES, FAMILIES, dtype_name, fields_of, identity
 from stepladder.parallel.generation_defaults import GENERATION_CONFIG, GenerationDefaults
 from stepladder.parallel.rope_config import write_scaling
@@ -38,6 +39,7 @@ class ModelSpec:
         qk_norm: `shared` norms each head of query and key with one weight [head_dim], `per-head` with a weight for
             every head [heads, head_dim].
         rope_interleaved: dimensions 2i and 2i + 1 turn together, not i and i + head_dim / 2.
+        experts: the mixture of experts that layers have in place of one feed-forward network.
         logit_scale: the logits are multiplied by it.
         eos_ids: tokens that end a sequence.
     """
@@ -61,6 +63,7 @@ class ModelSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"
+    experts: ExpertSpec | None = None
     logit_scale: float = 1.0
     tie_embeddings: bool = False
     residual: str = "standard"
@@ -102,6 +105,10 @@ class ModelSpec:
     def _check_layers(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries, but the model has {self.num_layers} layers")
+        if self.experts and not set(self.experts.layers) <= set(range(self.num_layers)):
+            raise ValueError(
+                f"experts are in layer {max(self.experts.layers)}, but the model has layers 0..{self.num_layers - 1}"
+            )
         for window in self.windows:
             if window is not None:
                 _positive("sliding_window", window)
@@ -128,9 +135,9 @@ class ModelSpec:
         """Names the wiring, so that caches of two wirings of the same weights never meet."""
         return f"{self.residual}:{self.ladder_layers}"
 
-    def tensor(self, what: str, layer: int = 0, part: str = "weight") -> str:
+    def tensor(self, what: str, layer: int = 0, part: str = "weight", expert: int = 0) -> str:
         """The name in the checkpoint of a tensor; `what` is a key of the family's names, `part` "weight" or "bias"."""
-        return f"{FAMILIES[self.family].names[what].format(layer)}.{part}"
+        return f"{FAMILIES[self.family].names[what].format(layer, expert)}.{part}"
 
     def is_ladder(self, layer: int) -> bool:
         """Whether this layer's blocks read a stream that is one block stale."""

@@ -46,6 +46,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "tie_word_embeddings": True,
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        "head_dim": 8,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "tie_word_embeddings": True,
+    },
     "cohere": {"model_type": "cohere", "attention_bias": True, "logit_scale": 0.25, "tie_word_embeddings": True},
     "cohere-qk-norm": {"model_type": "cohere", "use_qk_norm": True, "logit_scale": 0.5, "num_key_value_heads": 1},
 }
@@ -62,10 +82,12 @@ def write_family(directory: Path, family: str, seed: int = 8, gain: float = 3.0,
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("mlp.gate.weight"):  # a router: no two experts are as good as each other
+                parameter.normal_(0, 4.0 / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
             else:
-                parameter.normal_(0, 1.0 if "embed" in name else gain / parameter.shape[1] ** 0.5)
+                parameter.normal_(0, 1.0 if "embed" in name else gain / parameter.shape[-1] ** 0.5)
     model.save_pretrained(directory)
     return directory
 

@@ -18,7 +18,7 @@ from stepladder.kernels.once import made_once
 log = logging.getLogger(__name__)
 
 CACHE = "~/.cache/stepladder/kernels"
-SOURCES = ("library", "attention", "draw", "products", "recurrent", "rows", "team")
+SOURCES = ("library", "attention", "draw", "experts", "products", "recurrent", "rows", "team")
 HERE, NAME = Path(__file__).parent, "stepladder_cpu.so"
 FLAGS: tuple[str, ...] = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 FLAGS += ("-Wno-psabi", "-Wno-ignored-attributes", "-march=native")

@@ -94,6 +94,19 @@ void draw(const float* scores, const int64_t* tokens, int64_t R, int64_t V, cons
 void sample(const float* logits, const int64_t* tokens, int64_t R, int64_t V, const double* temperatures, const int64_t* seeds,
             const int64_t* positions, int64_t* columns, float* shares);
 
+struct Experts {  // `count` networks, the first of them number `first`: [hidden] to [inner] gated, and back
+  Numbers in, out;  // panels of one expert after those of the other
+  int64_t in_size, out_size;  // numbers of one
+  int64_t count, first, hidden, inner;
+  Matrix gate_up(int64_t e) const { return {at(in, e * in_size), nullptr, 2 * inner, hidden, true}; }
+  Matrix down(int64_t e) const { return {at(out, e * out_size), nullptr, hidden, inner, false}; }
+  static Numbers at(Numbers n, int64_t i) { return {(char*)n.data + i * (n.form == Form::fp32 ? 4 : 2), n.form}; }
+};
+
+// x [T, hidden]; weights and chosen [T, per_token] -> y [T, hidden]: the weighted sum of those experts that are here.
+void mix(const float* x, int64_t T, const float* weights, const int64_t* chosen, int64_t per_token, const Experts& experts,
+         float* y);
+
 struct Cell {  // of a recurrent drafter: `gated` of [rms(state), rms(embedded)], `out` of what that gives and the same
   Matrix gated, out;
 };

@@ -139,6 +139,18 @@ std::tuple<Tensor, Tensor, bool> sample_columns(const Tensor& logits, const Opti
   return {columns, found, are_clear(columns)};
 }
 
+Tensor mix_experts(const Tensor& x, const Tensor& weights, const Tensor& chosen, const Tensor& in, const Tensor& out, int64_t inner,
+                   int64_t first) {
+  const int64_t T = x.size(0), H = x.size(1), count = in.size(0);
+  TORCH_CHECK(in.dim() == 4 && out.dim() == 4 && in.size(2) == H && out.size(2) == inner && out.size(0) == count);
+  TORCH_CHECK(x.dim() == 2 && weights.size(0) == T && chosen.sizes() == weights.sizes());
+  Tensor rows = x.to(at::kFloat).contiguous(), w = weights.contiguous(), e = chosen.contiguous();
+  Tensor y = at::empty({T, H}, rows.options());
+  const Experts experts{numbers(in), numbers(out), in[0].numel(), out[0].numel(), count, first, H, inner};
+  mix(floats(rows), T, floats(w), integers(e), chosen.size(1), experts, y.data_ptr<float>());
+  return y;
+}
+
 thread_local int taken = 0;
 
 // Of this thread alone; at::set_num_threads would tell those that are born meanwhile, too.
@@ -171,6 +183,7 @@ TORCH_LIBRARY(stepladder_cpu, m) {
   m.def("rotate_and_store(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, int heads, Tensor? q_norm, Tensor? k_norm, float eps, bool layer, bool interleaved, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
   m.def("attend(Tensor q, Tensor keys, Tensor values, Tensor first, Tensor positions, Tensor tables, int window) -> Tensor");
   m.def("draw(Tensor scores, Tensor? tokens, Tensor seeds, Tensor positions) -> (Tensor, bool)");
+  m.def("mix_experts(Tensor x, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down, int inner, int first) -> Tensor");
   m.def("advance(Tensor state, Tensor embedded, Tensor gated, int outputs, Tensor out) -> Tensor");
   m.def("sample(Tensor logits, Tensor? tokens, float[] temperatures, int[] seeds, int[] positions, bool shares) -> (Tensor, Tensor, bool)");
   m.def("rope_table(Tensor positions, Tensor frequencies, bool interleaved, float factor) -> (Tensor, Tensor)");
@@ -182,6 +195,7 @@ TORCH_LIBRARY_IMPL(stepladder_cpu, CPU, m) {
   m.impl("rotate_and_store", rotate_and_store);
   m.impl("attend", attend_pages);
   m.impl("draw", draw_columns);
+  m.impl("mix_experts", mix_experts);
   m.impl("advance", advance_cell);
   m.impl("sample", sample_columns);
   m.impl("rope_table", rope_table);

@@ -46,8 +46,11 @@ template <class W, class Y> void run(const float* x, int64_t T, const W* w, cons
         for (int64_t k = 0; k < K; k += DEPTH) {
           const W* part = w + (panel * K + k) * PANEL;
           const int64_t depth = std::min(DEPTH, K - k);
+          // while the widened part is worked on, nobody else asks for the next one
+          const int64_t tiles = (rows + ROWS - 1) / ROWS, each = wide.empty() ? 0 : sizeof(W) * PANEL / tiles;
+          const Next next{(const char*)(part + depth * PANEL), each};
           auto pass = [&](auto* block) {
-            multiply(x + t * K + k, K, rows, block + from, PANEL, sums.data() + from, PANEL, depth, to - from, k == 0);
+            multiply(x + t * K + k, K, rows, block + from, PANEL, sums.data() + from, PANEL, depth, to - from, k == 0, next);
           };
           if (wide.empty()) pass(part);
           else {

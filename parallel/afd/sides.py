@@ -24,7 +24,7 @@ from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.residual import Block, Done, Pending, Reduce, ResidualStream, run_blocks
-from stepladder.parallel.shards import ALONE, Shard
+from stepladder.parallel.shards import ALONE, Placement, Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.wiring import ATTENTION, FFN
 
@@ -75,8 +75,8 @@ class FeedForwardSide(Transformer):
         busy: seconds inside its FFNs since it began. calls: of them. clock: of this rank.
     """
 
-    def __init__(self, spec: ModelSpec, shard: Shard = ALONE, reduce: Reduce = Done) -> None:
-        super().__init__(spec, shard, reduce, pools=(FFN,))
+    def __init__(self, spec: ModelSpec, place: Placement | Shard = ALONE, reduce: Reduce = Done) -> None:
+        super().__init__(spec, place, reduce, pools=(FFN,))
         self.busy, self.calls, self.clock = 0.0, 0, Clock()
 
     def forward(self, edges: Sequence[GlooEdge | None], layout: Layout) -> set[int]:  # type: ignore[override]

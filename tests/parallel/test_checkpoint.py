@@ -105,7 +105,7 @@ def test_a_model_of_ours_is_the_same_in_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards_cover_the_checkpoint(family: str, size: int, families: dict[str, Path]) -> None:
-    """Every element of every tensor is on one rank (replicated KV heads and norms: on several), and only there."""
+    """Every element of every tensor is on one rank (replicated KV heads, norms, routers: on several), only there."""
     path = families[family]
     theirs = load_file(path / "model.safetensors")
     seen = {name: torch.zeros(t.shape, dtype=torch.int64) for name, t in theirs.items()}
@@ -125,6 +125,8 @@ def test_shards_cover_the_checkpoint(family: str, size: int, families: dict[str,
             copies = max(1, size // spec.num_kv_heads)
         elif "norm" in name and spec.qk_norm == "per-head" and "self_attn" in name:
             copies = max(1, size // spec.num_kv_heads) if "k_norm" in name else 1
+        elif name.endswith((".gate.weight", "shared_expert_gate.weight")):  # routers
+            copies = size
         elif "norm" in name:
             shared = spec.tensor("attention.norm") == spec.tensor("ffn.norm") and "input_layernorm" in name
             copies = size * (2 if shared else 1)

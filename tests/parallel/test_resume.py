@@ -21,6 +21,7 @@ from stepladder.parallel.mesh import join
 from stepladder.parallel.residual import Pending
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
+from tests.families import write_family
 from tests.llama import write_llama
 from tests.loopback import LoopbackEdge
 
@@ -36,9 +37,10 @@ LENGTHS = [5, 1, 7, 1]  # tokens of this step's sequences: prefill beside decode
 DEADLINE = 20.0
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama"))
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    return write_llama(folder) if request.param == "dense" else write_family(folder, "qwen2-moe")
 
 
 class Killed(Exception):

@@ -1,17 +1,22 @@
 """Parameters cut from several checkpoint tensors, by rows and by columns."""
 
+import pytest
 import torch
 
 from stepladder.parallel.shards import ALONE, Placement, Shard, Sharded, columns, rows
 
 
-def test_pieces_of_columns_lie_side_by_side() -> None:
-    a, b = torch.arange(12.0).view(3, 4), torch.arange(100.0, 118.0).view(3, 6)
-    parameter = Sharded.of(columns("a", (3, 4), range(1, 3)), columns("b", (3, 6), range(3, 6)), dtype=torch.float32)
-    for piece, tensor in zip(parameter.pieces, (a, b), strict=True):
+def test_pieces_cut_by_columns_lie_below_each_other() -> None:
+    a, b = torch.arange(12.0).view(3, 4), torch.arange(100.0, 108.0).view(2, 4)
+    cut = columns("a", (3, 4), range(1, 3)), columns("b", (2, 4), range(2, 4)), rows("c", (4, 2), range(1, 2))
+    parameter = Sharded.of(*cut, dtype=torch.float32)
+    for piece, tensor in zip(parameter.pieces, (a, b), strict=False):
         parameter.view_of(piece).copy_(tensor[:, piece.start : piece.stop])
-    assert torch.equal(parameter.data, torch.cat((a[:, 1:3], b[:, 3:6]), dim=1))
-    assert [parameter.view_of(piece).shape for piece in parameter.pieces] == [(3, 2), (3, 3)]
+    parameter.view_of(parameter.pieces[2]).fill_(7)
+    assert torch.equal(parameter.data, torch.cat((a[:, 1:3], b[:, 2:4], torch.full((1, 2), 7.0))))
+    assert [(piece.offset, piece.height) for piece in parameter.pieces] == [(0, 3), (3, 2), (5, 1)]
+    with pytest.raises(AssertionError):
+        Sharded.of(columns("a", (3, 4), range(1, 3)), columns("b", (3, 6), range(3, 6)), dtype=torch.float32)
 
 
 def test_pieces_of_rows_lie_below_each_other_and_are_padded() -> None:

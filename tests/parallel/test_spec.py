@@ -58,12 +58,19 @@ def test_silent_configs_mean_what_transformers_assumes(model_type: str, tmp_path
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.norm_eps == getattr(theirs, "rms_norm_eps", None) or theirs.layer_norm_eps
+    assert (ours.experts is not None) == model_type.endswith(("moe", "mixtral"))
+    if experts := ours.experts:
+        assert experts.count == (theirs.num_local_experts if model_type == "mixtral" else theirs.num_experts)
+        assert experts.per_token == theirs.num_experts_per_tok and experts.layers == tuple(range(30))
+        assert experts.inner == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert experts.shared_inner == getattr(theirs, "shared_expert_intermediate_size", 0)
+        assert experts.renormalise == getattr(theirs, "norm_topk_prob", True)
     assert ours.logit_scale == getattr(theirs, "logit_scale", 1.0)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.windows == ((4096,) * 30 if model_type == "mistral" else ())
     if model_type.startswith("qwen"):
         ours = ModelSpec.from_config(given | {"use_sliding_window": True})
-        assert ours.windows == (None,) * 28 + (4096,) * 2
+        assert ours.windows == ((4096,) * 30 if model_type == "qwen3_moe" else (None,) * 28 + (4096,) * 2)
 
 
 def test_windows_of_layers(families: dict[str, Path]) -> None:
@@ -81,7 +88,7 @@ def test_windows_of_layers(families: dict[str, Path]) -> None:
     ("family", "fields", "sentence"),
     [
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is .* for mistral only"),
-        ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be a positive integer"),
+        ("mistral", {"sliding_window": -1}, "sliding_window is -1; it must be an integer from 0"),
         ("qwen2", {"use_sliding_window": False}, "layer_types has 'sliding_attention', but sliding_window is not set"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*it must name"),
         ("qwen2", {"use_mrope": True}, "use_mrope is True; for qwen2 only False"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepladder.parallel.balance import place_of
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import PagedSequences, WholeSequences
 from stepladder.parallel.mesh import Mesh
@@ -20,8 +21,15 @@ from tests.ranks import run_ranks
 BLOCK_SIZE, NUM_BLOCKS = 4, 64
 
 
-def load(path: Path, mesh: Mesh, kernels: str = TORCH, dtype: torch.dtype = torch.float32) -> Transformer:
-    model = Transformer(replace(ModelSpec.load(path), dtype=dtype), mesh.shard, mesh.all_reduce)
+def load(
+    path: Path,
+    mesh: Mesh,
+    kernels: str = TORCH,
+    dtype: torch.dtype = torch.float32,
+    whole_experts: bool = False,
+) -> Transformer:
+    spec = replace(ModelSpec.load(path), dtype=dtype)
+    model = Transformer(spec, place_of(spec, mesh.shard, whole_experts=whole_experts), mesh.all_reduce)
     load_weights(model, path)
     choose(model, kernels)
     return model

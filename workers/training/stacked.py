@@ -41,7 +41,7 @@ def take_apart(model: Transformer) -> list[Taken]:
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, Sharded) and parameter.dim() == 2 and len(parameter.pieces) > 1:
-                rows = [piece.stop - piece.start for piece in parameter.pieces]
+                rows = [piece.height for piece in parameter.pieces]
                 parametrize.register_parametrization(module, name, Stacked(rows), unsafe=True)
                 taken.append(Taken(module, name, parameter))
     return taken
