@@ -59,6 +59,7 @@ class LayoutConfig:
         tp: ranks of a tensor-parallel group. replicas: how many such groups serve the model side by side.
         balance: of "tp". "auto" has FFNs of ladder and parallel layers make up for heads that ranks
             cannot share evenly; "even" does not.
+        experts: of a mixture of experts: "split" gives every rank a part of each, "whole" gives it some of them.
         attention: attention ranks of "afd", each with an engine, a KV cache and requests of its own.
         ffn: FFN ranks of "afd", tensor-parallel among themselves, for all attention ranks together.
         schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work
@@ -71,6 +72,7 @@ class LayoutConfig:
     tp: int = 1
     replicas: int = 1
     balance: str = "auto"
+    experts: str = "split"
     attention: int = 1
     ffn: int = 1
     schedule: str = "auto"
@@ -81,7 +83,9 @@ class LayoutConfig:
         for name in ("tp", "replicas", "attention", "ffn", "micro_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        choices = {"kind": tuple(LAYOUTS), "balance": ("auto", "even"), "schedule": SCHEDULES, "wire": tuple(WIRES)}
+        choices = {"kind": tuple(LAYOUTS), "balance": ("auto", "even"), "schedule": SCHEDULES, "wire": tuple(WIRES)} | {
+            "experts": ("split", "whole")
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"layout.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -103,6 +107,11 @@ class LayoutConfig:
     def groups(self) -> list[Group]:
         """All groups of ranks, engines first."""
         return LAYOUTS[self.kind].groups(self)
+
+    @property
+    def whole_experts(self) -> bool:
+        """Whether a rank has some experts, all of each."""
+        return self.experts == "whole"
 
     @property
     def ranks(self) -> int:
@@ -133,9 +142,11 @@ def _afd(layout: LayoutConfig) -> list[Group]:
 
 
 LAYOUTS = {
-    "tp": Layout(("tp", "replicas", "balance"), "choose layout=afd for it", _tp),
+    "tp": Layout(("tp", "replicas", "balance", "experts"), "choose layout=afd for it", _tp),
     "afd": Layout(
-        ("attention", "ffn", "schedule", "micro_batches", "wire"), "use layout.attention and layout.ffn", _afd
+        ("attention", "ffn", "experts", "schedule", "micro_batches", "wire"),
+        "use layout.attention and layout.ffn",
+        _afd,
     ),
 }
 

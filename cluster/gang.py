@@ -199,6 +199,7 @@ class Gang:
             drafters=self.deployment.drafters,
             generation=self.generation,
             balance=self.deployment.layout.balance == "auto",
+            whole_experts=self.deployment.layout.whole_experts,
             role=self.plan.role,
             afd=AfdConfig(
                 schedule=self.deployment.layout.schedule,

@@ -209,6 +209,7 @@ def describe(report: dict[str, Any]) -> str:
             f"requests  {', '.join([str(report['in_flight']) + ' in flight', *recent])}",
             f"restarts  {report['restarts']}",
             *([f"drafter   {in_short(report['drafter'])}"] if "drafter" in report else []),
+            *_experts(report["engines"] | report.get("pools", {})),
             *(f"\n{one}" for one in tables),
         ]
     )
@@ -241,6 +242,17 @@ def _parts(kind: str, parts: dict[str, dict[str, Any]], columns: Columns) -> str
         told = (show(numbers[key]) if key in numbers else None for key, show in columns.values())
         rows.append([name, *life, *told])
     return table(rows)
+
+
+def _experts(groups: dict[str, dict[str, Any]]) -> list[str]:
+    """How evenly tokens were spread, of groups that route."""
+    told = [
+        f"{name}: the busiest expert had {numbers['expert_imbalance']:.2f} of the mean, the busiest rank "
+        f"{numbers['expert_rank_imbalance']:.2f}, {numbers['expert_tokens_dropped']} tokens dropped"
+        for name, numbers in groups.items()
+        if sum(numbers.get("expert_tokens", ()))
+    ]
+    return [f"experts   {'; '.join(told)}"] if told else []
 
 
 def _clocks(groups: dict[str, dict[str, Any]]) -> str:

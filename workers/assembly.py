@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from stepladder.parallel.balance import balanced
+from stepladder.parallel.balance import place_of
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.mesh import Mesh, SingleRank
 from stepladder.parallel.model import Transformer
@@ -35,17 +35,21 @@ from stepladder.workers.text.tokenizer import Tokenizer
 NO_SPECULATION = SpeculateConfig()
 
 
-def load(spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: bool = False) -> Executor:
+def load(
+    spec: ModelSpec, path: str, mesh: Mesh, config: EngineConfig, balance: bool = False, whole_experts: bool = False
+) -> Executor:
     """This rank's shard of the whole model, as an engine's options want it; without a cache yet.
 
     Args:
-        balance: FFNs make up for what attention splits unevenly.
+        balance, whole_experts: as `place_of` takes them.
 
     Raises:
         ValueError: the checkpoint or an option is unusable.
     """
     capture = CudaCapture(mesh.device) if config.graphs_on(mesh.device) else None
-    return whole_executor(spec, path, mesh, kernels=config.wanted_kernels, capture=capture, balance=balance)
+    return whole_executor(
+        spec, path, mesh, kernels=config.wanted_kernels, capture=capture, balance=balance, whole_experts=whole_experts
+    )
 
 
 def begin(
@@ -129,16 +133,17 @@ def whole_executor(
     kernels: str = AUTO,
     capture: Capture | None = None,
     balance: bool = False,
+    whole_experts: bool = False,
 ) -> Executor:
     """All of the model on one group; arguments as `WholeForward`'s.
 
     Args:
         spec, path: the checkpoint.
-        balance: as in `load`.
+        balance, whole_experts: as `place_of` takes them.
         num_blocks, block_size: the KV cache, as in `Executor.allocate`; without blocks that is called later.
     """
     with torch.device(mesh.device):
-        model = Transformer(spec, balanced(spec, mesh.shard) if balance else mesh.shard, mesh.all_reduce)
+        model = Transformer(spec, place_of(spec, mesh.shard, balance, whole_experts), mesh.all_reduce)
     fill(model, path, mesh, TORCH if capture else kernels)
     executor = Executor(WholeForward(model, mesh, measure_every, capture), mesh)
     if num_blocks:

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from stepladder.workers.core import Constraint, Output, Request, Sequence, StepPlan
 from stepladder.workers.executor import Executor
+from stepladder.workers.expert_load import ExpertLoad
 from stepladder.workers.figures import counter, gauge, limit
 from stepladder.workers.grammar.compiler import Grammars
 from stepladder.workers.sampler import Drawn
@@ -20,7 +21,7 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  
 
 
 @dataclass
-class EngineStats(SpeculationStats):
+class EngineStats(ExpertLoad, SpeculationStats):
     """Counters since start, the present state of the queues, and a limit.
 
     Attributes:

@@ -69,7 +69,8 @@ class EngineRank(Rank):
         return kv_size(self._executor, config.engine, config.kv, device, *here)
 
     def _build(self, path: str) -> Executor:
-        return assembly.load(self._spec, path, self._mesh, self.config.engine, self.config.balance)
+        config = self.config
+        return assembly.load(self._spec, path, self._mesh, config.engine, config.balance, config.whole_experts)
 
     def _begin(self, kv_tokens: int) -> str | None:
         config = self.config
@@ -107,6 +108,8 @@ class EngineRank(Rank):
     def stats(self) -> EngineFigures:
         meter, taught = self._mesh.meter, self._taught
         stats = self._engine.stats if self._engine else None
+        if stats:
+            stats.take_load(self._executor.model)
         figures = EngineFigures(self._mesh.clock.split(), meter.total, meter.exposed, stats)
         if taught:
             figures.ring, figures.door, figures.word = taught.ring.stats, taught.door.address, taught.word_name

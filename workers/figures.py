@@ -44,6 +44,10 @@ def limit(*, default: Any = 0) -> Any:
     return field(default=default, metadata={"figure": Declared(LIMIT, "none")})
 
 
+# metadata of a list: for a person, and for whoever exports it in a form of its own
+LISTED = {"figure": Declared(LIMIT, "none")}
+
+
 def declared(kind: type) -> Iterator[tuple[Field, Declared]]:
     """The figures of a dataclass, in order."""
     return ((one, one.metadata["figure"]) for one in fields(kind) if "figure" in one.metadata)
@@ -64,7 +68,7 @@ class RankFigures:
         return {one.name: how for part in self.parts() for one, how in declared(type(part))}
 
     def values(self) -> dict[str, Any]:
-        """By name; plain numbers."""
+        """By name; plain numbers, or lists of them."""
         return {one.name: getattr(part, one.name) for part in self.parts() for one, _ in declared(type(part))}
 
 
@@ -72,7 +76,7 @@ def together(several: Mapping[str, RankFigures]) -> dict[str, float]:
     """What engines have together, by the name of the figure."""
     numbers: dict[str, float] = {}
     for name, how in {name: how for one in several.values() for name, how in one.declared().items()}.items():
-        found = [float(values[name]) for one in several.values() if name in (values := one.values())]
         if how.across != "none":
+            found = [float(values[name]) for one in several.values() if name in (values := one.values())]
             numbers[name] = sum(found) / (len(found) if how.across == "mean" else 1)
     return numbers

@@ -83,7 +83,7 @@ class RankConfig:
         own_ranks_here: how many of its own group do.
         secret: the deployment's; who knows it may talk to the engine.
         collective_seconds: how long a collective may take before the group counts as broken.
-        balance: FFNs make up for what attention splits unevenly.
+        balance: FFNs make up for what attention splits unevenly. whole_experts: ranks hold whole experts.
         role: what the group is for; a key of `ROLES`.
         drafters: the folder of a drafter's versions, for engines and trainers alike.
     """
@@ -100,6 +100,7 @@ class RankConfig:
     kv: KvConfig
     generation: int = 1
     balance: bool = False
+    whole_experts: bool = False
     role: str = WHOLE
     own_ranks_here: int = 1
     afd: AfdConfig = field(default_factory=AfdConfig)

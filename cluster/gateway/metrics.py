@@ -80,6 +80,18 @@ class AcceptedAt(OfEngines):
         yield family
 
 
+class ExpertTokens(OfEngines):
+    """How many tokens each expert got."""
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["model_name", "engine", "expert"]
+        family = CounterMetricFamily("stepladder:expert_tokens", "Tokens of all layers, by expert.", labels=labels)
+        for engine, stats in self.engines.items():
+            for expert, count in enumerate(stats["expert_tokens"]):
+                family.add_metric([self._model_name, engine, str(expert)], count)
+        yield family
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 
@@ -101,9 +113,9 @@ class Metrics:
         self.in_flight = self._of_server(Gauge, "num_requests_in_flight", "HTTP requests being answered here.")
         self._gauges: dict[str, Gauge] = self._of_engines(Gauge, GAUGE)
         self._counters: dict[str, Counter] = self._of_engines(Counter, COUNTER)
-        self._step_sizes, self._accepted_at = StepSizes(model_name), AcceptedAt(model_name)
-        self.registry.register(self._step_sizes)
-        self.registry.register(self._accepted_at)
+        self._collectors = [kind(model_name) for kind in (StepSizes, AcceptedAt, ExpertTokens)]
+        for collector in self._collectors:
+            self.registry.register(collector)
         self._seen: dict[tuple[str, str], float] = {}
 
     def observe(self, name: str, value: float) -> None:
@@ -125,7 +137,8 @@ class Metrics:
         The gauges of an engine that is gone are forgotten; its counters stay, as counters must. A counter that went
         back means a restarted engine.
         """
-        self._step_sizes.engines = self._accepted_at.engines = engines
+        for collector in self._collectors:
+            collector.engines = engines
         for gauge in self._gauges.values():
             gauge.clear()
         for engine, stats in engines.items():

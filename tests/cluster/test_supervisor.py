@@ -302,7 +302,11 @@ def test_figures_of_the_pool_and_of_each_attention_rank() -> None:
             *("preemptions", "running", "waiting", "prefix_cache_queries", "prefix_cache_hits", "step_tokens"),
             *("drafts", "draft_tokens", "accepted_tokens", "draft_length", "draft_seconds"),
         )
-    } | {f"afd/engine-{index}/drafter_version" for index in range(2)}
+    } | {f"afd/engine-{index}/drafter_version" for index in range(2)} | {
+        f"{part}/expert_{name}"
+        for part in ("engine", "afd/ffn")
+        for name in ("imbalance", "rank_imbalance", "tokens_dropped")
+    }
     assert {key: value for key, value in clocks.items() if "ffn" in key} == {
         "ranks/ffn/0/busy_seconds": 2.0,
         "ranks/ffn/0/waiting_seconds": 1.0,

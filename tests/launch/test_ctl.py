@@ -86,6 +86,15 @@ def test_a_report_shows_the_pool_too() -> None:
     assert lines[-1].split() == ["ffn", "3", "yes", "2", "42", "1", "1.2", "torch"]
 
 
+def test_a_report_shows_how_evenly_experts_are_used() -> None:
+    loads = {"expert_tokens": [3, 1], "expert_imbalance": 1.5, "expert_rank_imbalance": 1.0, "expert_tokens_dropped": 0}
+    engine = REPORT["engines"]["engine-0"]
+    assert "experts" not in ctl.describe(REPORT)
+    lines = ctl.describe(REPORT | {"engines": {"engine-0": engine | loads}}).splitlines()
+    said = "engine-0: the busiest expert had 1.50 of the mean, the busiest rank 1.00, 0 tokens dropped"
+    assert f"experts   {said}" in lines
+
+
 def test_a_report_shows_how_each_rank_spends_its_time() -> None:
     ranks = [{"host": f"h{i}", "pid": i, "busy": 3.0 - i, "waiting": 1.0 + i, "idle": 4.0} for i in range(2)]
     engine = REPORT["engines"]["engine-0"] | {"ranks": ranks}

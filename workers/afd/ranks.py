@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import wire_to_ffn
+from stepladder.parallel.balance import place_of
 from stepladder.parallel.wiring import ATTENTION, FFN
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import fixed_number
@@ -16,6 +17,7 @@ from stepladder.workers.afd.pool_forward import PoolForward, attention_executor
 from stepladder.workers.assembly import fill
 from stepladder.workers.engine_rank import EngineFigures, EngineRank
 from stepladder.workers.executor import Executor
+from stepladder.workers.expert_load import ExpertLoad
 from stepladder.workers.figures import RankFigures, counter, gauge, limit
 from stepladder.workers.rank import UNBOUNDED, Notice, PoolNotice, Rank
 from stepladder.workers.server.engine_server import EngineServer
@@ -33,7 +35,7 @@ class AttentionFigures(EngineFigures):
 
 
 @dataclass
-class PoolFigures(RankFigures):
+class PoolFigures(ExpertLoad, RankFigures):
     """steps: begun, on the first rank; resumed_steps: of those, how many another pool had begun. busy_seconds: inside
     FFNs. native_kernels: 1 if it computes with native CPU kernels, 0 if with plain torch."""
 
@@ -98,7 +100,8 @@ class FeedForwardRank(Rank):
     def _load(self, path: str) -> int:
         config = self.config
         self._store.set_timeout(self._timeout)
-        side = FeedForwardSide(self._spec, config.shard, self._mesh.all_reduce)
+        place = place_of(self._spec, config.shard, whole_experts=config.whole_experts)
+        side = FeedForwardSide(self._spec, place, self._mesh.all_reduce)
         side.clock = self._mesh.clock
         fill(side, path, self._mesh, config.engine.wanted_kernels)
         wire = wire_to_ffn(config.afd.wire, self._spec)
@@ -121,7 +124,15 @@ class FeedForwardRank(Rank):
     def stats(self) -> PoolFigures:
         pool = self._pool
         native = int(pool.side.native)
-        return PoolFigures(self._mesh.clock.split(), pool.steps, pool.resumed, pool.side.busy, native)
+        figures = PoolFigures(
+            clock=self._mesh.clock.split(),
+            steps=pool.steps,
+            resumed_steps=pool.resumed,
+            busy_seconds=pool.side.busy,
+            native_kernels=native,
+        )
+        figures.take_load(pool.side)
+        return figures
 
     def _connect(self) -> dist.Store:
         """Another connection to the pool's store."""
