@@ -19,12 +19,15 @@ ALLOWED = {  # top-level package -> where it may be imported
     "gguf": ("parallel/gguf/",),
     "wandb": ("cluster/monitor.py",),
     "deepspeed": tuple(f"workers/training/{name}.py" for name in ("ranks", "sharded", "trainer")),
-    "transformers": ("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/bench/engine/"),
+    "transformers": (
+        *("parallel/modeling_stepladder.py", "launch/demo_model/"),
+        *("launch/bench/engine/", "launch/bench/moe.py"),  # they compare with it
+    ),
 }
 _DRAFTERS = ("calibration", "lookup", "ngram", "occurrences", "recycling", "suffix")
 HOST_ONLY = (
     *("kernels/host_noise.py", "workers/core.py", "workers/scheduler.py", "workers/blocks.py", "workers/codec.py"),
-    "workers/speculation/drafter.py",
+    *(f"workers/speculation/{name}.py" for name in ("drafter", "price")),
     *(f"workers/speculation/drafters/{name}.py" for name in _DRAFTERS),
 )
 
