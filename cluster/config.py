@@ -65,6 +65,9 @@ class LayoutConfig:
         schedule: of "afd". "pingpong" splits a step into micro-batches that go to and fro; "ladder" has both sides work
             on one batch at once, which needs a ladder checkpoint; "auto" takes "ladder" wherever it can.
         micro_batches: of "pingpong"; None takes 2 (1 + tC/tF), rounded up, from measured times.
+        dispatch: of "afd". "broadcast" sends every row to all FFN ranks, each of which computes its share of every FFN;
+            "home" sends it to one, which has it computed whole: there are FFNs on all of them, and experts are asked
+            for across them.
         wire: how rows travel from attention to FFN: "plain" (the model's dtype) or "fp8", for checkpoints without lag.
     """
 
@@ -77,6 +80,7 @@ class LayoutConfig:
     ffn: int = 1
     schedule: str = "auto"
     micro_batches: int | None = None
+    dispatch: str = "broadcast"
     wire: str = "plain"
 
     def __post_init__(self) -> None:
@@ -84,7 +88,8 @@ class LayoutConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
         choices = {"kind": tuple(LAYOUTS), "balance": ("auto", "even"), "schedule": SCHEDULES, "wire": tuple(WIRES)} | {
-            "experts": ("split", "whole")
+            "experts": ("split", "whole"),
+            "dispatch": ("broadcast", "home"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -107,6 +112,11 @@ class LayoutConfig:
     def groups(self) -> list[Group]:
         """All groups of ranks, engines first."""
         return LAYOUTS[self.kind].groups(self)
+
+    @property
+    def home(self) -> bool:
+        """Whether a row goes to one FFN rank only."""
+        return self.dispatch == "home"
 
     @property
     def whole_experts(self) -> bool:
@@ -144,7 +154,7 @@ def _afd(layout: LayoutConfig) -> list[Group]:
 LAYOUTS = {
     "tp": Layout(("tp", "replicas", "balance", "experts"), "choose layout=afd for it", _tp),
     "afd": Layout(
-        ("attention", "ffn", "experts", "schedule", "micro_batches", "wire"),
+        ("attention", "ffn", "experts", "dispatch", "schedule", "micro_batches", "wire"),
         "use layout.attention and layout.ffn",
         _afd,
     ),

@@ -205,6 +205,7 @@ class Gang:
                 schedule=self.deployment.layout.schedule,
                 micro_batches=self.deployment.layout.micro_batches,
                 wire=self.deployment.layout.wire,
+                home=self.deployment.layout.home,
                 patience_seconds=3 * self.deployment.cluster.hang_seconds,
             ),
         )

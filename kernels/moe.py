@@ -49,7 +49,7 @@ def mix(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], f
             mine = pairs[begin : begin + count]
             results = results.index_copy(0, mine, expert(x[mine // per_token]).to(weights.dtype))
         begin += count
-    terms = results.view(tokens, per_token, -1) * weights[..., None]
+    terms = results.view(tokens, per_token, x.shape[-1]) * weights[..., None]
     total = terms[:, 0]
     for nth in range(1, per_token):
         total = total + terms[:, nth]

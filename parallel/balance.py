@@ -8,19 +8,21 @@ from dataclasses import replace
 from itertools import pairwise
 
 from stepladder.parallel.heads import heads_of
-from stepladder.parallel.shards import Placement, Shard
+from stepladder.parallel.shards import ALONE, Placement, Shard
 from stepladder.parallel.spec import ModelSpec
 
 UNIT = 16  # columns that a share is rounded to, so that rows of weights begin at whole cache lines
 SMALL = 32  # units per rank; below, rounding would cost more than it brings
 
 
-def place_of(spec: ModelSpec, shard: Shard, balance: bool = False, whole_experts: bool = False) -> Placement:
+def place_of(
+    spec: ModelSpec, shard: Shard, balance: bool = False, whole_experts: bool = False, home: bool = False
+) -> Placement:
     """A rank's place in the groups that share modules.
 
     Args:
         balance: FFNs make up for what attention splits unevenly. whole_experts: ranks hold whole experts, contiguous
-            ones, in place of a part of each.
+            ones, in place of a part of each. home: rows live on one rank each, and FFNs are on all of them whole.
 
     Raises:
         ValueError: there are more ranks than heads, or than experts, or no experts at all.
@@ -28,7 +30,9 @@ def place_of(spec: ModelSpec, shard: Shard, balance: bool = False, whole_experts
     if whole_experts and not spec.experts:
         raise ValueError("layout.experts is whole, but this model has no experts; leave it at split")
     place = balanced(spec, shard) if balance else Placement.of(shard)
-    return replace(place, whole_experts=whole_experts)
+    if home:
+        place = Placement(ALONE, ALONE, shard)
+    return replace(place, whole_experts=whole_experts, home=home)
 
 
 def balanced(spec: ModelSpec, shard: Shard) -> Placement:

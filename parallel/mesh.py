@@ -62,6 +62,11 @@ class Mesh:
         assert values is not None
         return values
 
+    def exchange(self, rows: Tensor, counts: list[int], coming: list[int] | None) -> Tensor:
+        """Rows [n, ...] to the ranks, `counts` for each in their order; what the ranks have sent here, `coming` rows
+        from each; None if that is as many as go there. Every rank calls it."""
+        return rows
+
     def share(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, from device to device; the others pass one of its shape to be filled."""
         return tensor
@@ -139,6 +144,13 @@ class Group(Mesh):
             rest.copy_(torch.tensor(values[self.FIRST - 1 :]))
         self._broadcast(rest)
         return first[1:].tolist() + rest.tolist()
+
+    def exchange(self, rows: Tensor, counts: list[int], coming: list[int] | None) -> Tensor:
+        coming = counts if coming is None else coming
+        came = rows.new_empty(sum(coming), *rows.shape[1:])
+        with self._waiting:
+            self._tensors.alltoall_base(came, rows.contiguous(), coming, counts).wait()
+        return came
 
     def share(self, tensor: Tensor) -> Tensor:
         with self._waiting:

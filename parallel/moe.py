@@ -3,6 +3,7 @@
 Letters: T tokens, h hidden, E experts, k of these per token, I this rank's part of an expert's inner size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         load: tokens that each expert has got in inference, int64 [E].
+        across: computes the experts of rows that live here, those that other ranks hold included; None if all ranks
+            have the same rows.
     """
 
     PRODUCTS: ClassVar = {
@@ -32,6 +35,7 @@ class MixtureOfExperts(nn.Module):
         "shared_out": Product("shared_down", wide=True),
     }
     load: Tensor
+    across: Callable[..., Tensor] | None = None
 
     def __init__(self, spec: ModelSpec, layer: int, place: Placement) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ class MixtureOfExperts(nn.Module):
         )
         self.shared_gate_up = self.shared_down = None
         if self.shared:
-            size, mine = e.shared_inner, place.experts.split(e.shared_inner, "the intermediate size of a shared expert")
+            size, mine = e.shared_inner, place.shared.split(e.shared_inner, "the intermediate size of a shared expert")
             self.shared_gate_up = Sharded.of(
                 *(rows(name(p), (size, h), mine) for p in ("moe.shared_gate", "moe.shared_up")), dtype=spec.dtype
             )
@@ -68,7 +72,7 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = route(scores[:, : self.count], self.per_token, self.renormalise)
         if torch.is_inference_mode_enabled():
             self._count(chosen.flatten())
-        total = self.mix(normed, weights, chosen)
+        total = self.across(self.mix, normed, weights, chosen) if self.across else self.mix(normed, weights, chosen)
         if self.shared:
             shared = self.shared_out(self.shared_in(normed)).to(total.dtype)
             total = total + (scores[:, self.count :].to(total.dtype).sigmoid() * shared if self.gated else shared)

@@ -55,12 +55,14 @@ class Placement:
 
     Attributes:
         whole_experts: ranks hold whole experts; else each a part of every expert.
+        home: rows live on one rank of the group each, which computes all of them but the experts that others hold.
     """
 
     attention: Shard = ALONE
     ffn: Shard = ALONE
     experts: Shard = ALONE
     whole_experts: bool = False
+    home: bool = False
 
     @classmethod
     def of(cls, place: "Placement | Shard") -> "Placement":
@@ -71,6 +73,11 @@ class Placement:
     def held(self) -> Shard:
         """Whose share of whole experts this rank has; all of them, if each is cut."""
         return self.experts if self.whole_experts else ALONE
+
+    @property
+    def shared(self) -> Shard:
+        """Whose share of a shared expert."""
+        return ALONE if self.home else self.experts
 
     @property
     def inside(self) -> Shard:

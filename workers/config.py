@@ -53,6 +53,7 @@ class AfdConfig:
     """How attention ranks and the FFN pool work together; see `LayoutConfig` for the first three.
 
     Attributes:
+        home: a row goes to one FFN rank, not to all.
         patience_seconds: how long an attention rank waits for another pool than the one that it has lost while the
             controller goes on naming that one; then it ends, and is put back.
     """
@@ -61,6 +62,7 @@ class AfdConfig:
     micro_batches: int | None = None
     wire: str = "plain"
     patience_seconds: float = 30.0
+    home: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ been folded in. Nobody waits longer than that, and nothing is computed twice on 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from time import monotonic
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Header, Later
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.residual import Block, Done, Fold, Pending, ResidualStream
+from stepladder.parallel.shards import equal_shares
 from stepladder.parallel.spec import ModelSpec
 
 REMEMBER = 8  # points of a stream; micro-batches in rotation are at most one contribution of F apart
@@ -51,6 +52,11 @@ class Layout:
     @property
     def micro_batches(self) -> int:
         return len(self.tokens[0])
+
+    def home(self, rank: int, size: int) -> "Layout":
+        """Of the rows that live on one F rank: as even a share of every micro-batch as there can be, contiguous."""
+        tokens = tuple(tuple(equal_shares(count, size)[rank] for count in own) for own in self.tokens)
+        return replace(self, tokens=tokens)
 
     def header(self, block: int, micro: int, source: int = 0) -> Header:
         """Of a message with the rows of the A rank at `source`, in either direction."""
@@ -87,6 +93,8 @@ class Link(Pool):
         edges, layout: of this step; `layout.tokens` has one row, this rank's.
         spec: the model's; rows have its hidden size and dtype.
         clock: of this rank.
+        home: rows go to one F rank each, as `Layout.home` has it, and come back whole; else to all, and come back as
+            partial sums.
         again: finds the next pool when an edge is lost; without it, or when it finds none, EdgeLost goes through.
 
     Attributes:
@@ -100,8 +108,9 @@ class Link(Pool):
         spec: ModelSpec,
         again: Again | None = None,
         clock: Clock | None = None,
+        home: bool = False,
     ) -> None:
-        self._clock = clock or Clock()
+        self._clock, self._home = clock or Clock(), home
         self.edges, self.layout, self._spec, self._again = edges, layout, spec, again
         self.waited = 0.0
         self._mine: dict[tuple[int, int], Tensor] = {}
@@ -193,17 +202,24 @@ class Link(Pool):
         ]
 
     def _send(self, block: int, micro: int, rows: Tensor) -> None:
-        header = self.layout.header(block, micro)
-        if header.tokens:
-            for edge in self.edges:
-                edge.send(header, rows)
+        headers = self._headers(block, micro)
+        parts = rows.split([header.tokens for header in headers]) if self._home else [rows] * len(headers)
+        for edge, header, part in zip(self.edges, headers, parts, strict=True):
+            if header.tokens:
+                edge.send(header, part)
 
     def _post(self, block: int, micro: int) -> None:
-        header = self.layout.header(block, micro)
         hidden, dtype = self._spec.hidden_size, self._spec.dtype
-        if header.tokens:
-            parts = [edge.receive(header, hidden, dtype) for edge in self.edges]
-            # partial sums of several ranks, added up in the ranks' order
-            self._posted[block, micro] = Later(lambda: reduce(torch.add, [part.wait() for part in parts]))
+        headers = zip(self.edges, self._headers(block, micro), strict=True)
+        parts = [edge.receive(header, hidden, dtype) for edge, header in headers if header.tokens]
+        # rows of several ranks; or partial sums of all of them, added up in the ranks' order
+        joined: Callable[[list[Tensor]], Tensor] = torch.cat if self._home else partial(reduce, torch.add)
+        if parts:
+            self._posted[block, micro] = Later(lambda: joined([part.wait() for part in parts]))
         else:
             self._posted[block, micro] = Done(torch.empty(0, hidden, dtype=dtype))
+
+    def _headers(self, block: int, micro: int) -> list[Header]:
+        """Of the message to each F rank, and from it."""
+        layout, size = self.layout, len(self.edges)
+        return [(layout.home(rank, size) if self._home else layout).header(block, micro) for rank in range(size)]

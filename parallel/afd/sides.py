@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from stepladder.parallel.afd.edges import INPUT, EdgeLost, GlooEdge, Later
+from stepladder.parallel.afd.home import Exchange
 from stepladder.parallel.afd.pool_link import REMEMBER, Layout, Pool
 from stepladder.parallel.clock import Clock
 from stepladder.parallel.context import Context
+from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.model import Transformer
+from stepladder.parallel.moe import MixtureOfExperts
 from stepladder.parallel.residual import Block, Done, Pending, Reduce, ResidualStream, run_blocks
 from stepladder.parallel.shards import ALONE, Placement, Shard
 from stepladder.parallel.spec import ModelSpec
@@ -69,14 +72,31 @@ class AttentionSide(Transformer):
 class FeedForwardSide(Transformer):
     """What an F rank holds of the model: its shard of every FFN. `reduce` adds up the F ranks' partial sums.
 
-    The rows of A rank i go back as partial sums, which A adds up in the order of the F ranks; so does `reduce`.
+    The rows of A rank i go back as partial sums, which A adds up in the order of the F ranks; so does `reduce`. Where
+    rows live on one F rank each (`Placement.home`), a rank has its own rows only, and sends them back whole.
+
+    Args:
+        mesh: of the F ranks, where rows live on one each.
 
     Attributes:
         busy: seconds inside its FFNs since it began. calls: of them. clock: of this rank.
     """
 
-    def __init__(self, spec: ModelSpec, place: Placement | Shard = ALONE, reduce: Reduce = Done) -> None:
-        super().__init__(spec, place, reduce, pools=(FFN,))
+    def __init__(
+        self,
+        spec: ModelSpec,
+        place: Placement | Shard = ALONE,
+        reduce: Reduce = Done,
+        mesh: Mesh | None = None,
+    ) -> None:
+        place = Placement.of(place)
+        super().__init__(spec, place, Done if place.home else reduce, pools=(FFN,))
+        if place.home and spec.experts:
+            assert mesh is not None
+            across = Exchange(mesh, place, spec.experts.count)
+            for module in self.modules():
+                if isinstance(module, MixtureOfExperts):
+                    module.across = across
         self.busy, self.calls, self.clock = 0.0, 0, Clock()
 
     def forward(self, edges: Sequence[GlooEdge | None], layout: Layout) -> set[int]:  # type: ignore[override]
@@ -86,6 +106,8 @@ class FeedForwardSide(Transformer):
             The places in `layout` of A ranks that were lost on the way (or before: None among the edges). Their rows
             went on as zeros, and nobody waited for them.
         """
+        if self.placement.home:
+            layout = layout.home(self.placement.experts.rank, self.placement.experts.size)
         sources = _Sources(edges, layout, self.spec, self.clock)
 
         def contribute(number: int, block: Block, micro: int, stream: ResidualStream, context: Any) -> list[Pending]:
@@ -107,7 +129,7 @@ class FeedForwardSide(Transformer):
     def _compute(self, number: int, block: Block, micro: int, stream: ResidualStream, sources: "_Sources") -> Pending:
         """This rank's partial sum: to every A rank its rows, and the whole of it to the other F ranks."""
         x, began = stream.input(block.lag), monotonic()
-        partial = _if_rows(block, x, None)
+        partial = block(x, None) if self.placement.home else _if_rows(block, x, None)  # others may need this rank
         self.busy += monotonic() - began
         self.calls += 1
         sources.send(number, micro, partial)

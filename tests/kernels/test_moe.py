@@ -95,6 +95,13 @@ def test_a_rows_bits_are_its_own() -> None:
         assert torch.equal(native(x[rows], weights[rows], chosen[rows]), whole[rows])
 
 
+def test_no_tokens_are_nothing() -> None:
+    native = Experts.of(*(part.flatten(0, 1) for part in some(12)), COUNT)
+    x, weights, chosen = (tensor[:0] for tensor in routed(4, 2))
+    for mixed in (native(x, weights, chosen), mix(x, weights, chosen, [lambda rows: rows] * COUNT)):
+        assert mixed.shape == (0, HIDDEN)
+
+
 def test_experts_can_be_learnt() -> None:
     """Gradients reach the experts that were chosen, their weights, and nobody else."""
     gate_up, down = (part.requires_grad_() for part in some(12))

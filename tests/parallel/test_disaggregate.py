@@ -40,20 +40,23 @@ BLOCK, BLOCKS = 4, 24  # KV blocks of a sequence: tokens each, how many
 
 
 class Checkpoint(NamedTuple):
-    """whole_experts: F ranks hold whole experts. bound: of errors over the largest logit; routers amplify roundings."""
+    """whole_experts: F ranks hold whole experts. home: rows live on one F rank each. bound: of errors over the largest
+    logit; routers amplify roundings."""
 
     path: Path
     whole_experts: bool = False
+    home: bool = False
     bound: float = 1e-5
 
 
-@pytest.fixture(scope="module", params=["dense", "split", "whole"])
+@pytest.fixture(scope="module", params=["dense", "split", "whole", "dense-home", "split-home", "whole-home"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A dense model, and one with experts that F ranks have a part of, or some of."""
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "dense":
-        return Checkpoint(write_llama(folder))
-    return Checkpoint(write_family(folder, "qwen2-moe"), request.param == "whole", 5e-5)
+    kind, _, home = request.param.partition("-")
+    if kind == "dense":
+        return Checkpoint(write_llama(folder), home=bool(home))
+    return Checkpoint(write_family(folder, "qwen2-moe"), kind == "whole", bool(home), 5e-5)
 
 
 @dataclass
@@ -145,7 +148,7 @@ def apart(
 
         def step(tokens: list[Tensor], contexts: list[PagedSequences], number: int) -> list[Tensor]:
             layout = replace(plans[number], tokens=plans[number].tokens[a : a + 1])
-            return side(tokens, contexts, Link(mine, layout, spec))
+            return side(tokens, contexts, Link(mine, layout, spec, home=checkpoint.home))
 
         result = decode(batches[a], spec, cache, step, side.logits, steps)
         done.wait()
@@ -154,8 +157,8 @@ def apart(
     def feed_forward(f: int) -> None:
         store = joined()
         mesh: Mesh = join(dist.PrefixStore("f", store), Shard(f, num_f), ordered=True)
-        place = place_of(spec, mesh.shard, whole_experts=checkpoint.whole_experts)
-        side = FeedForwardSide(spec, place, mesh.all_reduce)
+        place = place_of(spec, mesh.shard, whole_experts=checkpoint.whole_experts, home=checkpoint.home)
+        side = FeedForwardSide(spec, place, mesh.all_reduce, mesh)
         load_weights(side, checkpoint.path)
         mine = [edge(store, a, f, 1) for a in range(len(batches))]
         with torch.inference_mode():

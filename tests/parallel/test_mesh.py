@@ -38,6 +38,22 @@ def test_rank_0_shares_a_tensor(tp: int) -> None:
     assert all(torch.equal(part, drawn) for part in parts)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_rows_go_to_whoever_they_are_for(ranks: int) -> None:
+    """Uneven numbers of rows, none among them, of any dtype."""
+
+    def rank_main(mesh: Mesh) -> torch.Tensor:
+        counts = [mesh.shard.rank * to for to in range(mesh.shard.size)]
+        rows = torch.tensor([[mesh.shard.rank, to, i] for to, count in enumerate(counts) for i in range(count)])
+        told = mesh.exchange(torch.tensor(counts), [1] * len(counts), None).tolist()
+        assert told == [sender * mesh.shard.rank for sender in range(mesh.shard.size)]
+        return mesh.exchange(rows.view(-1, 3).to(torch.uint8), counts, told)
+
+    for rank, came in enumerate(run_ranks(ranks, rank_main)):
+        wanted = [[sender, rank, i] for sender in range(ranks) for i in range(sender * rank)]
+        assert came.tolist() == wanted and came.dtype == torch.uint8
+
+
 def test_a_rank_that_leaves_fails_the_others_at_once() -> None:
     """Not after the timeout."""
     waited: list[float] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from stepladder.parallel.afd.edges import EdgeLost, GlooEdge, Header
 from stepladder.parallel.afd.pool_link import BEGINNING, Layout, Link, Resume
 from stepladder.parallel.afd.sides import AttentionSide, FeedForwardSide
+from stepladder.parallel.balance import place_of
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.context import KVCache, PagedSequences
 from stepladder.parallel.mesh import join
@@ -85,6 +86,7 @@ class Pools:
     lives: Sequence[int]
     threads: ThreadPoolExecutor
     size: int = 1
+    home: bool = False
     resumes: list[Resume] = field(default_factory=list)
 
     def open(self, resume: Resume = BEGINNING, lost: EdgeLost | None = None) -> tuple[list[GlooEdge], Layout]:
@@ -102,7 +104,8 @@ class Pools:
     @torch.inference_mode()
     def _serve(self, shard: Shard, edge: GlooEdge, layout: Layout, store: dist.Store) -> None:
         mesh = join(store, shard, timeout=timedelta(seconds=DEADLINE), ordered=True)
-        side = FeedForwardSide(self.spec, shard, mesh.all_reduce)
+        place = place_of(self.spec, shard, whole_experts=self.home and self.spec.experts is not None, home=self.home)
+        side = FeedForwardSide(self.spec, place, mesh.all_reduce, mesh)
         load_weights(side, self.path)
         try:
             side([edge], layout)
@@ -114,7 +117,7 @@ class Pools:
 
 @torch.inference_mode()
 def step(
-    spec: ModelSpec, path: Path, micro: int, lives: Sequence[int], size: int = 1
+    spec: ModelSpec, path: Path, micro: int, lives: Sequence[int], size: int = 1, home: bool = False
 ) -> tuple[list[Tensor], list[Resume]]:
     side = AttentionSide(spec)
     load_weights(side, path)
@@ -129,8 +132,8 @@ def step(
         contexts.append(PagedSequences(cache, [3] * len(lengths), lengths, tables))
         tokens.append(torch.randint(0, spec.vocab_size, (sum(lengths),), generator=draw))
     with ThreadPoolExecutor(size * (len(lives) + 1)) as threads:
-        pools = Pools(spec, path, tuple(map(len, tokens)), lives, threads, size)
-        hidden = side(tokens, contexts, Link(*pools.open(), spec, pools.open))
+        pools = Pools(spec, path, tuple(map(len, tokens)), lives, threads, size, home)
+        hidden = side(tokens, contexts, Link(*pools.open(), spec, pools.open, home=home))
     return hidden, pools.resumes[1:]
 
 
@@ -150,14 +153,15 @@ def test_killed_at_every_message(wiring: tuple[str, tuple[int, ...] | None], mic
     assert len(begun) == spec.num_layers, "each layer's FFN was the first of some new pool"
 
 
+@pytest.mark.parametrize("home", [False, True])
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("residual", ["standard", "ladder", "ladder-parallel"])
-def test_a_follower_is_killed_at_every_message(residual: str, micro: int, checkpoint: Path) -> None:
-    """One edge is lost first, the other when the first F rank's reduce breaks; both are made anew."""
+def test_a_follower_is_killed_at_every_message(residual: str, micro: int, home: bool, checkpoint: Path) -> None:
+    """One edge is lost first, the other when the first F rank's reduce or exchange breaks; both are made anew."""
     spec = replace(ModelSpec.load(checkpoint), residual=residual)
-    wanted, _ = step(spec, checkpoint, micro, [], size=2)
+    wanted, _ = step(spec, checkpoint, micro, [], 2, home)
     for messages in range(spec.num_layers * micro):
-        got, resumes = step(spec, checkpoint, micro, [messages], size=2)
+        got, resumes = step(spec, checkpoint, micro, [messages], 2, home)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), f"died after {messages} messages"
         assert len(resumes) == 1
 

@@ -65,7 +65,7 @@ class Membership:
         deadline: how long a message may take.
         patience: seconds that a pool which was lost here may stay the one that the controller names. Meanwhile this
             rank tries to join it again: it may have been too busy.
-        send_as: how rows travel to F.
+        send_as: how rows travel to F. home: to one F rank each, see `Link`.
         clock: of this rank.
 
     Attributes:
@@ -83,8 +83,9 @@ class Membership:
         patience: float,
         send_as: Wire,
         clock: Clock | None = None,
+        home: bool = False,
     ) -> None:
-        self._clock = clock or Clock()
+        self._clock, self._home = clock or Clock(), home
         self._spec, self._host, self._secret = spec, host, secret
         self._deadline, self._patience, self._send_as = deadline, patience, send_as
         self.sign: Callable[[], None] = lambda: None
@@ -122,7 +123,7 @@ class Membership:
             self.resumes, self.resumed_block = self.resumes + 1, resume.first
             return self._begin(layout.tokens[0], resume)
 
-        return Link(edges, layout, self._spec, again, self._clock)
+        return Link(edges, layout, self._spec, again, self._clock, self._home)
 
     def idle(self) -> None:
         """Nothing to do: the others need not wait for this rank. Joins a pool that has come up; never waits for one.

@@ -75,7 +75,9 @@ class AttentionRank(EngineRank):
         config, engine, afd = self.config, self.config.engine, self.config.afd
         engine.graphs_on(self._mesh.device)  # refuses what it cannot do
         wire, seconds = wire_to_ffn(afd.wire, self._spec), afd.patience_seconds
-        member = Membership(self._spec, config.host, config.secret, self._timeout, seconds, wire, self._mesh.clock)
+        member = Membership(
+            self._spec, config.host, config.secret, self._timeout, seconds, wire, self._mesh.clock, afd.home
+        )
         number = fixed_number(afd.schedule, afd.micro_batches, self._spec)
         assert self._mesh.shard.size == 1, "no tensor-parallel group of attention ranks yet"
         return attention_executor(
@@ -100,8 +102,8 @@ class FeedForwardRank(Rank):
     def _load(self, path: str) -> int:
         config = self.config
         self._store.set_timeout(self._timeout)
-        place = place_of(self._spec, config.shard, whole_experts=config.whole_experts)
-        side = FeedForwardSide(self._spec, place, self._mesh.all_reduce)
+        place = place_of(self._spec, config.shard, whole_experts=config.whole_experts, home=config.afd.home)
+        side = FeedForwardSide(self._spec, place, self._mesh.all_reduce, self._mesh)
         side.clock = self._mesh.clock
         fill(side, path, self._mesh, config.engine.wanted_kernels)
         wire = wire_to_ffn(config.afd.wire, self._spec)
