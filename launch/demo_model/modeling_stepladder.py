@@ -10,6 +10,10 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 if int(transformers.__version__.split(".")[0]) < 5:  # there, models take the first of what a layer returns
     raise ImportError(f"this model needs transformers 5, not {transformers.__version__}")
@@ -17,6 +21,10 @@ if int(transformers.__version__.split(".")[0]) < 5:  # there, models take the fi
 
 class StepladderLlamaConfig(LlamaConfig):
     model_type = "stepladder_llama"
+
+
+if _names := get_checkpoint_conversion_mapping(LlamaConfig.model_type):  # where files have a tensor for each expert
+    register_checkpoint_conversion_mapping(StepladderLlamaConfig.model_type, _names, overwrite=True)
 
 
 class StepladderLlamaForCausalLM(LlamaForCausalLM):
