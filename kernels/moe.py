@@ -42,14 +42,12 @@ def mix(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], f
     local = chosen.flatten() - first
     pairs = local.argsort(stable=True)
     counts = torch.bincount(local.clamp(-1, len(experts)) + 1, minlength=len(experts) + 2).tolist()
-    results = torch.zeros(len(local), x.shape[-1], dtype=weights.dtype, device=x.device)
-    begin = counts[0]
-    for expert, count in zip(experts, counts[1:], strict=False):
-        if count:
-            mine = pairs[begin : begin + count]
-            results = results.index_copy(0, mine, expert(x[mine // per_token]).to(weights.dtype))
-        begin += count
-    terms = results.view(tokens, per_token, x.shape[-1]) * weights[..., None]
+    mine = pairs.split(counts)[1 : 1 + len(experts)]
+    results = [expert(x[rows // per_token]) for expert, rows in zip(experts, mine, strict=True) if len(rows)]
+    each = torch.zeros(len(local), x.shape[-1], dtype=weights.dtype, device=x.device)
+    if results:
+        each = each.index_copy(0, pairs[counts[0] : counts[0] + sum(map(len, mine))], torch.cat(results).to(each.dtype))
+    terms = each.view(tokens, per_token, x.shape[-1]) * weights[..., None]
     total = terms[:, 0]
     for nth in range(1, per_token):
         total = total + terms[:, nth]

@@ -14,6 +14,7 @@ from stepladder.launch.typed_config import build, plain
 
 RECIPES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (demo.DemoRecipe, demo.run),
+    "demo_moe": (demo.DemoRecipe, demo.run),
     "twins": (twins.TwinsRecipe, twins.run),
     "convert": (convert.ConvertRecipe, convert.run),
     "head": (head.HeadRecipe, head.run),

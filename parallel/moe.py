@@ -27,6 +27,7 @@ class MixtureOfExperts(nn.Module):
         load: tokens that each expert has got in inference, int64 [E].
         across: computes the experts of rows that live here, those that other ranks hold included; None if all ranks
             have the same rows.
+        balance: in training, how unevenly the experts were used by the last tokens, for the loss: `unevenness`.
     """
 
     PRODUCTS: ClassVar = {
@@ -36,6 +37,7 @@ class MixtureOfExperts(nn.Module):
     }
     load: Tensor
     across: Callable[..., Tensor] | None = None
+    balance: Tensor | None = None
 
     def __init__(self, spec: ModelSpec, layer: int, place: Placement) -> None:
         super().__init__()
@@ -72,6 +74,8 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = route(scores[:, : self.count], self.per_token, self.renormalise)
         if torch.is_inference_mode_enabled():
             self._count(chosen.flatten())
+        elif self.training and torch.is_grad_enabled():
+            self.balance = unevenness(scores[:, : self.count], chosen)
         total = self.across(self.mix, normed, weights, chosen) if self.across else self.mix(normed, weights, chosen)
         if self.shared:
             shared = self.shared_out(self.shared_in(normed)).to(total.dtype)
@@ -99,6 +103,18 @@ class MixtureOfExperts(nn.Module):
     def shared_out(self, inner: Tensor) -> Tensor:
         """The shared expert's partial sum [T, h]."""
         return F.linear(inner, self.shared_down)  # type: ignore[arg-type]
+
+
+def unevenness(scores: Tensor, chosen: Tensor) -> Tensor:
+    """The load-balancing loss of Switch Transformers (Fedus et al. 2101.03961, equation 4) for k experts per token: E
+    times the sum over experts of its share of the pairs and its mean probability. 1 if all are used alike.
+
+    Args:
+        scores: [T, E], what the router says. chosen: [T, k], the experts.
+    """
+    count = scores.shape[1]
+    shares = torch.bincount(chosen.flatten(), minlength=count) / chosen.numel()
+    return count * (shares * scores.softmax(-1, dtype=torch.float32).mean(0)).sum()
 
 
 def _swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:

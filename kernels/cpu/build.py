@@ -21,7 +21,7 @@ CACHE = "~/.cache/stepladder/kernels"
 SOURCES = ("library", "attention", "draw", "experts", "products", "recurrent", "rows", "team")
 HERE, NAME = Path(__file__).parent, "stepladder_cpu.so"
 FLAGS: tuple[str, ...] = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-Wno-psabi", "-Wno-ignored-attributes", "-march=native")
+FLAGS += ("-ffp-contract=off", "-Wno-psabi", "-Wno-ignored-attributes", "-march=native")
 
 
 class Unavailable(RuntimeError):

@@ -19,7 +19,7 @@ void norm_row(const float* x, float* y, int64_t K, const Norm& norm) {
   vec squares{};
   for (int64_t k = 0; k < whole; k += LANES) {
     vec off = load(x + k) - mean;
-    squares += off * off;
+    squares = fma(off, off, squares);
   }
   float square = sum_of(squares);
   for (int64_t k = whole; k < K; k++) square += (x[k] - mean) * (x[k] - mean);

@@ -36,7 +36,7 @@ static inline void tile(const float* x, int64_t ldx, const W* w, int64_t ldw, fl
     for (int64_t byte = 0; byte < next.share; byte += 64) __builtin_prefetch(next.from + k * next.share + byte, 0, 2);
     for (int m = 0; m < M; m++) {
       vec scale = all(x[m * ldx + k]);
-      for (int j = 0; j < J; j++) sum[m][j] += scale * now[j];
+      for (int j = 0; j < J; j++) sum[m][j] = fma(scale, now[j], sum[m][j]);
     }
   }
   for (int m = 0; m < M; m++)
@@ -56,7 +56,7 @@ static inline void strip(const float* x, int64_t ldx, const W* w, int64_t ldw, f
   for (; c < n; c++)
     for (int m = 0; m < M; m++) {
       float sum = 0;
-      for (int64_t k = 0; k < K; k++) sum = std::fma(x[m * ldx + k], widen(w[k * ldw + c]), sum);
+      for (int64_t k = 0; k < K; k++) sum = fma(x[m * ldx + k], widen(w[k * ldw + c]), sum);
       y[m * ldy + c] = first ? sum : y[m * ldy + c] + sum;
     }
 }

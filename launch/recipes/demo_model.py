@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: text, tokenizer, weights and figures, all from one Python installation."""
+"""The recipe of the bundled models: text, tokenizer, weights and figures, all from one Python installation."""
 
 import json
 import platform
@@ -24,6 +24,7 @@ from stepladder.launch.recipes.training import (
 from stepladder.parallel.checkpoint import load_weights
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
+from stepladder.parallel.moe import MixtureOfExperts
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.training.ranks import Ranks, training_ranks
 from stepladder.workers.training.trainer import Trainer
@@ -81,18 +82,22 @@ def train(recipe: DemoRecipe, corpus: Corpus, directory: Path, ranks: Ranks) -> 
 
 
 def measure(directory: Path, corpus: Corpus) -> dict[str, Any]:
-    """Held-out bits per byte of the model in `directory` (its bf16 weights, computed in fp32) and of primed xz."""
+    """Held-out bits per byte of the model in `directory` (its bf16 weights, computed in fp32) and of primed xz; of a
+    mixture of experts how many tokens the least used expert of any layer got, as a share of what is fair."""
     spec = ModelSpec.load(directory)
     model = Transformer(spec)
     load_weights(model, directory)
     words = Words.of_bundled(Tokenizer.from_file(str(directory / "tokenizer.json")))
     text = corpus.held_out
+    bits = words.bits_per_byte(model, text, spec.max_position)
+    loads = [module.load for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    least = min((float(load.min() / load.double().mean()) for load in loads), default=None)
     return {
         "python": platform.python_version(),
         "data_sha256": corpus.sha256,
         "train_bytes": size(corpus.train),
         "held_out_bytes": size(text),
         "held_out_documents": len(text),
-        "held_out_bits_per_byte": round(words.bits_per_byte(model, text, spec.max_position), 4),
+        "held_out_bits_per_byte": round(bits, 4),
         "primed_xz_bits_per_byte": round(primed_xz_bits_per_byte(corpus.train, text), 4),
-    }
+    } | ({} if least is None else {"least_used_expert": round(least, 3)})

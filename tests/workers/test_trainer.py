@@ -51,6 +51,7 @@ CONFIG = TrainConfig(
     warmup=0.1,
     decay=0.5,
     clip=None,
+    balance=None,
     precision="fp32",
     log_every=4,
     checkpoint_every=5,

@@ -54,7 +54,7 @@ def windows(document: Sequence[int], context: int) -> list[Window]:
     return [Window(document[start : start + context + 1], start and context - stride) for start in starts]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _nats(model: Transformer, group: Sequence[Window]) -> float:
     """Summed cost of the counted targets of equally long windows."""
     device = model.embedding.weight.device

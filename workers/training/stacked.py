@@ -1,4 +1,5 @@
-"""Query, key and value as the three matrices they are in the checkpoint, while a model that keeps them as one trains.
+"""Query, key and value, or the matrices of experts, as what they are in the checkpoint, while a model that keeps them
+as one trains.
 
 Muon orthogonalises what it is given, and a merged parameter is not one matrix but several below each other.
 """

@@ -16,6 +16,9 @@ class TrainConfig:
     `weight_decay` is AdamW's. adam_lr: of everything else. clip: the gradient's largest norm, or null; only without
     Muon, since DeepSpeed clips after Muon has orthogonalised, which would scale its updates down and nothing else.
 
+    balance: the weight in the loss of how unevenly experts are used (parallel/moe.py), summed over the layers; null
+    for a model without experts.
+
     weight_decay: of the matrices. precision: fp32, or bf16 for torch's autocast. log_every, checkpoint_every: steps.
     """
 
@@ -30,6 +33,7 @@ class TrainConfig:
     warmup: float
     decay: float
     clip: float | None
+    balance: float | None
     precision: str
     log_every: int
     checkpoint_every: int
@@ -38,7 +42,7 @@ class TrainConfig:
         for name in ("tokens", "batch_tokens", "accumulate", "adam_lr", "log_every", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("muon_lr", "clip"):
+        for name in ("muon_lr", "clip", "balance"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be above 0, or null")
         if self.muon_lr is not None and self.clip is not None:

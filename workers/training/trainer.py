@@ -27,6 +27,7 @@ from torch.optim import AdamW, Optimizer
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import Norm
+from stepladder.parallel.moe import MixtureOfExperts
 from stepladder.workers.training.ranks import Ranks
 from stepladder.workers.training.sharded import Sharded
 from stepladder.workers.training.sliced_loss import sliced_cross_entropy
@@ -53,12 +54,15 @@ class Trainer:
         directory: where checkpoints are kept; one found there is continued.
 
     Raises:
-        ValueError: the checkpoint found there is of other `settings`.
+        ValueError: the checkpoint found there is of other `settings`, or `config.balance` does not suit the model.
     """
 
     def __init__(self, model: Transformer, stream: Tensor, config: TrainConfig, directory: Path, ranks: Ranks) -> None:
         self.model, self.config, self.ranks = model.to(ranks.device).train(), config, ranks
         self.directory = directory / "checkpoint"
+        self._mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+        if config.balance is not None and not self._mixtures:
+            raise ValueError(f"train.balance is {config.balance}, but the model has no experts; set train.balance=null")
         for stage in range(len(config.contexts)):
             config.share(stage, ranks.size)
         self.windows = [TextWindows(stream, length, config.seed) for length in config.contexts]
@@ -87,7 +91,8 @@ class Trainer:
             RuntimeError: the loss is no longer a number.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
-        losses, seconds = [], 0.0  # of steps alone: not of checkpoints, nor of what the caller does between two steps
+        losses = list[tuple[float, float]]()
+        seconds = 0.0  # of steps alone: not of checkpoints, nor of what the caller does between two steps
         while self.step < last:
             began = time.monotonic()
             losses.append(self._train_step())
@@ -144,27 +149,28 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self._saved = self.step
 
-    def _train_step(self) -> float:
-        """One optimiser step: mean loss in nats per token."""
+    def _train_step(self) -> tuple[float, float]:
+        """One optimiser step: mean loss in nats per token, and how unevenly experts were used, mean of the layers."""
         config, (stage, first_step) = self.config, self.config.stage(self.step)
         length, share = config.contexts[stage], config.share(stage, self.ranks.size)
         first = (self.step - first_step) * (config.batch_tokens // length) + self.ranks.rank * share * config.accumulate
-        loss = 0.0
+        loss = uneven = 0.0
         with torch.compiler.set_stance("force_eager"):
             for micro in range(config.accumulate):
                 if micro:
                     self.engine.step()
-                loss += self._micro_batch(stage, first + micro * share, share) / config.accumulate
-            loss = self.ranks.mean(loss)
+                one = self._micro_batch(stage, first + micro * share, share)
+                loss, uneven = loss + one[0] / config.accumulate, uneven + one[1] / config.accumulate
+            loss, uneven = self.ranks.mean(loss), self.ranks.mean(uneven)
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss is {loss} at step {self.step}; lower train.muon_lr and train.adam_lr")
             for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
                 group["lr"] = peak * config.lr_scale(self.step)
             self.engine.step()
         self.step += 1
-        return loss
+        return loss, uneven
 
-    def _micro_batch(self, stage: int, first: int, count: int) -> float:
+    def _micro_batch(self, stage: int, first: int, count: int) -> tuple[float, float]:
         """Accumulate the gradients of `count` windows."""
         device, length = self.ranks.device, self.config.contexts[stage]
         inputs, targets = (t.to(device) for t in self.windows[stage].batch(first, count))
@@ -172,17 +178,31 @@ class Trainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             hidden = self.model(inputs, sequences(count, length, device))
             loss = sliced_cross_entropy(self.model, hidden, targets)
-        self.engine.backward(loss)
-        return loss.item()
+        uneven = self._unevenness()
+        self.engine.backward(loss + (self.config.balance or 0.0) * uneven)
+        return loss.item(), uneven.item() / max(1, len(self._mixtures))
 
-    def _metrics(self, losses: list[float], seconds: float) -> dict[str, Any]:
+    def _unevenness(self) -> Tensor:
+        """Of the tokens that the model saw last, summed over its layers."""
+        return sum(
+            (m.balance for m in self._mixtures if m.balance is not None), torch.zeros((), device=self.ranks.device)
+        )
+
+    def _metrics(self, losses: list[tuple[float, float]], seconds: float) -> dict[str, Any]:
+        means = [sum(each) / len(losses) for each in zip(*losses, strict=True)]
         return {
             "train/step": self.step,
             "train/tokens": self.step * self.config.batch_tokens,
-            "train/loss": sum(losses) / len(losses),
+            "train/loss": means[0],
+            **({"train/expert_unevenness": means[1]} if self._mixtures else {}),
             "train/lr_scale": self.config.lr_scale(self.step - 1),
             "train/tokens_per_s": len(losses) * self.config.batch_tokens / seconds,
         }
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether products in bf16 are fast there: torch computes them a hundredfold slower on CPUs without AVX-512."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _differences(found: Mapping[str, Any], mine: Mapping[str, Any], inside: str = "") -> Iterator[str]:
@@ -210,7 +230,9 @@ def _optimizer(model: Transformer, config: TrainConfig) -> Optimizer:
 
     for parameter in model.parameters():
         setattr(parameter, "use_muon", id(parameter) in inside)  # noqa: B010
-    muon = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "ns_method": "standard"}
+    # "standard" iterates in bf16 wherever it runs; "gram" in fp32 where a CPU has no instructions for it
+    method = "standard" if bf16_pays(next(model.parameters()).device) else "gram"
+    muon = {"lr": config.muon_lr, "momentum": 0.95, "weight_decay": config.weight_decay, "ns_method": method}
     groups = [
         {"params": matrices, "use_muon": True, "name": "muon", **muon},
         {"params": rest, "use_muon": False, "name": "adam", "weight_decay": 0.0, **adam},
