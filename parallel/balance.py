@@ -51,8 +51,9 @@ def balanced(spec: ModelSpec, shard: Shard) -> Placement:
 
 def _attention_weights(spec: ModelSpec, shard: Shard) -> int:
     """Weights of one attention module on a rank: query, key, value and output."""
-    heads = heads_of(spec, shard)
-    return 2 * (len(heads.query) + len(heads.kv)) * spec.head_dim * spec.hidden_size
+    heads, h, r = heads_of(spec, shard), spec.hidden_size, spec.query_rank
+    queries = len(heads.query) * spec.head_dim
+    return (r * (h + queries) if r else h * queries) + h * (queries + 2 * len(heads.kv) * spec.head_dim)
 
 
 def _shares(total: int, handicaps: list[float]) -> tuple[int, ...]:

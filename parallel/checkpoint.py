@@ -144,11 +144,11 @@ def save_weights(model: Transformer, directory: str | Path, dtype: torch.dtype) 
     """Write an unsharded model as `model.safetensors` under its Hugging Face names, and beside it the code that has
     `transformers` compute it, where the wiring is not its family's own."""
     assert model.shard.size == 1, "only a whole model can be written"
-    tensors = {
-        piece.name: parameter.view_of(piece).to(dtype).contiguous().cpu()
-        for parameter in sharded_parameters(model)
-        for piece in parameter.pieces
-    }
+    tensors = dict[str, Tensor]()
+    for parameter in sharded_parameters(model):
+        for piece in parameter.pieces:
+            whole = tensors.setdefault(piece.name, torch.empty(piece.stored_shape, dtype=dtype))
+            (whole[piece.place] if piece.stack else whole).copy_(parameter.view_of(piece))
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
     if "auto_map" in identity(model.spec.family, model.spec.residual):
         (Path(directory) / f"{REMOTE_CODE}.py").write_text(_remote_code(model.spec.family))

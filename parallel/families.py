@@ -2,7 +2,8 @@
 
 A family is data: it fills in what `transformers` assumes where its configuration is silent, and says how its decoder
 differs from Llama's. To add one, write the function that reads its fields and the one that writes them, enter both in
-FAMILIES with the names of its tensors where they differ, and give it a row in tests/families.py.
+FAMILIES with the names of its tensors where they differ, and give it a row in tests/families.py, or a definition to
+judge it by, as tests/step3.py is one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,18 @@ QWEN_MOE_NAMES = LLAMA_NAMES | {
     "moe.shared_switch": "model.layers.{}.mlp.shared_expert_gate",
 }
 
+STEP3_NAMES = LLAMA_NAMES | {
+    "attention.query_norm": "model.layers.{}.self_attn.inter_norm",
+    "attention.queries": "model.layers.{}.self_attn.wq",
+    "moe.router": "model.layers.{}.moe.gate",
+    "moe.gate": "model.layers.{}.moe.gate_proj",
+    "moe.up": "model.layers.{}.moe.up_proj",
+    "moe.down": "model.layers.{}.moe.down_proj",
+    "moe.shared_gate": "model.layers.{}.share_expert.gate_proj",
+    "moe.shared_up": "model.layers.{}.share_expert.up_proj",
+    "moe.shared_down": "model.layers.{}.share_expert.down_proj",
+}
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 # Fields that change the mathematics, and the value that leaves it as it is. A family reads a field or refuses others.
@@ -105,6 +118,8 @@ def identity(family: str, residual: str) -> dict[str, Any]:
     if residual == FAMILIES[family].residual:
         return {"architectures": [theirs], "model_type": family}
     name = f"Stepladder{theirs.removesuffix('ForCausalLM')}"
+    if not FAMILIES[family].in_transformers:
+        return {"architectures": [f"{name}ForCausalLM"], "model_type": OURS + family}
     classes = {"AutoConfig": f"{name}Config", "AutoModelForCausalLM": f"{name}ForCausalLM"}
     return {
         "architectures": [f"{name}ForCausalLM"],
@@ -123,6 +138,7 @@ class Family:
         write: fields of the `config.json` of a ModelSpec, besides those that all families have in common.
         names: of its tensors, as `LLAMA_NAMES`.
         residual: its own wiring, which its class in `transformers` has.
+        in_transformers: whether there is such a class.
     """
 
     architecture: str
@@ -130,6 +146,12 @@ class Family:
     write: Callable[["ModelSpec"], dict[str, Any]]
     names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
     residual: str = "standard"
+    in_transformers: bool = True
+
+    @property
+    def stacked_experts(self) -> bool:
+        """Whether one tensor has the matrices of all experts that are alike."""
+        return "moe.gate" in self.names and self.names["moe.gate"].count("{}") == 1
 
 
 def _llama(config: Config) -> dict[str, Any]:
@@ -225,6 +247,38 @@ def _qwen_experts(config: Config, count: int, per_token: int, inner: int, shared
     )
 
 
+def _step3(config: Config) -> dict[str, Any]:
+    """The language model of Step-3, as `vllm` reads it; `transformers` has no class of it."""
+    config = {
+        "num_attention_groups": 1,
+        "head_dim": 256,
+        "max_position_embedding": 65536,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    } | dict(config)
+    if config["num_attention_groups"] != 1:
+        raise ValueError(f"num_attention_groups is {config['num_attention_groups']}; only 1 is supported")
+    layers = config["num_hidden_layers"]
+    chosen = config.get("moe_layers_enum")
+    if isinstance(chosen, str):  # "4,5,6"
+        chosen = [int(part) if part.strip().isdecimal() else -1 for part in chosen.split(",") if part.strip()]
+    chosen = tuple(range(1, layers)) if chosen is None else tuple(sorted({*chosen}))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < layers:
+        raise ValueError(
+            f"moe_layers_enum is {shown(config['moe_layers_enum'])}; it must name layers 0 to {layers - 1}"
+        )
+    experts = ExpertSpec(
+        layers=chosen,
+        count=config["moe_num_experts"],
+        per_token=config["moe_top_k"],
+        inner=config["moe_intermediate_size"],
+        shared_inner=config["share_expert_dim"],
+        renormalise=bool(config.get("norm_expert_weight")),
+    )
+    config |= {"num_key_value_heads": 1, "max_position_embeddings": config["max_position_embedding"]}
+    return _decoder(config) | {"query_rank": config["share_q_dim"], "experts": experts if chosen else None}
+
+
 def _experts(config: Config, count: int) -> int:
     """How many there are; versions of transformers write either name."""
     named = [config[name] for name in EXPERT_COUNTS if config.get(name) is not None]
@@ -305,6 +359,22 @@ def _write_qwen_experts(spec: "ModelSpec") -> dict[str, Any]:
     } | ({"shared_expert_intermediate_size": experts.shared_inner} if experts.shared_inner else {})
 
 
+def _write_step3(spec: "ModelSpec") -> dict[str, Any]:
+    experts = spec.experts or ExpertSpec(layers=(), count=1, per_token=1, inner=spec.intermediate_size)
+    return {
+        "rms_norm_eps": spec.norm_eps,
+        "num_attention_groups": spec.num_kv_heads,
+        "max_position_embedding": spec.max_position,
+        "share_q_dim": spec.query_rank,
+        "moe_layers_enum": ",".join(map(str, experts.layers)),
+        "moe_num_experts": experts.count,
+        "moe_top_k": experts.per_token,
+        "moe_intermediate_size": experts.inner,
+        "share_expert_dim": experts.shared_inner,
+        "norm_expert_weight": experts.renormalise,
+    }
+
+
 def _write_cohere(spec: "ModelSpec") -> dict[str, Any]:
     return {
         "layer_norm_eps": spec.norm_eps,
@@ -322,6 +392,7 @@ FAMILIES = {
     "mixtral": Family("MixtralForCausalLM", _mixtral, _write_mixtral, MIXTRAL_NAMES),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, _write_qwen2_moe, QWEN_MOE_NAMES),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, _write_qwen3_moe, QWEN_MOE_NAMES),
+    "step3_text": Family("Step3TextForCausalLM", _step3, _write_step3, STEP3_NAMES, in_transformers=False),
     "cohere": Family("CohereForCausalLM", _cohere, _write_cohere, COHERE_NAMES, "parallel"),
 }
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from stepladder.parallel.modules import Attention, FeedForward
+from stepladder.parallel.modules import Attention, FactoredAttention, FeedForward
 from stepladder.parallel.moe import MixtureOfExperts
 from stepladder.parallel.residual import Block
 from stepladder.parallel.shards import Placement, Shard
@@ -31,6 +31,7 @@ def ffn_shard(spec: ModelSpec, layer: int, place: Placement) -> Shard:
 
 KINDS = {
     "attention": Kind(lambda spec, layer, place: Attention(spec, layer, place.attention), ATTENTION),
+    "mfa": Kind(lambda spec, layer, place: FactoredAttention(spec, layer, place.attention), ATTENTION),
     "moe": Kind(MixtureOfExperts, FFN),
     "ffn": Kind(lambda spec, layer, place: FeedForward(spec, layer, ffn_shard(spec, layer, place)), FFN),
 }
@@ -40,6 +41,8 @@ def kind_at(spec: ModelSpec, layer: int, seat: str) -> Kind:
     """What sits at this seat of this layer."""
     if seat == FFN and spec.experts and layer in spec.experts.layers:
         return KINDS["moe"]
+    if seat == ATTENTION and spec.query_rank:
+        return KINDS["mfa"]
     return KINDS[seat]
 
 

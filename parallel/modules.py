@@ -6,6 +6,7 @@
 Letters: T tokens, h hidden, H this rank's query heads, K its KV heads, D head dim.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -26,10 +27,10 @@ NORMS = {"rms": rms_norm, "layer": layer_norm}
 
 class Product(NamedTuple):
     """A method that is (swiglu)(norm(x) W^T + b). weight: the name of W; b is called like it, with `_bias` behind.
-    wide: what comes out is for this module alone, not for the stream."""
+    norm: the name of the norm, if there is one. wide: what comes out is for this module alone, not for the stream."""
 
     weight: str
-    normed: bool = False
+    norm: str | None = None
     gated: bool = False
     wide: bool = False
 
@@ -49,7 +50,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the step's contexts; query, key and value come from one matrix product."""
 
-    PRODUCTS: ClassVar = {"project_in": Product("qkv", normed=True), "project_out": Product("out")}
+    PRODUCTS: ClassVar = {"project_in": Product("qkv", "norm"), "project_out": Product("out")}
     rotate_and_store: Rotation  # where the kernels are native
 
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         cuts = {"q": (spec.num_heads * d, q_rows)} | dict.fromkeys("kv", (spec.num_kv_heads * d, kv_rows))
         name = partial(_name, spec, "attention", layer)
         self.norm = Norm(spec, whole(name("norm"), h))
-        self.qkv = Sharded.of(*(rows(name(p), (size, h), part) for p, (size, part) in cuts.items()), dtype=spec.dtype)
+        self._take_queries(spec, name, cuts)
         self.qkv_bias = self.out_bias = None
         if spec.qkv_bias:
             self.qkv_bias = Sharded.of(
@@ -73,6 +74,11 @@ class Attention(nn.Module):
         self.out = Sharded.of(columns(name("out"), (h, spec.num_heads * d), q_rows), dtype=spec.dtype)
         if spec.out_bias:
             self.out_bias = bias_of_sum(name("out", "bias"), spec, shard)
+
+    def _take_queries(self, spec: ModelSpec, name: Callable[..., str], cuts: Mapping[str, tuple[int, range]]) -> None:
+        """The matrix that queries, keys and values come from. cuts: of each, the rows of the whole and this rank's."""
+        parts = (rows(name(p), (size, spec.hidden_size), part) for p, (size, part) in cuts.items())
+        self.qkv = Sharded.of(*parts, dtype=spec.dtype)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[T, h] -> partial [T, h]."""
@@ -98,10 +104,42 @@ class Attention(nn.Module):
         return q, k, v
 
 
+class FactoredAttention(Attention):
+    """Multi-matrix factorization attention (Hu et al. 2412.19255, in the form of Step-3, 2507.19427): queries come in
+    two steps with a norm between them, keys and values are of one head.
+
+    The first step, which all heads share, is on every rank; the second is cut by heads. Letter r: its inner size.
+    """
+
+    PRODUCTS: ClassVar = {
+        "project_down": Product("qkv", "norm"),
+        "project_up": Product("queries", "query_norm"),
+        "project_out": Product("out"),
+    }
+
+    def _take_queries(self, spec: ModelSpec, name: Callable[..., str], cuts: Mapping[str, tuple[int, range]]) -> None:
+        self.query_rank, (heads, mine) = spec.query_rank, cuts["q"]
+        super()._take_queries(spec, name, {**cuts, "q": (self.query_rank, range(self.query_rank))})
+        self.query_norm = Norm(spec, whole(name("query_norm"), self.query_rank))
+        self.queries = Sharded.of(rows(name("queries"), (heads, self.query_rank), mine), dtype=spec.dtype)
+
+    def project_in(self, x: Tensor) -> Tensor:
+        down = self.project_down(x)
+        return torch.cat((self.project_up(down[:, : self.query_rank].contiguous()), down[:, self.query_rank :]), dim=1)
+
+    def project_down(self, x: Tensor) -> Tensor:
+        """[T, h] -> what queries come from, keys and values side by side, [T, r + 2 K D]."""
+        return F.linear(self.norm(x), self.qkv, self.qkv_bias)
+
+    def project_up(self, inner: Tensor) -> Tensor:
+        """[T, r] -> queries [T, H D]."""
+        return F.linear(self.query_norm(inner), self.queries)
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2002.05202): down(silu(gate x) * up x); gate and up in one matrix product."""
 
-    PRODUCTS: ClassVar = {"project_in": Product("gate_up", normed=True, gated=True), "project_out": Product("down")}
+    PRODUCTS: ClassVar = {"project_in": Product("gate_up", "norm", gated=True), "project_out": Product("down")}
 
     def __init__(self, spec: ModelSpec, layer: int, shard: Shard) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepladder.kernels.moe import mix, route
 from stepladder.parallel.modules import Norm, Product
-from stepladder.parallel.shards import Placement, Sharded, columns, rows, whole
+from stepladder.parallel.shards import Piece, Placement, Sharded, columns, rows, whole
 from stepladder.parallel.spec import ModelSpec
 
 
@@ -52,13 +52,15 @@ class MixtureOfExperts(nn.Module):
         self.norm = Norm(spec, whole(name("ffn.norm"), h))
         gate = [whole(name("moe.shared_switch"), 1, h)] if e.shared_gate else []
         self.router = Sharded.of(whole(name("moe.router"), e.count, h), *gate, dtype=spec.dtype)
-        self.gate_up = Sharded.of(
-            *(rows(name(p, expert=i), (e.inner, h), part) for i in held for p in ("moe.gate", "moe.up")),
-            dtype=spec.dtype,
-        )
-        self.down = Sharded.of(
-            *(columns(name("moe.down", expert=i), (h, e.inner), part) for i in held), dtype=spec.dtype
-        )
+        stack = e.count if spec.stacked_experts else 0
+
+        def of_expert(cut: Callable[..., Piece], what: str, i: int, *shape: int) -> Piece:
+            piece = cut(name(what, expert=i), shape, part)
+            return piece._replace(stack=stack, place=i) if stack else piece
+
+        ins = (of_expert(rows, p, i, e.inner, h) for i in held for p in ("moe.gate", "moe.up"))
+        outs = (of_expert(columns, "moe.down", i, h, e.inner) for i in held)
+        self.gate_up, self.down = Sharded.of(*ins, dtype=spec.dtype), Sharded.of(*outs, dtype=spec.dtype)
         self.shared_gate_up = self.shared_down = None
         if self.shared:
             size, mine = e.shared_inner, place.shared.split(e.shared_inner, "the intermediate size of a shared expert")

@@ -84,8 +84,8 @@ def _taken(module: nn.Module, product: Product) -> Projection:
     the stream's dtype."""
     weight, bias = module._parameters.pop(product.weight), module._parameters.pop(f"{product.weight}_bias", None)
     assert weight is not None
-    norm = _norm(module.norm) if product.normed else None  # type: ignore[arg-type]
-    wide = product.normed or product.wide
+    norm = _norm(getattr(module, product.norm)) if product.norm else None
+    wide = product.norm is not None or product.wide
     return Projection.of(weight, bias, norm, product.gated, torch.float32 if wide else weight.dtype)
 
 

@@ -89,7 +89,8 @@ class Piece(NamedTuple):
     """`tensor[name]` from `start` to `stop` along `dim`; it begins at row `offset` of the parameter.
 
     A parameter may hold pieces of several checkpoint tensors (query, key and value, say, or the matrices of experts),
-    one below the other, whichever way they are cut. `shape` is the shape of the whole tensor in the checkpoint.
+    one below the other, whichever way they are cut. `shape` is the shape of the whole tensor in the checkpoint, or,
+    where that is a `stack` of so many, of one, and the piece is of the one at `place`.
     """
 
     name: str
@@ -98,6 +99,13 @@ class Piece(NamedTuple):
     start: int
     stop: int
     offset: int = 0
+    stack: int = 0
+    place: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's tensor."""
+        return (self.stack, *self.shape) if self.stack else self.shape
 
     @property
     def size(self) -> int:

@@ -39,6 +39,7 @@ class ModelSpec:
         qk_norm: `shared` norms each head of query and key with one weight [head_dim], `per-head` with a weight for
             every head [heads, head_dim].
         rope_interleaved: dimensions 2i and 2i + 1 turn together, not i and i + head_dim / 2.
+        query_rank: the inner size of queries that come in two steps (`modules.FactoredAttention`); 0 if they do not.
         experts: the mixture of experts that layers have in place of one feed-forward network.
         logit_scale: the logits are multiplied by it.
         eos_ids: tokens that end a sequence.
@@ -63,6 +64,7 @@ class ModelSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"
+    query_rank: int = 0
     experts: ExpertSpec | None = None
     logit_scale: float = 1.0
     tie_embeddings: bool = False
@@ -138,6 +140,11 @@ class ModelSpec:
     def tensor(self, what: str, layer: int = 0, part: str = "weight", expert: int = 0) -> str:
         """The name in the checkpoint of a tensor; `what` is a key of the family's names, `part` "weight" or "bias"."""
         return f"{FAMILIES[self.family].names[what].format(layer, expert)}.{part}"
+
+    @property
+    def stacked_experts(self) -> bool:
+        """Whether the checkpoint has one tensor [experts, ...] for all that are alike, not one for each."""
+        return FAMILIES[self.family].stacked_experts
 
     def is_ladder(self, layer: int) -> bool:
         """Whether this layer's blocks read a stream that is one block stale."""

@@ -46,8 +46,9 @@ class WeightFiles:
     def read(self, piece: Piece) -> Tensor:
         """The slice of the checkpoint that `piece` describes."""
         try:
-            tensor = self._slice(piece)
-            return tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
+            tensor, part = self._slice(piece), slice(piece.start, piece.stop)
+            where = (part,) if piece.dim == 0 else (slice(None), part)
+            return tensor[piece.place : piece.place + 1, *where][0] if piece.stack else tensor[where]
         except SafetensorError as error:
             raise ValueError(f"{self.where(piece)} cannot be read: {error}; copy the checkpoint again") from None
 
@@ -73,8 +74,8 @@ class WeightFiles:
         except SafetensorError as error:
             raise ValueError(f"{self.where(piece)} cannot be read: {error}; copy the checkpoint again") from None
         shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-        if shape != piece.shape:
-            raise ValueError(f"{self.where(piece)} has shape {shape}, but config.json says {piece.shape}")
+        if shape != piece.stored_shape:
+            raise ValueError(f"{self.where(piece)} has shape {shape}, but config.json says {piece.stored_shape}")
         if kind not in FLOATS:
             raise ValueError(
                 f"{self.where(piece)} has dtype {kind}; only unquantised weights ({', '.join(FLOATS)}) are supported"
