@@ -132,8 +132,8 @@ def test_a_dataset_of_prompts_and_conversations(server: Server, tmp_path: Path) 
         (["percentiles=[101]"], "percentiles is [101.0]"),
         (
             ["name=sreve"],
-            "name is 'sreve'; the suites are afd, engine, failures, fp8, hostile, learning, moe, overlap, serve, "
-            "shift, speculate",
+            "name is 'sreve'; the suites are afd, dispatch, engine, failures, fp8, hostile, learning, moe, overlap, "
+            "serve, shift, speculate",
         ),
     ],
 )

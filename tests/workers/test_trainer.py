@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from stepladder.kernels.attention import causal_attention
 from stepladder.parallel.checkpoint import sharded_parameters
+from stepladder.parallel.experts import ExpertSpec
 from stepladder.parallel.model import Transformer
 from stepladder.parallel.modules import init_weights
+from stepladder.parallel.moe import MixtureOfExperts, unevenness
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.training.ranks import Ranks, training_ranks
 from stepladder.workers.training.sharded import MODEL_STATES
@@ -307,3 +309,56 @@ def test_windows_that_cannot_be_dealt_out_are_refused() -> None:
         ValueError, match=r"4 windows of 32 tokens, which 3 ranks with train\.accumulate=1 cannot share"
     ):
         CONFIG.share(1, ranks=3)
+
+
+MOE = replace(
+    SPEC,
+    family="mixtral",
+    intermediate_size=16,
+    experts=ExpertSpec(layers=(0, 1), count=4, per_token=1, inner=16),
+)
+
+
+def test_the_balance_loss_evens_out_the_use_of_experts(tmp_path: Path) -> None:
+    """From routers that are sure of themselves: with it and without."""
+    ends = {}
+    for balance in (None, 1.0):
+        model = Transformer(MOE)
+        init_weights(model, MOE, 5)
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.router.data.mul_(30)
+        config = replace(CONFIG, balance=balance, muon_lr=None)
+        rows = finish(Trainer(model, STREAM, config, tmp_path / str(balance), ALONE[0]))
+        ends[balance] = rows[0]["train/expert_unevenness"], rows[-1]["train/expert_unevenness"]
+        assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    (_, left), (before, evened) = ends[None], ends[1.0]
+    assert evened < 1.05 < 1.1 < before and left > 1.1
+
+
+def test_muon_sees_the_matrices_of_each_expert_by_themselves(tmp_path: Path) -> None:
+    """A step of two experts that are one below the other is the step of each; the weights come back as they were."""
+    trainer = new_trainer(tmp_path, replace(CONFIG, balance=0.01), MOE)
+    shapes = [p.shape for name, p in trainer.model.named_parameters() if "gate_up" in name]
+    assert len(shapes) == 2 * 2 * 4 and set(shapes) == {(16, 32)}
+    finish(trainer, 2)
+    trainer.close()
+    for module in trainer.model.modules():
+        if isinstance(module, MixtureOfExperts):
+            assert module.gate_up.shape == (4 * 2 * 16, 32) and module.down.shape == (4 * 32, 16)
+    assert len(sharded_parameters(trainer.model)) == len(list(Transformer(MOE).parameters()))
+
+
+def test_unevenness_is_one_where_all_are_used_alike_and_the_number_of_experts_where_one_is() -> None:
+    even = unevenness(torch.zeros(8, 4), torch.arange(8)[:, None] % 4)
+    assert even == pytest.approx(1.0)
+    sure = torch.tensor([[30.0, 0.0, 0.0, 0.0]]).expand(8, 4)
+    assert unevenness(sure, torch.zeros(8, 1, dtype=torch.int64)) == pytest.approx(4.0)
+    scores = torch.randn(6, 4, requires_grad=True)
+    unevenness(scores, torch.tensor([[0, 1]] * 6)).backward()
+    assert scores.grad is not None and (scores.grad[:, :2].sum(0) > 0).all(), "it is to go down for those that are used"
+
+
+def test_a_dense_model_has_no_experts_to_balance(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.balance is 0\.5, but the model has no experts"):
+        new_trainer(tmp_path, replace(CONFIG, balance=0.5))

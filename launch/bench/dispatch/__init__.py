@@ -1,0 +1,1 @@
+"""suite=dispatch: a Ladder mixture of experts over shaped links: rows to all F ranks, to their home, or not apart."""
