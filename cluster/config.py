@@ -87,9 +87,13 @@ class LayoutConfig:
         for name in ("tp", "replicas", "attention", "ffn", "micro_batches"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        choices = {"kind": tuple(LAYOUTS), "balance": ("auto", "even"), "schedule": SCHEDULES, "wire": tuple(WIRES)} | {
+        choices = {
+            "kind": LAYOUTS,
+            "balance": ("auto", "even"),
             "experts": ("split", "whole"),
+            "schedule": SCHEDULES,
             "dispatch": ("broadcast", "home"),
+            "wire": WIRES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -62,9 +62,9 @@ class Mesh:
         assert values is not None
         return values
 
-    def exchange(self, rows: Tensor, counts: list[int], coming: list[int] | None) -> Tensor:
-        """Rows [n, ...] to the ranks, `counts` for each in their order; what the ranks have sent here, `coming` rows
-        from each; None if that is as many as go there. Every rank calls it."""
+    def exchange(self, rows: Tensor, going: list[int], coming: list[int]) -> Tensor:
+        """Rows [n, ...] to the ranks, `going` to each in their order; what the ranks have sent here, `coming` from
+        each. Every rank calls it."""
         return rows
 
     def share(self, tensor: Tensor) -> Tensor:
@@ -145,11 +145,10 @@ class Group(Mesh):
         self._broadcast(rest)
         return first[1:].tolist() + rest.tolist()
 
-    def exchange(self, rows: Tensor, counts: list[int], coming: list[int] | None) -> Tensor:
-        coming = counts if coming is None else coming
+    def exchange(self, rows: Tensor, going: list[int], coming: list[int]) -> Tensor:
         came = rows.new_empty(sum(coming), *rows.shape[1:])
         with self._waiting:
-            self._tensors.alltoall_base(came, rows.contiguous(), coming, counts).wait()
+            self._tensors.alltoall_base(came, rows.contiguous(), coming, going).wait()
         return came
 
     def share(self, tensor: Tensor) -> Tensor:

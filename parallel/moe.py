@@ -47,7 +47,7 @@ class MixtureOfExperts(nn.Module):
         self.gated, self.shared = e.shared_gate, e.shared_inner > 0
         name, held = partial(spec.tensor, layer=layer), place.held.split(e.count, "the number of experts")
         part = place.inside.split(e.inner, "the intermediate size of an expert")
-        self.first, self.held, self.inner = held.start, len(held), len(part)
+        self.first, self.held = held.start, len(held)
         self.register_buffer("load", torch.zeros(e.count, dtype=torch.int64), persistent=False)
         self.norm = Norm(spec, whole(name("ffn.norm"), h))
         gate = [whole(name("moe.shared_switch"), 1, h)] if e.shared_gate else []

@@ -67,29 +67,30 @@ class StepSizes(OfEngines):
         yield family
 
 
-class AcceptedAt(OfEngines):
-    """How many drafted tokens were accepted at each place in a draft."""
+class Listed(OfEngines):
+    """A counter for each place in a list: a field of `EngineStats` under a name of its own, `label` for the place."""
+
+    def __init__(self, model_name: str, field: str, name: str, text: str, label: str) -> None:
+        super().__init__(model_name)
+        self._field, self._name, self._text, self._label = field, f"stepladder:{name}", text, label
 
     def collect(self) -> Iterable[Metric]:
-        name = "stepladder:spec_decode_num_accepted_tokens_per_pos"
-        labels = ["model_name", "engine", "position"]
-        family = CounterMetricFamily(name, "Drafted tokens accepted, by place in the draft.", labels=labels)
+        family = CounterMetricFamily(self._name, self._text, labels=["model_name", "engine", self._label])
         for engine, stats in self.engines.items():
-            for place, count in enumerate(stats["accepted_at"]):
+            for place, count in enumerate(stats[self._field]):
                 family.add_metric([self._model_name, engine, str(place)], count)
         yield family
 
 
-class ExpertTokens(OfEngines):
-    """How many tokens each expert got."""
-
-    def collect(self) -> Iterable[Metric]:
-        labels = ["model_name", "engine", "expert"]
-        family = CounterMetricFamily("stepladder:expert_tokens", "Tokens of all layers, by expert.", labels=labels)
-        for engine, stats in self.engines.items():
-            for expert, count in enumerate(stats["expert_tokens"]):
-                family.add_metric([self._model_name, engine, str(expert)], count)
-        yield family
+LISTED = (
+    (
+        "accepted_at",
+        "spec_decode_num_accepted_tokens_per_pos",
+        "Drafted tokens accepted, by place in the draft.",
+        "position",
+    ),
+    ("expert_tokens", "expert_tokens", "Tokens of all layers, by expert.", "expert"),
+)
 
 
 class Metrics:
@@ -113,7 +114,7 @@ class Metrics:
         self.in_flight = self._of_server(Gauge, "num_requests_in_flight", "HTTP requests being answered here.")
         self._gauges: dict[str, Gauge] = self._of_engines(Gauge, GAUGE)
         self._counters: dict[str, Counter] = self._of_engines(Counter, COUNTER)
-        self._collectors = [kind(model_name) for kind in (StepSizes, AcceptedAt, ExpertTokens)]
+        self._collectors = [StepSizes(model_name), *(Listed(model_name, *one) for one in LISTED)]
         for collector in self._collectors:
             self.registry.register(collector)
         self._seen: dict[tuple[str, str], float] = {}

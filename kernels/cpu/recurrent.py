@@ -1,4 +1,4 @@
-"""The cell of a recurrent drafter on CPU ranks, in two products.
+"""The cell of a recurrent drafter on CPU ranks, in two products; `RecurrentHead` defines it.
 
 Letters: N rows, H hidden size, I inner size of the cell.
 """
@@ -6,7 +6,6 @@ Letters: N rows, H hidden size, I inner size of the cell.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stepladder.kernels.cpu.native import Projection, ops
@@ -32,9 +31,3 @@ class RecurrentCell:
     def __call__(self, state: Tensor, embedded: Tensor) -> Tensor:
         """fp32 [N, H] twice -> [N, H]."""
         return ops().advance(state, embedded, self.gated.panels, self.gated.outputs, self.out.panels)
-
-    def defined(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """The same in plain torch, in the dtype of `state`."""
-        size = state.shape[-1:]
-        x = torch.cat((F.rms_norm(state, size), F.rms_norm(embedded, size)), -1)
-        return self.out.defined(torch.cat((self.gated.defined(x), x), -1))

@@ -33,20 +33,15 @@ class Exchange:
     def __call__(self, mix: Mix, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """`mix` (x, weights, chosen) of all experts: [T, h] in the dtype of what it returns."""
         wanted = [owned[chosen].any(-1).nonzero()[:, 0] for owned in self._owners]
-        theirs, counts = self._send([_packed((x[rows], weights[rows], chosen[rows])) for rows in wanted])
-        got = mix(*_unpacked(theirs, (x, weights, chosen)))
-        sums, _ = self._send([_packed((part,)) for part in got.split(counts)], [len(rows) for rows in wanted])
-        (added,) = _unpacked(sums, (got.new_empty(0, x.shape[-1]),))
-        total = added.new_zeros(len(x), x.shape[-1])
-        for rows, part in zip(wanted, added.split([len(rows) for rows in wanted]), strict=True):
+        going, one_each = [len(rows) for rows in wanted], [1] * len(wanted)
+        coming = self._mesh.exchange(torch.tensor(going), one_each, one_each).tolist()
+        mine = torch.cat([_packed((x[rows], weights[rows], chosen[rows])) for rows in wanted])
+        theirs = self._mesh.exchange(mine, going, coming)
+        sums = self._mesh.exchange(mix(*_unpacked(theirs, (x, weights, chosen))), coming, going)
+        total = sums.new_zeros(len(x), x.shape[-1])
+        for rows, part in zip(wanted, sums.split(going), strict=True):
             total[rows] += part
         return total
-
-    def _send(self, parts: Sequence[Tensor], counts: list[int] | None = None) -> tuple[Tensor, list[int]]:
-        """Bytes of rows to every rank; those that came, one rank's after the other's, and how many of each."""
-        if counts is None:
-            counts = self._mesh.exchange(torch.tensor([len(part) for part in parts]), [1] * len(parts), None).tolist()
-        return self._mesh.exchange(torch.cat(list(parts)), [len(part) for part in parts], counts), counts
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:

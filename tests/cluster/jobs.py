@@ -3,10 +3,12 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import openai
 import psutil
@@ -147,3 +149,23 @@ def eventually(holds: Callable[[], object], otherwise: Callable[[], object] = la
     while not holds():
         assert monotonic() < deadline, f"not within {seconds} s: {otherwise()}"
         threading.Event().wait(0.1)
+
+
+def stream_all(
+    job: Job, asked: Sequence[dict[str, Any]], tokens: int, strike: Callable[[], None] = lambda: None
+) -> list[str]:
+    """The texts of all these completions at once, streamed; `strike` happens when the first of them is under way."""
+
+    def stream(index: int) -> str:
+        chunks = job.client.completions.create(
+            model="tiny", max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}, **asked[index]
+        )
+        text = ""
+        for number, chunk in enumerate(chunks):
+            text += chunk.choices[0].text
+            if number == 10 and index == 0:
+                strike()
+        return text
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(stream, range(len(asked))))

@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import ray
 
 from stepladder import LLM, SamplingParams
 from stepladder.launch.private_ray import PrivateRay
-from tests.cluster.jobs import Job, eventually, submit
+from tests.cluster.jobs import Job, eventually, stream_all, submit
 from tests.cluster.models import write_random
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -40,23 +39,12 @@ def wanted(model: Path) -> list[str]:
     return texts
 
 
-def stream(job: Job, index: int, begun: Callable[[], None]) -> str:
-    chunks = job.client.completions.create(
-        model="tiny", prompt=PROMPTS[index], max_tokens=TOKENS, temperature=0.0 if index % 2 else 0.8, seed=index,
-        stream=True, extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    text = ""
-    for number, chunk in enumerate(chunks):
-        text += chunk.choices[0].text
-        if number == 10 and index == 0:
-            begun()
-    return text
-
-
 def texts(job: Job, strike: Callable[[], None] = lambda: None) -> list[str]:
-    """All prompts at once; `strike` happens when the first of them is under way."""
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        return list(pool.map(lambda index: stream(job, index, strike), range(len(PROMPTS))))
+    asked = [
+        {"prompt": prompt, "temperature": 0.0 if index % 2 else 0.8, "seed": index}
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    return stream_all(job, asked, TOKENS, strike)
 
 
 def counters(job: Job) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import requests
 
 from stepladder import LLM, SamplingParams
 from stepladder.launch.private_ray import PrivateRay
-from tests.cluster.jobs import Job, eventually, submit
+from tests.cluster.jobs import Job, eventually, stream_all, submit
 from tests.cluster.models import SPECIAL, write_tokenizer
 from tests.families import write_family
 
@@ -49,22 +48,7 @@ def wanted(experts: Path) -> list[str]:
 
 
 def texts(job: Job, strike: Callable[[], None] = lambda: None) -> list[str]:
-    """All prompts at once; `strike` happens when the first of them is under way."""
-
-    def stream(index: int) -> str:
-        chunks = job.client.completions.create(
-            model="tiny", prompt=PROMPTS[index], max_tokens=TOKENS, temperature=0, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        text = ""
-        for number, chunk in enumerate(chunks):
-            text += chunk.choices[0].text
-            if number == 10 and index == 0:
-                strike()
-        return text
-
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        return list(pool.map(stream, range(len(PROMPTS))))
+    return stream_all(job, [{"prompt": prompt, "temperature": 0} for prompt in PROMPTS], TOKENS, strike)
 
 
 def parts(job: Job) -> dict[str, dict[str, Any]]:

@@ -45,7 +45,7 @@ def test_rows_go_to_whoever_they_are_for(ranks: int) -> None:
     def rank_main(mesh: Mesh) -> torch.Tensor:
         counts = [mesh.shard.rank * to for to in range(mesh.shard.size)]
         rows = torch.tensor([[mesh.shard.rank, to, i] for to, count in enumerate(counts) for i in range(count)])
-        told = mesh.exchange(torch.tensor(counts), [1] * len(counts), None).tolist()
+        told = mesh.exchange(torch.tensor(counts), [1] * len(counts), [1] * len(counts)).tolist()
         assert told == [sender * mesh.shard.rank for sender in range(mesh.shard.size)]
         return mesh.exchange(rows.view(-1, 3).to(torch.uint8), counts, told)
 

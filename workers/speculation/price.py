@@ -6,12 +6,11 @@ from math import inf
 from statistics import median
 from typing import NamedTuple
 
-__all__ = ["COSTLY", "FREE", "Price", "Terms"]
+__all__ = ["COSTLY", "FREE", "SURE", "Price", "Terms"]
 
-FREE, COSTLY = (
-    0.05,
-    0.25,
-)  # a draft ends where all of it would be right with less: always, and where that is all to go by
+FREE = 0.05  # a draft ends where all of it would be right with less than this probability
+COSTLY = 0.25  # the same, where that is all there is to go by
+SURE = 0.75  # a token that is known so well needs no second opinion, as long as nothing is weighed
 BANDS = 20  # of probabilities, in which it is counted how sure drafted tokens were
 MEMORY = 256  # tokens after which an old one counts 1 / e
 RECENT = 15  # rounds whose median is what drafting takes
@@ -39,7 +38,7 @@ class Price:
     """
 
     def __init__(self, threshold: float | None = None) -> None:
-        self.threshold, self.terms = threshold, Terms()
+        self.threshold = threshold
         self._seconds: deque[float] = deque(maxlen=RECENT)  # per draft and token
         self._sure = [0.0] * BANDS
         self._refused = 0
@@ -49,15 +48,15 @@ class Price:
         """The probability where a draft ends whatever drafting takes."""
         return FREE if self.threshold is None else self.threshold
 
-    def pays(self, chance: float, than: float = 0.0) -> bool:
+    def pays(self, terms: Terms | None, chance: float = 1.0, than: float = 0.0) -> bool:
         """Whether to draft a token behind a draft that is right with probability `chance`, if there is already one to
-        go on with that is right with probability `than`."""
+        go on with that is right with probability `than`. terms: None does not weigh."""
         if chance < self.least:
             return False
-        if self.threshold is not None or not self._seconds:
-            return chance >= COSTLY or self.threshold is not None
-        takes = median(self._seconds) + (0.0 if than else chance * self.better() * self.terms.verifying)
-        if chance * self.better(than) * self.terms.token > takes:
+        if self.threshold is not None or terms is None or not self._seconds:
+            return than < SURE and (self.threshold is not None or chance >= COSTLY)
+        takes = median(self._seconds) + (0.0 if than else chance * self.better() * terms.verifying)
+        if chance * self.better(than) * terms.token > takes:
             return True
         self._refused += 1
         return self._refused % TRIED == 0

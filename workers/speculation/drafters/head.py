@@ -16,12 +16,11 @@ from stepladder.workers.speculation.drafter import KNOWN, Draft, Drafter, OpenDr
 from stepladder.workers.speculation.drafters.calibration import Calibration
 from stepladder.workers.speculation.head.files import Head
 from stepladder.workers.speculation.head.vocabulary import TargetVocabulary
-from stepladder.workers.speculation.price import COSTLY, Price
+from stepladder.workers.speculation.price import Price
 
 __all__ = ["Cell", "Foreseen", "HeadDrafter"]
 
 KINDS = 20  # of guesses, by the head's own probability
-SURE = 0.75  # a token that is known so well needs no second opinion, as long as nothing is weighed
 
 Draw = Callable[[Tensor, list[Sample], Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -41,12 +40,10 @@ class Cell:
         self.native, self.version = native, head.manifest.version
         self._embed, self._draw = target.embedding, draw
         self.tokens = head.tokens.to(device)
-        gate, up, linear, down = (
-            part.weight.to(device, torch.bfloat16 if native else torch.float32)
-            for part in (net.gate, net.up, net.linear, net.down)
-        )
-        cell = RecurrentCell.of(gate, up, linear, down)
-        self._cell: Callable[[Tensor, Tensor], Tensor] = cell if native else cell.defined
+        self._cell: Callable[[Tensor, Tensor], Tensor] = net.to(device)
+        if native:
+            parts = (net.gate, net.up, net.linear, net.down)
+            self._cell = RecurrentCell.of(*(part.weight.bfloat16() for part in parts))
         rows = target.rows(self.tokens) * net.scale.to(device)
         self._logits = Projection.of(rows.bfloat16(), dtype=torch.float32) if native else lambda x: x @ rows.T
 
@@ -134,10 +131,7 @@ class HeadDrafter(Drafter):
 
     def pays(self, chance: float = 1.0, than: float = 0.0) -> bool:
         """See `Price`. Weights that are new are asked as if nothing were known of what they cost."""
-        if self.price.threshold is None and self.guesses >= KNOWN:
-            self.price.terms = self.terms
-            return self.price.pays(chance, than)
-        return than < SURE and chance >= max(self.price.least, COSTLY if self.price.threshold is None else 0.0)
+        return self.price.pays(self.terms if self.guesses >= KNOWN else None, chance, than)
 
     def knows(self, sequence: Sequence) -> bool:
         """Whether there is a cell, and the hidden state that its last token was drawn from."""

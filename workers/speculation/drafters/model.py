@@ -60,9 +60,8 @@ class ModelDrafter(Drafter):
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
         under_way = [OpenDraft(limit, self.price.least, self.version) for limit in most]
-        self.price.terms = self.terms
         drafts = [each.made for each in under_way]
-        going = [i for i, limit in enumerate(most) if limit > 0 and self.price.pays(1.0)]
+        going = [i for i, limit in enumerate(most) if limit > 0 and self.price.pays(self.terms)]
         while going:
             step, budget = list[_Part](), self.limits.max_step_tokens
             for i in going:
@@ -76,9 +75,8 @@ class ModelDrafter(Drafter):
             drawn = list(self._run(sequences, drafts, step))
             if drawn and len(drawn) == sum(len(part.tokens) for part in step):  # nobody had to catch up
                 self.price.paid(perf_counter() - began, (sure for _, _, sure in drawn))
-            going = [
-                i for i, token, sure in drawn if under_way[i].take(token, sure) and self.price.pays(under_way[i].chance)
-            ]
+            open_ones = [(i, under_way[i]) for i, token, sure in drawn if under_way[i].take(token, sure)]
+            going = [i for i, draft in open_ones if self.price.pays(self.terms, draft.chance)]
         return drafts
 
     def observe(self, verified: list[Verified]) -> None:
