@@ -20,7 +20,7 @@ ALLOWED = {  # top-level package -> where it may be imported
     "wandb": ("cluster/monitor.py",),
     "deepspeed": tuple(f"workers/training/{name}.py" for name in ("ranks", "sharded", "trainer")),
     "transformers": (
-        *("parallel/modeling_stepladder.py", "launch/demo_model/"),
+        *("parallel/modeling_stepladder.py", "launch/demo_model/", "launch/demo_moe/"),
         *("launch/bench/engine/", "launch/bench/moe.py"),  # they compare with it
     ),
 }

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from stepladder.launch.bench.speculate.measures import Figures, differing, gain,
 from stepladder.launch.bench.speculate.options import SpeculateBench
 from stepladder.launch.bench.speculate.points import Case, Point, groups
 from stepladder.launch.bench.speculate.suite import report, run
-from stepladder.launch.bench.speculate.turns import Served, Side, take_turns
+from stepladder.launch.bench.speculate.turns import Served, Side, serve, take_turns
 from stepladder.launch.bench.speculate.watched import HeldOut, Step, Watched
 from stepladder.launch.recipes.chat_material import Library
 from stepladder.launch.recipes.chat_traffic import KINDS, messages
 from stepladder.launch.report import publish
-from stepladder.workers.core import Request, SamplingParams, Sequence
+from stepladder.workers.core import Output, Request, SamplingParams, Sequence
 from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.drafter import Verified
 from stepladder.workers.speculation.drafters.ngram import NGram
@@ -83,7 +84,7 @@ def test_each_side_is_the_first_as_often_as_the_others() -> None:
     order: list[tuple[str, int]] = []
 
     class Noted(Side):
-        def serve(self, engine: Any, requests: Any) -> Served:
+        def serve(self, engine: Any, requests: Any, at_once: int | None = None) -> Served:
             order.append((self.name, requests[0]))
             return Served(1.0, [], [])
 
@@ -91,6 +92,36 @@ def test_each_side_is_the_first_as_often_as_the_others() -> None:
     take_turns(None, sides, [[0], [1], [2]])  # type: ignore[arg-type]
     assert order == [("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 1), ("c", 2), ("a", 2), ("b", 2)]
     assert all(len(side.served) == 3 for side in sides)
+
+
+def test_a_stream_keeps_as_many_under_way() -> None:
+    """Answers of 1, 2, 3, ... tokens: whoever ends makes room for the next one, until there are none left."""
+    under_way, seen = dict[str, int](), list[int]()
+
+    class OneTokenAStep:
+        scheduler = SimpleNamespace(blocks=SimpleNamespace(forget=lambda: None))
+        has_work = property(lambda _: bool(under_way))
+
+        def add(self, request: Request) -> None:
+            under_way[request.id] = len(request.prompt)
+
+        def step(self) -> list[Output]:
+            seen.append(len(under_way))
+            outputs = []
+            for name in list(under_way):
+                under_way[name] -= 1
+                if ended := not under_way[name]:
+                    del under_way[name]
+                outputs.append(Output(id=name, tokens=[5], finish_reason="length" if ended else None))
+            return outputs
+
+    requests = [Request(id=str(n), prompt=(1,) * n, params=SamplingParams()) for n in range(1, 6)]
+    result = serve(OneTokenAStep(), requests, at_once=2)  # type: ignore[arg-type]
+    assert [len(text) for text in result.texts] == [1, 2, 3, 4, 5]
+    assert seen == [2] * 6 + [1] * 3, "fifteen tokens: the last one is alone at the end"
+    seen.clear()
+    serve(OneTokenAStep(), requests, at_once=5)  # type: ignore[arg-type]
+    assert seen == [5, 4, 3, 2, 1]
 
 
 def test_every_fifth_step_is_compared_and_not_learned() -> None:

@@ -31,8 +31,8 @@ class State(NamedTuple):
 class FrozenSide(Side):
     """Remembers nothing of what it serves."""
 
-    def serve(self, engine: Engine, requests: Sequence[Request]) -> Served:
-        return super().serve(engine, [replace(request, learn=False) for request in requests])
+    def serve(self, engine: Engine, requests: Sequence[Request], at_once: int | None = None) -> Served:
+        return super().serve(engine, [replace(request, learn=False) for request in requests], at_once)
 
 
 class Shifted(NamedTuple):

@@ -24,11 +24,12 @@ class SpeculateBench:
         draft_model: of the drafter `model`, a directory with the same tokenizer. draft_head: of `head` and `hybrid`,
             one that `launch.train recipe=head` has made.
         fixed: lengths of drafts to compare that with; may be empty.
-        batches: requests that are served together.
+        batches: requests that are served together. stream: times so many make a turn, the next one comes when one has
+            ended; 1 for turns that all begin together, and thin out to one.
         temperatures: of sampling; every request has a seed of its own.
         rule: coupled, so that texts are plain decoding's; or rejection, which accepts more of what is sampled.
         warm: requests of the same kind that a drafter has seen before.
-        requests: that are measured, on every side; of the largest batch at least one batch.
+        requests: that are measured, on every side; of the largest batch at least one turn.
         tokens: of an answer, at most.
         threshold: as speculate.threshold.
         spread: plain decoding is measured twice, against itself: `first`, for the first kind and temperature; `all` or
@@ -45,6 +46,7 @@ class SpeculateBench:
     draft_head: str | None = None
     fixed: list[int] = field(default_factory=list)
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
+    stream: int = 1
     temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     rule: str = COUPLED
     warm: int = 200
@@ -56,7 +58,7 @@ class SpeculateBench:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, "warm", "requests", "tokens", "threads")
+        check_counts(self, "stream", "warm", "requests", "tokens", "threads")
         check_names(self, kinds=KINDS, drafters=DRAFTERS)
         check_sampled(self.batches, self.temperatures)
         if self.rule not in (COUPLED, REJECTION):

@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """Of every side: turns, tokens and seconds of each batch that it served; figures; against plain decoding gains and
+    """Of every side: turns, tokens and seconds of each one; figures; against plain decoding gains and
     the number of texts that differ. of_best_fixed: tokens/s of the first drafter over those with the best fixed length.
     """
 
@@ -104,7 +104,7 @@ class Requests(NamedTuple):
     def make(cls, llm: LLM, library: Library, kind: str, temperature: float, config: SpeculateBench) -> "Requests":
         """Answers end where the model ends them."""
         largest = max(config.batches)
-        settling, measured = max(SETTLED, largest), max(config.requests, largest)
+        settling, measured = max(SETTLED, largest), max(config.requests, largest * config.stream)
         made = []
         asked = prompts(llm.tokenizer, kind, config.warm + settling + measured, config.seed, library)
         for number, prompt in enumerate(asked):
@@ -134,13 +134,14 @@ def sides_of(config: SpeculateBench, drafters: dict[str, Drafter], again: bool) 
     return sides
 
 
-def measure(engine: Engine, case: Case, sides: Sequence[Side], requests: Requests) -> Point:
+def measure(engine: Engine, case: Case, sides: Sequence[Side], requests: Requests, stream: int = 1) -> Point:
+    """stream: requests of a turn, as a multiple of the batch."""
     for side in sides:
         if side.speculator is not None:
             for batch in groups(requests.settling[: max(SETTLED, case.batch)], case.batch):
                 side.serve(engine, batch)
             side.speculator.begin()
-    take_turns(engine, sides, groups(requests.measured, case.batch))
+    take_turns(engine, sides, groups(requests.measured, case.batch * stream), case.batch)
     return Point.of(case, sides)
 
 

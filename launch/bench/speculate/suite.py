@@ -62,7 +62,7 @@ def run(config: SpeculateBench) -> Report:
                 case = Case(kind, temperature, batch)
                 bar.set_postfix_str(case.name)
                 sides = sides_of(config, drafters, again)
-                points.append(measure(llm.engine, case, sides, requests))
+                points.append(measure(llm.engine, case, sides, requests, config.stream))
                 speculators += [side.speculator for side in sides if side.speculator is not None]
                 bar.update()
     return report(config, points, step_errors(speculators))
