@@ -1,4 +1,4 @@
-"""The bundled model is what its model card says, and the recipe refuses what it cannot do."""
+"""The bundled models are what their card says, and the recipe refuses what it cannot do."""
 
 import json
 from pathlib import Path
@@ -16,61 +16,81 @@ from stepladder.parallel.checkpoint import load_weights, save_weights
 from stepladder.parallel.context import WholeSequences
 from stepladder.parallel.heads import heads_of
 from stepladder.parallel.model import Transformer
+from stepladder.parallel.moe import MixtureOfExperts
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from tests.composed import composed
 
 DEMO = Path(__file__).parents[2] / "launch" / "demo_model"
+MOE = DEMO.with_name("demo_moe")
+both = pytest.mark.parametrize("directory", [DEMO, MOE], ids=lambda path: path.name)
 
 
 def recipe(*overrides: str) -> DemoRecipe:
     return recipe_of(composed("train", *overrides))[0]
 
 
-def test_the_bundled_model_beats_primed_xz_on_held_out_documents() -> None:
+@both
+def test_the_bundled_model_beats_primed_xz_on_held_out_documents(directory: Path) -> None:
+    """And every expert of a mixture is used."""
     corpus = standard_library()
     sample = [d for d in corpus.held_out if 1_000 <= len(d.text) <= 6_000]
     assert len(sample) >= 6
-    model = Transformer(ModelSpec.load(DEMO))
-    load_weights(model, DEMO)
-    words = Words.of_bundled(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    model = Transformer(ModelSpec.load(directory))
+    load_weights(model, directory)
+    words = Words.of_bundled(Tokenizer.from_file(str(directory / "tokenizer.json")))
     assert words.bits_per_byte(model, sample, 1024) < primed_xz_bits_per_byte(corpus.train, sample)
+    loads = [module.load for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    assert len(loads) == (4 if directory == MOE else 0)
+    assert all(float(load.min()) >= 0.25 * float(load.double().mean()) for load in loads)
 
 
-def test_the_bundled_model_is_a_ladder_that_four_ranks_can_share() -> None:
-    spec = ModelSpec.load(DEMO)
+@both
+def test_the_bundled_model_is_a_ladder_that_four_ranks_can_share(directory: Path) -> None:
+    spec = ModelSpec.load(directory)
     assert all(spec.is_ladder(layer) for layer in range(spec.num_layers))
     for ranks in (1, 2, 4):
         assert Transformer(spec, Shard(0, ranks)).num_kv_heads == len(heads_of(spec, Shard(0, ranks)).kv)
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 12e6
-    assert AutoConfig.from_pretrained(DEMO, trust_remote_code=True).num_hidden_layers == spec.num_layers
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 12e6
+    assert AutoConfig.from_pretrained(directory, trust_remote_code=True).num_hidden_layers == spec.num_layers
 
 
-def test_transformers_computes_the_bundled_model_with_its_code() -> None:
-    spec, tokens = ModelSpec.load(DEMO), torch.arange(40) * 7
+@both
+def test_transformers_computes_the_bundled_model_with_its_code(directory: Path) -> None:
+    spec, tokens = ModelSpec.load(directory), torch.arange(40) * 7
     model = Transformer(spec).requires_grad_(False)
-    load_weights(model, DEMO)
-    theirs = AutoModelForCausalLM.from_pretrained(DEMO, trust_remote_code=True, attn_implementation="eager").eval()
+    load_weights(model, directory)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     with torch.inference_mode():
         want = theirs(tokens[None]).logits[0]
         got = model.logits(model(tokens, WholeSequences(1, 40)))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoModelForCausalLM.from_pretrained(DEMO, trust_remote_code=False)
+        AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
 
 
-def test_the_bundled_model_lies_there_as_we_write_it(tmp_path: Path) -> None:
-    spec = ModelSpec.load(DEMO)
-    assert json.loads((DEMO / "config.json").read_text()) == spec.to_config()
+@both
+def test_the_bundled_model_lies_there_as_we_write_it(directory: Path, tmp_path: Path) -> None:
+    spec = ModelSpec.load(directory)
+    assert json.loads((directory / "config.json").read_text()) == spec.to_config()
     save_weights(Transformer(spec), tmp_path, torch.bfloat16)
     code = "modeling_stepladder.py"
-    assert (DEMO / code).read_text() == (tmp_path / code).read_text()
+    assert (directory / code).read_text() == (tmp_path / code).read_text()
 
 
-def test_training_json_says_what_was_measured() -> None:
-    figures = json.loads((DEMO / "training.json").read_text())
+@both
+def test_training_json_says_what_was_measured(directory: Path) -> None:
+    figures = json.loads((directory / "training.json").read_text())
     assert figures["held_out_bits_per_byte"] < figures["primed_xz_bits_per_byte"]
-    assert figures["tokens_seen"] == recipe("run_dir=/r").train.steps * recipe("run_dir=/r").train.batch_tokens
+    made = recipe("run_dir=/r", f"recipe={figures['recipe']}")
+    assert figures["tokens_seen"] == made.train.steps * made.train.batch_tokens
+    assert ("least_used_expert" in figures) == (made.model.experts is not None) == (directory == MOE)
+
+
+def test_both_bundled_models_have_the_same_words() -> None:
+    assert (MOE / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(
