@@ -362,3 +362,12 @@ def test_unevenness_is_one_where_all_are_used_alike_and_the_number_of_experts_wh
 def test_a_dense_model_has_no_experts_to_balance(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.balance is 0\.5, but the model has no experts"):
         new_trainer(tmp_path, replace(CONFIG, balance=0.5))
+
+
+@pytest.mark.parametrize(("precision", "pays"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_who_asks_for_bf16_where_it_is_slow_is_told(
+    precision: str, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stepladder.workers.training.trainer.bf16_pays", lambda device: pays)
+    new_trainer(tmp_path, replace(ADAMW, precision=precision))
+    assert ("no instructions for bf16" in caplog.text) == (precision == "bf16" and not pays)

@@ -10,6 +10,7 @@ where a partition is padded (stage_1_and_2.py, `get_flat_partition`).
 """
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from stepladder.workers.training.text_windows import TextWindows
 from stepladder.workers.training.train_config import TrainConfig
 from stepladder.workers.training.training_context import TiledSequences
 
+log = logging.getLogger(__name__)
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -63,6 +65,10 @@ class Trainer:
         self._mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
         if config.balance is not None and not self._mixtures:
             raise ValueError(f"train.balance is {config.balance}, but the model has no experts; set train.balance=null")
+        if config.precision == "bf16" and not bf16_pays(ranks.device):
+            log.warning(
+                "this CPU has no instructions for bf16; train.precision=fp32 is many times faster here"
+            )
         for stage in range(len(config.contexts)):
             config.share(stage, ranks.size)
         self.windows = [TextWindows(stream, length, config.seed) for length in config.contexts]
