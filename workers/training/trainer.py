@@ -66,9 +66,7 @@ class Trainer:
         if config.balance is not None and not self._mixtures:
             raise ValueError(f"train.balance is {config.balance}, but the model has no experts; set train.balance=null")
         if config.precision == "bf16" and not bf16_pays(ranks.device):
-            log.warning(
-                "this CPU has no instructions for bf16; train.precision=fp32 is many times faster here"
-            )
+            log.warning("this CPU has no instructions for bf16; train.precision=fp32 is many times faster here")
         for stage in range(len(config.contexts)):
             config.share(stage, ranks.size)
         self.windows = [TextWindows(stream, length, config.seed) for length in config.contexts]
