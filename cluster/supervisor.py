@@ -20,6 +20,7 @@ from stepladder.cluster.keeper import Keeper
 from stepladder.cluster.learning import Learning
 from stepladder.cluster.monitor import Monitors
 from stepladder.cluster.ray_wait import Cancelled
+from stepladder.cluster.spoken import Spoken
 from stepladder.cluster.start_retry import StartRetry
 from stepladder.workers.figures import RankFigures, together
 from stepladder.workers.rank import ATTENTION, FFN, TRAINER, PoolNotice
@@ -40,6 +41,7 @@ class Status:
         detail: what a person should read.
         url: where the gateway listens, once it does.
         generations: which life each engine is in. restarts: how often something died and was put back.
+        doing: what was done lately, in a sentence; empty before anything was.
     """
 
     phase: str
@@ -47,6 +49,7 @@ class Status:
     url: str | None
     generations: dict[str, int]
     restarts: int
+    doing: str = ""
 
 
 class Supervisor:
@@ -86,13 +89,14 @@ class Supervisor:
         if journal.get("ending"):
             self._ending.set()
         self._figures: dict[str, float] = {}
+        self._spoken, self._doing = Spoken(), ""
         self._homeless_since: float | None = None  # monotonic seconds
 
     def status(self) -> Status:
         url = self._gateway.url if self._gateway.port else None
         generations = {keeper.name: keeper.gang.generation for keeper in self._keepers}
         restarts = self._gateway_restarts + sum(keeper.restarts for keeper in self._keepers)
-        return Status(self._phase, self._detail, url, generations, restarts)
+        return Status(self._phase, self._detail, url, generations, restarts, self._doing)
 
     def report(self) -> dict[str, Any]:
         """The status and more, as plain data.
@@ -311,6 +315,9 @@ class Supervisor:
         learning = self._learning.figures() if self._learning else {}
         self._figures = {"serve/seconds": clock, "serve/restarts": self.status().restarts, **numbers, **learning}
         self._monitor.log(self._figures)
+        if said := self._spoken.line(monotonic(), numbers):
+            self._doing = said
+            log.info("%s", said)
 
 
 def figures(

@@ -145,6 +145,8 @@ def _tell(status: Status, before: Status | None) -> None:
         print(f"stepladder {status.phase}: {status.detail}", flush=True)
     if status.phase == "ready" and (before is None or before.url != status.url or before.phase == "starting"):
         print(f"STEPLADDER_READY {status.url}", flush=True)
+    if status.doing and (before is None or before.doing != status.doing):
+        print(f"stepladder: {status.doing}", flush=True)
 
 
 if __name__ == "__main__":

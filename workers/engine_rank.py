@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 from stepladder.parallel.layers import POOLS
+from stepladder.parallel.model import Transformer
 from stepladder.workers import assembly
 from stepladder.workers.engine import Engine, EngineStats
 from stepladder.workers.executor import Executor
 from stepladder.workers.figures import RankFigures, counter
+from stepladder.workers.introduction import of_cache
 from stepladder.workers.rank import DrafterNotice, Notice, Rank, RankConfig
 from stepladder.workers.server.channel import Channel
 from stepladder.workers.server.engine_server import EngineServer
@@ -85,6 +87,18 @@ class EngineRank(Rank):
         if config.shard.rank == 0:
             self._engine, self._channel, self._taught = engine, Channel(config.host, config.secret), taught
         return self.address
+
+    def _introduction(self, kv_tokens: int) -> Iterator[str]:
+        yield from super()._introduction(kv_tokens)
+        if engine := self._engine:
+            yield of_cache(engine.config.num_blocks * engine.config.block_size, engine.config.max_model_len)
+            if drafting := engine.speculator:
+                version = f", version {drafting.drafter.version}" if drafting.drafter.version else ""
+                yield f"drafts by {self.config.speculate.kind}{version}"
+
+    @property
+    def _model(self) -> Transformer:
+        return self._executor.model
 
     def tell(self, notice: Notice) -> None:
         if isinstance(notice, DrafterNotice) and self._taught and self._engine:

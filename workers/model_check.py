@@ -12,7 +12,7 @@ from stepladder.parallel.checkpoint import check_weights
 from stepladder.parallel.generation_defaults import GENERATION_CONFIG, GenerationDefaults
 from stepladder.parallel.layers import POOLS
 from stepladder.parallel.model import Transformer
-from stepladder.parallel.shards import ALONE, Shard
+from stepladder.parallel.shards import ALONE, Placement, Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.parallel.typed_json import naming
 from stepladder.workers.config import EngineConfig
@@ -58,8 +58,7 @@ def check_memory(
 ) -> None:
     """ValueError unless so many ranks' weights fit into what is free of this machine's memory, or one rank's into what
     is free of its GPU's."""
-    with torch.device("meta"):
-        weights = sum(parameter.nbytes for parameter in Transformer(spec, shard, pools=pools).parameters())
+    weights = weight_bytes(spec, shard, pools)
     on_gpu = torch.device(device).type == "cuda"
     need = weights if on_gpu else weights * ranks_here
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else available()
@@ -69,3 +68,9 @@ def check_memory(
             f"the weights of {who} need {need / 2**30:.1f} GiB in {str(spec.dtype).removeprefix('torch.')}, but "
             f"{free / 2**30:.1f} GiB of memory are free here; use more ranks or machines, or a smaller engine.dtype"
         )
+
+
+def weight_bytes(spec: ModelSpec, shard: Shard | Placement = ALONE, pools: Collection[str] = POOLS) -> int:
+    """Of one rank's weights, in the dtype of `spec`."""
+    with torch.device("meta"):
+        return sum(parameter.nbytes for parameter in Transformer(spec, shard, pools=pools).parameters())

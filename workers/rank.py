@@ -3,10 +3,13 @@
 What kinds of ranks there are stands in `roles.py`.
 """
 
+import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,17 +17,21 @@ import torch.distributed as dist
 
 from stepladder.kernels.once import CACHE
 from stepladder.parallel.mesh import Mesh, join
+from stepladder.parallel.model import Transformer
 from stepladder.parallel.rendezvous import open_store
 from stepladder.parallel.shards import Shard
 from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.config import AfdConfig, EngineConfig, KvConfig
 from stepladder.workers.figures import RankFigures
+from stepladder.workers.introduction import of_model
 from stepladder.workers.model_check import check_memory
 from stepladder.workers.sizing import fitting
 from stepladder.workers.source.resolve import resolve
 from stepladder.workers.speculation.config import SpeculateConfig
 from stepladder.workers.speculation.learning.config import LearnConfig
 from stepladder.workers.speculation.learning.lease import LeaseNotice
+
+log = logging.getLogger(__name__)
 
 UNBOUNDED = 1 << 40  # tokens of KV cache that a rank has room for which needs none
 WHOLE, ATTENTION, FFN, TRAINER = "whole", "attention", "ffn", "trainer"
@@ -133,6 +140,7 @@ class Rank(ABC):
     _names: dist.Store
     _mesh: Mesh
     _spec: ModelSpec
+    _load_seconds = 0.0
 
     def __init__(self, config: RankConfig) -> None:
         self.config = config
@@ -169,8 +177,11 @@ class Rank(ABC):
             check_memory(self._spec, config.device, config.shard, self.pools, config.own_ranks_here)
         self._join(store_host, store_port)
         self._take_device()
+        began = monotonic()
         with fitting("the model"):
-            return self._load(path)
+            room = self._load(path)
+        self._load_seconds = monotonic() - began
+        return room
 
     @abstractmethod
     def _load(self, path: str) -> int:
@@ -183,11 +194,24 @@ class Rank(ABC):
             ValueError: the limits contradict each other, the model or the memory that there is.
         """
         with fitting(f"a KV cache of {kv_tokens} tokens"):
-            return self._begin(kv_tokens)
+            address = self._begin(kv_tokens)
+        for line in self._introduction(kv_tokens):
+            log.info("%s", line)
+        return address
 
     @abstractmethod
     def _begin(self, kv_tokens: int) -> str | None:
         """See `begin`."""
+
+    def _introduction(self, kv_tokens: int) -> Iterator[str]:
+        """What it says of itself once it is ready."""
+        if model := self._model:
+            yield of_model(model, self.pools, str(self._mesh.device), self._load_seconds)
+
+    @property
+    def _model(self) -> Transformer | None:
+        """What it holds of the model that is served."""
+        return None
 
     def run(self) -> None:
         """Until `stop`, or until the group breaks (then it raises)."""

@@ -55,3 +55,22 @@ def test_a_controller_that_does_not_start_says_why(capsys: pytest.CaptureFixture
     controller, stop = Controller(0, RayActorError(error_msg="run_dir cannot be written")), threading.Event()
     assert serve._watch(controller, DEPLOYMENT, stop) == 1  # type: ignore[arg-type]
     assert capsys.readouterr().out == "stepladder failed: run_dir cannot be written\n"
+
+
+def test_what_is_done_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """And what was said before is not said again when the deployment itself changes."""
+    states = [
+        Status("ready", "2 engines", "http://h", {}, 0),
+        Status("ready", "2 engines", "http://h", {}, 0, "5.0 tokens/s in"),
+        Status("mending", "1 of 2 engines", "http://h", {}, 0, "5.0 tokens/s in"),
+        Status("mending", "1 of 2 engines", "http://h", {}, 0, "9.0 tokens/s in"),
+    ]
+    for before, status in zip([None, *states], states, strict=False):
+        serve._tell(status, before)
+    assert capsys.readouterr().out.splitlines() == [
+        "stepladder ready: 2 engines",
+        "STEPLADDER_READY http://h",
+        "stepladder: 5.0 tokens/s in",
+        "stepladder mending: 1 of 2 engines",
+        "stepladder: 9.0 tokens/s in",
+    ]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from stepladder.parallel.afd.sides import FeedForwardSide
 from stepladder.parallel.afd.wire import wire_to_ffn
 from stepladder.parallel.balance import place_of
+from stepladder.parallel.model import Transformer
 from stepladder.parallel.wiring import ATTENTION, FFN
 from stepladder.workers.afd.membership import Membership
 from stepladder.workers.afd.micro_batches import fixed_number
@@ -112,6 +113,10 @@ class FeedForwardRank(Rank):
 
     def _begin(self, kv_tokens: int) -> str | None:
         return self.address
+
+    @property
+    def _model(self) -> Transformer:
+        return self._pool.side
 
     def _run(self) -> None:
         if self.config.shard.rank:
