@@ -27,6 +27,7 @@ from stepladder.launch.hydra_command import of_this_job, run_command
 from stepladder.launch.ray_cluster import Head, attach
 from stepladder.launch.typed_config import build, plain
 from stepladder.parallel.native import has_native
+from stepladder.parallel.spec import ModelSpec
 from stepladder.workers.model_check import check_model
 from stepladder.workers.source.resolve import NoModel, resolve
 from stepladder.workers.speculation.head.files import read_head
@@ -42,8 +43,7 @@ def main() -> None:
 
 def _serve(config: DictConfig) -> int:
     deployment = deployment_of(config)
-    check_here(deployment)
-    return serve(deployment)
+    return serve(deployment, check_here(deployment))
 
 
 def deployment_of(config: DictConfig) -> Deployment:
@@ -62,8 +62,9 @@ def deployment_of(config: DictConfig) -> Deployment:
     return deployment
 
 
-def check_here(deployment: Deployment) -> None:
-    """Judge the model before anything is started, where this machine has it; the nodes judge theirs again.
+def check_here(deployment: Deployment) -> ModelSpec | None:
+    """Judge the model before anything is started, where this machine has it; the nodes judge theirs again. Returns what
+    it is.
 
     Raises:
         ValueError: a file, a limit or a field is unusable.
@@ -73,20 +74,26 @@ def check_here(deployment: Deployment) -> None:
         directory = resolve(source.path, dtype, source.cache, fetching=True, progress=True)
         model = check_model(directory, deployment.engine)
         deployment.engine.model_len(model.spec, deployment.kv, deployment.kv.tokens)
-        has_native(deployment.engine.wanted_kernels, deployment.cluster.device, model.spec.dtype)
         head = deployment.speculate.model
         if head and deployment.speculate.kind in WITH_HEAD and Path(head).is_dir():
             read_head(head, directory, model.spec)
+        return model.spec
+    return None
 
 
-def serve(deployment: Deployment) -> int:
+def serve(deployment: Deployment, spec: ModelSpec | None) -> int:
     """Run until the deployment has ended, or only until it is ready if it is detached. Returns the exit code.
+
+    Args:
+        spec: of the model, where this machine has it; kernels for it are compiled once a cluster has let us in.
 
     Raises:
         ConnectionError: no Ray cluster lets us in. ValueError: a deployment of this name runs there.
     """
     if not ray.is_initialized():
         attach(namespace(deployment.name), start=True)
+    if spec:
+        has_native(deployment.engine.wanted_kernels, deployment.cluster.device, spec.dtype)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which installs handlers of its own
         signal.signal(number, lambda *_: stop.set())
