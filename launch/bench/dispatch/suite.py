@@ -32,7 +32,7 @@ from stepladder.parallel.spec import ModelSpec
 
 HOSTS, PROCESS = 3, "stepladder.launch.bench.dispatch.rank"
 COLOURS = {TP: "#4477aa", BROADCAST: "#eecc66", HOME: "#228833"}
-EMULATED = "hosts are network namespaces with links shaped by tc-tbf; three ranks share the machine's cores"
+EMULATED = "links shaped by tc-tbf; three ranks share the machine's cores"
 
 
 @dataclass(frozen=True, kw_only=True)
