@@ -98,7 +98,7 @@ def test_an_answer_that_is_stopped_stays_in_the_conversation(tmp_path: Path) -> 
             while not process.stdout.read(1):
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
-            eventually(lambda: server.running == 0)
+            eventually(lambda: server.running == 0, seconds=30)
             out, err = process.communicate("/help\n", timeout=20)
         assert process.returncode == 0 and not err
         assert " [stopped]\n" in out and "/reset begins anew" in out
