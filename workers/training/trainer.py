@@ -165,7 +165,9 @@ class Trainer:
                     self.engine.step()
                 one = self._micro_batch(stage, first + micro * share, share)
                 loss, uneven = loss + one[0] / config.accumulate, uneven + one[1] / config.accumulate
-            loss, uneven = self.ranks.mean(loss), self.ranks.mean(uneven)
+            loss = self.ranks.mean(loss)
+            if self._mixtures:
+                uneven = self.ranks.mean(uneven)
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss is {loss} at step {self.step}; lower train.muon_lr and train.adam_lr")
             for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
@@ -182,15 +184,13 @@ class Trainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             hidden = self.model(inputs, sequences(count, length, device))
             loss = sliced_cross_entropy(self.model, hidden, targets)
-        uneven = self._unevenness()
+        balances = [mixture.balance for mixture in self._mixtures if mixture.balance is not None]
+        if not balances:
+            self.engine.backward(loss)
+            return loss.item(), 0.0
+        uneven = torch.stack(balances).sum()
         self.engine.backward(loss + (self.config.balance or 0.0) * uneven)
-        return loss.item(), uneven.item() / max(1, len(self._mixtures))
-
-    def _unevenness(self) -> Tensor:
-        """Of the tokens that the model saw last, summed over its layers."""
-        return sum(
-            (m.balance for m in self._mixtures if m.balance is not None), torch.zeros((), device=self.ranks.device)
-        )
+        return loss.item(), uneven.item() / len(balances)
 
     def _metrics(self, losses: list[tuple[float, float]], seconds: float) -> dict[str, Any]:
         means = [sum(each) / len(losses) for each in zip(*losses, strict=True)]
